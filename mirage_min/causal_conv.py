@@ -1,0 +1,81 @@
+"""The causal 3D convolution and its explicit cache (ChopGrad §3.1, Eq. 1).
+
+A video VAE works through a video group by group. Its convolutions look at the past only, and what a convolution must
+remember between two groups is the end of its own input: the last kt - 1 frames. That memory is the cache,
+
+    z_{i,m+1}, z^c_{i,m} = D_m(Concat(z^c_{i-1,m}, z_{i,m}))                                        (ChopGrad Eq. 1)
+
+a plain dict {layer name: tensor} that is passed in and handed out. No module remembers anything, so a group can be
+recomputed (checkpointing), a cache can be detached (ChopGrad), and two videos can be decoded side by side.
+
+    python -m mirage_min.causal_conv        # the cache at work: chunk plans agree, and what one change reaches
+"""
+
+import torch
+from torch import Tensor, nn
+
+Cache = dict[str, Tensor]  # {dotted layer name: its last kt - 1 input frames, [B, C, kt - 1, H, W]}
+
+
+class CausalConv3d(nn.Conv3d):
+    """A 3D convolution that pads time on the left only: output frame t sees input frames t - kt + 1 .. t.
+
+    `first` says what stands before the first frame of a video: "repeat" (that frame again, as CogVideoX has it) or
+    "zeros" (Wan). Space is padded with zeros to `padding`, as in nn.Conv3d. Parameters are those of nn.Conv3d.
+    """
+
+    def __init__(self, c_in: int, c_out: int, kernel=3, stride=1, padding=None, first: str = "zeros", bias=True):
+        kt, kh, kw = (kernel,) * 3 if isinstance(kernel, int) else kernel
+        ph, pw = (kh // 2, kw // 2) if padding is None else padding
+        super().__init__(c_in, c_out, (kt, kh, kw), stride=stride, padding=(0, ph, pw), bias=bias)
+        if first not in ("repeat", "zeros"):
+            raise ValueError(f'first must be "repeat" or "zeros", got {first!r}')
+        self.first = first
+        self.key = ""  # set by name_caches
+
+    def with_past(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
+        """x [B, C, T, H, W] -> [B, C, kt-1+T, H, W]: the frames before x in front of it; its tail goes into `new`."""
+        past = self.kernel_size[0] - 1
+        if past == 0:
+            return x
+        if old:
+            before = [old[self.key]]                                   # [B, C, kt-1, H, W]
+        else:
+            before = [x[:, :, :1] if self.first == "repeat" else torch.zeros_like(x[:, :, :1])] * past
+        x = torch.cat([*before, x], dim=2)                             # [B, C, kt-1+T, H, W]
+        new[self.key] = x[:, :, -past:].clone()  # clone: a slice would keep the whole group's storage alive
+        return x
+
+    def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
+        """x [B, C, T, H, W], the frames after those in `old` -> [B, C', T', H', W']; writes its own tail to `new`."""
+        return super().forward(self.with_past(x, old, new))
+
+
+def name_caches(module: nn.Module) -> None:
+    """Give every causal convolution in `module` its dotted name, the key under which it finds its own past."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, CausalConv3d):
+            layer.key = name
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"a": CausalConv3d(2, 4), "b": CausalConv3d(4, 1)})
+    name_caches(net)
+
+    def run(x: Tensor, plan: list[int]) -> Tensor:
+        old, out = None, []
+        for group in x.split(plan, dim=2):
+            new: Cache = {}
+            out.append(net["b"](net["a"](group, old, new), old, new))
+            old = new
+        return torch.cat(out, dim=2)
+
+    with torch.no_grad():
+        x = torch.randn(1, 2, 9, 8, 8)
+        whole = run(x, [9])
+        for plan in ([1] * 9, [1, 4, 4], [3, 2, 2, 2]):
+            print(f"chunks {plan}: largest difference to the whole {(run(x, plan) - whole).abs().max():.1e}")
+        x[:, :, 4] += 1
+        reached = (run(x, [9]) - whole).abs().amax(dim=(0, 1, 3, 4)) > 0
+        print("a change of frame 4 reaches frames", reached.nonzero().flatten().tolist())
