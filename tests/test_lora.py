@@ -1,0 +1,185 @@
+"""LoRA: nothing at first, the same merged and unmerged, and adapters that know nothing of each other."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from mirage_min import lora
+from mirage_min.causal_conv import CausalConv3d, name_caches
+
+
+class Net(nn.Module):
+    """One layer of every kind; the causal one is given its past."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv3d, self.conv2d, self.linear = CausalConv3d(2, 4), nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.Linear(6, 5)
+        self.thin = nn.Conv3d(4, 4, (3, 1, 1), groups=2)
+        name_caches(self)
+
+    def forward(self, x, old=None, new=None):
+        h = self.conv3d(x, old, {} if new is None else new)
+        h = self.thin(torch.cat([h, h, h], dim=2))[:, :, :1]
+        return self.linear(self.conv2d(h[:, :, 0]).flatten(2).transpose(1, 2))
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net().double()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 2, 3, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def fill(net, name, seed=2):
+    draws = torch.Generator().manual_seed(seed)
+    for p in lora.parameters(net, name):
+        p.data = 0.3 * torch.randn(p.shape, generator=draws, dtype=torch.float64)
+
+
+def test_with_b_zero_nothing_changes(net, x):
+    before = net(x)
+    assert lora.add(net, "a", rank=3, alpha=6) == ["conv3d", "conv2d", "linear", "thin"]
+    assert torch.equal(net(x), before)
+
+
+def test_a_linear_layer_computes_wx_plus_s_b_a_x():
+    layer = nn.Linear(7, 5).double()
+    lora.add(layer_in := nn.Sequential(layer), "a", rank=3, alpha=6)
+    fill(layer_in, "a")
+    A, B = layer.lora["a"].A, layer.lora["a"].B
+    x = torch.randn(4, 7, dtype=torch.float64)
+    wanted = torch.stack([layer.weight @ v + layer.bias + (6 / 3) * (B @ (A @ v)) for v in x])
+    difference = (layer(x) - wanted).abs().max()
+    assert difference < 1e-12, f"largest difference {difference:.1e}, allowed 1e-12"
+
+
+@pytest.mark.parametrize("kind, kernel", [(nn.Conv2d, (3, 3)), (nn.Conv3d, (3, 3, 3)), (nn.Conv3d, (3, 1, 1))])
+def test_a_convolution_computes_the_two_convolutions_one_after_the_other(kind, kernel):
+    """W * x + s · (B 1x1 * (A * x)): the side path by definition, where the code adds BA to the kernel."""
+    torch.manual_seed(0)
+    layer = kind(2, 5, kernel, padding=1, stride=2).double()
+    plain = copy.deepcopy(layer)
+    lora.add(nn.Sequential(layer), "a", rank=3, alpha=12)
+    fill(nn.Sequential(layer), "a")
+    x = torch.randn(2, 2, *[7] * len(kernel), dtype=torch.float64)
+    conv = torch.nn.functional.conv2d if kind is nn.Conv2d else torch.nn.functional.conv3d
+    side = conv(conv(x, layer.lora["a"].A, padding=1, stride=2), layer.lora["a"].B)
+    difference = (layer(x) - (plain(x) + 4.0 * side)).abs().max()
+    assert difference < 1e-12, f"largest difference {difference:.1e}, allowed 1e-12"
+
+
+def test_merged_equals_unmerged_and_leaves_no_trace(net, x):
+    keys = set(net.state_dict())
+    lora.add(net, "a", rank=3, alpha=6)
+    fill(net, "a")
+    before = net(x)
+    lora.merge(net, "a")
+    difference = (net(x) - before).abs().max()
+    assert difference < 1e-12, f"largest difference {difference:.1e}, allowed 1e-12"
+    assert set(net.state_dict()) == keys and not any("lora" in n for n, _ in net.named_modules())
+
+
+def test_adapters_add_up_and_are_trained_and_merged_each_by_itself(net, x):
+    plain = net(x)
+    lora.add(net, "a", rank=2, alpha=2, targets=["linear"])
+    lora.add(net, "b", rank=3, alpha=6, targets=["linear"])
+    fill(net, "a", 1)
+    only_a = net(x)
+    fill(net, "b", 2)
+    both = net(x)
+    for p in lora.parameters(net, "a"):
+        p.data.zero_()
+    only_b = net(x)
+    difference = ((both - plain) - (only_a - plain) - (only_b - plain)).abs().max()
+    assert difference < 1e-12, f"one layer's adapters do not add up: {difference:.1e}"
+    fill(net, "a", 1)
+    net.requires_grad_(False)
+    for p in lora.parameters(net, "b"):
+        p.requires_grad_()
+    net(x).sum().backward()
+    assert all(p.grad is not None for p in lora.parameters(net, "b"))
+    assert all(p.grad is None for p in lora.parameters(net, "a")) and net.linear.weight.grad is None
+    lora.merge(net, "a")
+    assert torch.allclose(net(x), both, atol=1e-12) and list(net.linear.lora) == ["b"]
+
+
+def test_an_adapted_causal_convolution_stays_causal_and_agrees_over_chunks():
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"c": CausalConv3d(2, 3, first="repeat")}).double()
+    name_caches(net)
+    lora.add(net, "a", rank=2, alpha=2)
+    fill(net, "a")
+    x = torch.randn(1, 2, 7, 4, 4, dtype=torch.float64)
+    whole, cache = net["c"](x, None, {}), {}
+    first = net["c"](x[:, :, :3], None, cache)
+    rest = net["c"](x[:, :, 3:], cache, {})
+    assert torch.allclose(torch.cat([first, rest], dim=2), whole, atol=1e-12)
+    later = x.clone()
+    later[:, :, 4:] += 1
+    assert torch.equal(net["c"](later, None, {})[:, :, :4], whole[:, :, :4])
+
+
+def test_the_base_state_dict_does_not_know_of_adapters(net):
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    lora.add(net, "a", rank=2, alpha=2)
+    fill(net, "a")
+    kept = lora.state_dict(net, "a")["linear.lora_A.weight"].clone()
+    assert net.state_dict().keys() == before.keys()
+    net.load_state_dict(before, strict=True)
+    assert torch.equal(lora.state_dict(net, "a")["linear.lora_A.weight"], kept)
+    assert any(p is lora.parameters(net, "a")[0] for p in net.parameters()), "an adapter must move and train with its module"
+
+
+def test_state_dict_and_load_are_inverse_in_peft_names_and_shapes(net, x):
+    lora.add(net, "a", rank=2, alpha=4)
+    fill(net, "a")
+    state = lora.state_dict(net, "a")
+    assert state["conv3d.lora_A.weight"].shape == (2, 2, 3, 3, 3) and state["conv3d.lora_B.weight"].shape == (4, 2, 1, 1, 1)
+    assert state["linear.lora_A.weight"].shape == (2, 6) and state["linear.lora_B.weight"].shape == (5, 2)
+    other = copy.deepcopy(net)
+    fill(other, "a", 9)
+    assert not torch.allclose(other(x), net(x))
+    lora.load(other, "a", state)
+    assert torch.equal(other(x), net(x))
+
+
+def test_a_state_that_does_not_fit_is_refused_by_name(net):
+    lora.add(net, "a", rank=2, alpha=4, targets=["linear"])
+    with pytest.raises(ValueError, match=r"1 missing \['linear.lora_A.weight'\].*1 unexpected \['x'\].*1 of another shape .*wanted \[5, 2\], given \[5, 3\]"):
+        lora.load(net, "a", {"x": torch.zeros(1), "linear.lora_B.weight": torch.zeros(5, 3)})
+
+
+def test_targets_are_endings_of_dotted_names(net):
+    outer = nn.ModuleDict({"block": net, "my_linear": nn.Linear(2, 2)})
+    assert lora.add(outer, "a", rank=1, alpha=1, targets=["linear"]) == ["block.linear"]
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda net: lora.add(net, "a", rank=0, alpha=1), "at least 1, got 0"),
+    (lambda net: lora.add(net, "a", rank=1, alpha=1, targets=["nowhere"]), "ends in ..nowhere"),
+    (lambda net: (lora.add(net, "a", rank=1, alpha=1), lora.add(net, "a", rank=1, alpha=1)), "already has a LoRA called 'a'")])
+def test_bad_calls_are_refused(net, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(net)
+
+
+def test_peft_computes_the_same_from_the_same_tensors():
+    """PEFT's own Linear and Conv2d, with alpha other than rank."""
+    from peft import LoraConfig, get_peft_model
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(2), nn.Linear(9, 5)).double()
+    ours = copy.deepcopy(base)
+    theirs = get_peft_model(base, LoraConfig(r=3, lora_alpha=12, target_modules=["0", "2"])).double()
+    lora.add(ours, "a", rank=3, alpha=12)
+    fill(ours, "a")
+    state = {f"base_model.model.{k}".replace(".weight", ".default.weight"): v for k, v in lora.state_dict(ours, "a").items()}
+    assert not theirs.load_state_dict(state, strict=False).unexpected_keys
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    difference = (ours(x) - theirs(x)).abs().max()
+    assert difference < 1e-12 and (ours(x) - base[2](base[1](base[0](x)))).abs().max() < 1e-6, f"{difference:.1e}"
