@@ -1,0 +1,158 @@
+"""Harmonise a video: a naive insertion in, the same scene with shadows and matched light out (Mirage §3.2, Figure 2).
+
+    python infer.py in.mp4 out.mp4
+    python infer.py frames/ out/ --set fps=10
+
+Reads whatever PyAV decodes, or a folder of images; writes an mp4, or a folder of PNGs if the output does not end in
+.mp4. Size, number, order and times of the frames stay, and the sound. The video streams through the model, so a long
+one takes time but no more memory; the output appears when it is complete, or never.
+
+Exit status: 0 done; 2 the input, the model or a flag is wrong, and one line says how; 130 or 143 stopped by a signal.
+"""
+
+import argparse
+import itertools
+import mimetypes
+import os
+import re
+import signal
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from mirage_min import run
+from mirage_min.mirage import Mirage
+from mirage_min.video import Video, is_mp4, writing
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Settings:
+    """What is rarely changed, by --set key=value."""
+
+    crf: int = 16                  # quality of the mp4: 0 is lossless, 51 the worst
+    preset: str = "medium"         # of x264: faster ones make larger files
+    fps: float = 25.0              # frames a second of a folder of images
+
+
+def main(args: argparse.Namespace, settings: Settings) -> None:
+    check_paths(args.input, args.output, args.overwrite)
+    device = choose_device(args.device)
+    dtype = DTYPES.get(args.dtype, torch.bfloat16 if device == "cuda" else torch.float32)
+    with Video(args.input, settings.fps, args.skip_broken) as video:
+        output = video.format
+        if min(output.width, output.height) < 16:
+            raise ValueError(f"{args.input}: frames are {output.width}x{output.height}, wanted at least 16x16")
+        if args.compare:
+            output = replace(output, width=2 * output.width)
+        if is_mp4(args.output) and (output.width % 2 or output.height % 2):
+            print(f"note: {output.width}x{output.height} is odd, so the mp4 is yuv444p, which not every player shows",
+                  file=sys.stderr)
+        mirage = Mirage.from_pretrained(args.model, base=args.base, vae2d=args.vae2d, device=device, dtype=dtype)
+
+        start, count = time.time(), 0
+        sound = None if args.input.is_dir() else args.input
+        with writing(args.output, output, settings.crf, settings.preset, sound) as out:
+            x_ni, originals = itertools.tee(video) if args.compare else (video, None)
+            stream = mirage.stream(x_ni, args.window)
+            for x_dr in tqdm(stream, total=video.count, unit="frame", leave=False, disable=None):  # None: off in a pipe
+                if args.compare:
+                    x_dr = torch.cat([next(originals), x_dr], dim=2)                 # [3, H, 2 W]
+                out.write(x_dr, *video.times.popleft())
+                count += 1
+    if video.broken:
+        print(f"note: {len(video.broken)} frames did not decode and repeat the one before: "
+              f"{', '.join(map(str, video.broken[:8]))}{', ...' * (len(video.broken) > 8)}", file=sys.stderr)
+    print(f"{args.output}: {count} frames, {count / (time.time() - start):.2f} frames/s, {peak_memory()}")
+
+
+def check_paths(source: Path, target: Path, overwrite: bool) -> None:
+    """Refuse, before anything is computed, what could not be written or would destroy something."""
+    if not target.parent.is_dir():
+        raise ValueError(f"{target}: there is no folder {target.parent}")
+    if source.exists() and target.exists() and target.samefile(source):
+        raise ValueError(f"{target}: is the input, which is not overwritten")
+    kind = mimetypes.guess_type(target.name)[0] or ""
+    if kind.startswith(("video/", "image/")) and not (is_mp4(target) or target.is_dir()):
+        raise ValueError(f"{target}: the output is NAME.mp4, or a folder for PNGs")
+    names = sorted(os.listdir(target)) if target.is_dir() else [target.name] * target.exists()
+    if names and not overwrite:
+        raise ValueError(f"{target}: exists (--overwrite replaces it)")
+    if target.is_dir() and (others := [name for name in names if not re.fullmatch(r"\d{6}\.png", name)]):
+        raise ValueError(f"{target}: not replaced, for it holds more than numbered PNGs: {others[0]}")
+
+
+def choose_device(name: str) -> str:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name != "auto" and not there[name]:
+        raise ValueError(f"--device {name}: there is none that this torch can use")
+    return next(device for device in there if there[device] and name in ("auto", device))
+
+
+def peak_memory() -> str:
+    """The most memory that this process, and on a GPU its tensors, took at any time."""
+    peak = "unknown"
+    if sys.platform == "linux":  # where getrusage counts in the process that started this one
+        peak = f"{int(re.search(r'VmHWM:\s*(\d+)', Path('/proc/self/status').read_text())[1]) / 2**20:.2f} GiB"
+    elif sys.platform == "darwin":
+        import resource  # Windows has none
+
+        peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30:.2f} GiB"
+    gpu = f" + {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU" if torch.cuda.is_initialized() else ""
+    return f"peak memory {peak}{gpu}"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("input", type=Path, help="a video that PyAV decodes, or a folder of images")
+    parser.add_argument("output", type=Path, help="NAME.mp4, or a folder for PNGs")
+    parser.add_argument("--model", type=Path, default=Path(__file__).parent / "weights",
+                        help="folder with the trained adapters (default: the small model in weights/)")
+    parser.add_argument("--base", help="folder or hub id of what they were trained on (default: as they say)")
+    parser.add_argument("--vae2d", help="folder or hub id of the AutoencoderKL (default: as they say)")
+    parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto",
+                        help="where to compute (default: the first of cuda, mps, cpu that is there)")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto",
+                        help="precision (default: bfloat16 on cuda, else float32)")
+    parser.add_argument("--window", type=int, help="latents the transformer sees at once (default: the model's own)")
+    parser.add_argument("--compare", action="store_true", help="write input and result side by side")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    parser.add_argument("--skip-broken", action="store_true",
+                        help="repeat the frame before one that does not decode, instead of giving up")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                        help="crf=16 (quality), preset=medium (of x264), fps=25 (of a folder of images)")
+    return parser.parse_args(argv)
+
+
+def cli(argv: list[str] | None = None) -> int:
+    """Run; on an error say it in one line. Returns the exit status."""
+    try:
+        args = parse(argv)
+        main(args, run.override(Settings(), args.set))
+    except (ValueError, OSError) as error:
+        print("infer.py:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print("infer.py: the GPU's memory does not suffice:", str(error).split(".")[0], file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        number = signal.Signals(*stop.args or (signal.SIGINT,))
+        print(f"infer.py: stopped by {number.name}; nothing was written", file=sys.stderr)
+        return 128 + number
+    return 0
+
+
+def interrupt(number: int, _) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a second one must not cut off the cleaning up
+    raise KeyboardInterrupt(number)
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    sys.exit(cli())
