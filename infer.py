@@ -98,7 +98,8 @@ def peak_memory() -> str:
     """The most memory that this process, and on a GPU its tensors, took at any time."""
     peak = "unknown"
     if sys.platform == "linux":  # where getrusage counts in the process that started this one
-        peak = f"{int(re.search(r'VmHWM:\s*(\d+)', Path('/proc/self/status').read_text())[1]) / 2**20:.2f} GiB"
+        kib = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]
+        peak = f"{int(kib) / 2**20:.2f} GiB"
     elif sys.platform == "darwin":
         import resource  # Windows has none
 

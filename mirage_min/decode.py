@@ -45,10 +45,14 @@ class File:
         promising = name.startswith(("mov,", "matroska"))
         timed = name != "avi"  # which has no times of its own: the numbers are in order of decoding
         origin = round(clock_start(self.container) / self.time_base)
+
+        def shown_at(pts: int | None) -> int | None:
+            return pts - origin if timed and pts is not None else None
+
         due: list[tuple[int, bool]] = []  # a heap: times of frames still to come, and whether their packet failed
-        packets, shown = 0, False
-        for packet in self._packets():
-            packets += packet.dts is not None
+        count, begun = 0, False
+        for packet in packets(self.container, [self.stream]):
+            count += packet.dts is not None
             decoded, failed = decode_packet(packet)
             if packet.pts is not None and (failed or (promising and not hidden(packet))):
                 heapq.heappush(due, (packet.pts, failed))
@@ -56,23 +60,14 @@ class File:
                 while due and frame.pts is not None and due[0][0] <= frame.pts:
                     pts, failed = heapq.heappop(due)
                     # A stream may start with packets whose references were cut away: only later are they a loss.
-                    if pts < frame.pts and (shown or failed):
-                        yield None, pts - origin
-                shown = True
-                pts = frame.pts - origin if timed and frame.pts is not None else None
-                yield (None if frame.is_corrupt else frame), pts
+                    if pts < frame.pts and (begun or failed):
+                        yield None, shown_at(pts)
+                begun = True
+                yield (None if frame.is_corrupt else frame), shown_at(frame.pts)
         # A file that was cut off has fewer packets than its table (mov, mp4) lists.
-        lost = max(0, len(self.stream.index_entries) - packets) if name.startswith("mov,") else 0
-        yield from ((None, None if lost else pts - origin) for pts, _ in sorted(due))
+        lost = max(0, len(self.stream.index_entries) - count) if name.startswith("mov,") else 0
+        yield from ((None, None if lost else shown_at(pts)) for pts, _ in sorted(due))
         yield from ((None, None) for _ in range(lost))
-
-    def _packets(self) -> Iterator[av.Packet]:
-        try:
-            yield from self.container.demux(self.stream)
-        except av.FFmpegError:  # cut off: an empty packet makes the decoder hand out what it still holds
-            flush = av.Packet()
-            flush.stream = self.stream
-            yield flush
 
     def close(self) -> None:
         self.container.close()
@@ -118,6 +113,17 @@ def clock_start(container: av.container.InputContainer) -> Fraction:
     """Seconds that a file's clock shows at its start: 0, save in broadcast streams, whose clock runs by itself."""
     broadcast = container.format.flags & av.format.Flags.ts_discont.value
     return Fraction(container.start_time or 0, av.time_base) if broadcast else Fraction(0)
+
+
+def packets(container: av.container.InputContainer, streams: list) -> Iterator[av.Packet]:
+    """The packets of some streams, and at the end an empty one each, which makes decoders hand out what they hold."""
+    try:
+        yield from container.demux(streams) if streams else ()
+    except av.FFmpegError:  # the file was cut off
+        for stream in streams:
+            end = av.Packet()
+            end.stream = stream
+            yield end
 
 
 def decode_packet(packet: av.Packet) -> tuple[list, bool]:

@@ -9,13 +9,13 @@ Bytes become numbers, and numbers bytes, here and nowhere else. What that takes:
     colour   YUV is converted by the matrix and range that the file names. If it names no matrix, BT.601 is meant up to
              576 lines and BT.709 above; no range means limited. An mp4 is written with the same matrix in limited
              range and says so: reading it again shifts no colour.
-    upright  the display matrix (a phone's rotation flag, a JPEG's EXIF orientation) is applied to the pixels.
+    upright  the rotation flag of a phone's video, or of a photograph, is applied to the pixels.
     alpha    is composited over black.
     time     every frame keeps its presentation time and duration; the shape of a pixel is carried over.
     sound    every audio stream is copied, or encoded as AAC where players of mp4 would not know it.
     whole    a written file or folder appears under its name when it is complete, or never.
 
-Left out: subtitles, chapters, metadata, more than 8 bits, tone mapping of HDR (its tags are carried over).
+Left out: subtitles, chapters, metadata, mirroring flags, more than 8 bits, tone mapping of HDR (its tags are kept).
 
     python -m mirage_min.video                           # a clip written and read again
 """
@@ -37,11 +37,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .decode import File, Folder, clock_start, decode_packet, open_file
+from .decode import File, Folder, clock_start, decode_packet, open_file, packets
 
 BT709, UNKNOWN, FCC, BT470BG, BT601, SMPTE240M, BT2020 = 1, 2, 4, 5, 6, 7, 9  # matrices, as H.273 numbers them
 LIMITED, FULL = 1, 2                                                          # ranges, as libav numbers them
 MP4_SOUND = {"aac", "ac3", "alac", "eac3", "flac", "mp3", "mp3float", "opus"}
+AAC_RATES = {8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000}
+AAC_LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "4.0", 5: "5.0", 6: "5.1", 8: "7.1"}
 
 # swscale's flags bicubic, accurate_rnd and full_chroma_int; without the last two it is off by up to 3 of 255.
 EXACTLY = 0x4 | 0x40000 | 0x2000
@@ -88,7 +90,7 @@ def swscale_matrix(matrix: int) -> int:
 
 
 def rgb(frame: av.VideoFrame) -> np.ndarray:
-    """A decoded frame -> uint8 [H, W, 3], full range, as stored (not yet upright)."""
+    """A decoded frame -> uint8 [H, W, 3], full range, upright."""
     name = frame.format.name
     transparent = name == "pal8" or any(component.is_alpha for component in frame.format.components)
     stored = FULL if name.startswith(("yuvj", "gray", "ya")) else frame.color_range or LIMITED
@@ -97,19 +99,7 @@ def rgb(frame: av.VideoFrame) -> np.ndarray:
     pixels = frame.reformat(format="rgba" if transparent else "rgb24", interpolation=EXACTLY, **source).to_ndarray()
     if transparent:
         pixels = (pixels[..., :3] * (pixels[..., 3:] / 255)).round().astype(np.uint8)
-    return pixels
-
-
-def upright(frame: av.VideoFrame, pixels: np.ndarray) -> np.ndarray:
-    """Pixels [H, W, 3] turned and mirrored as the display matrix of their frame wants them shown."""
-    data = frame.side_data.get("DISPLAYMATRIX")
-    if data is None:
-        return pixels
-    # [x' y'] = [x y] · [[a b], [c d]]; all that cameras write are quarter turns and mirrorings
-    a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
-    if abs(b) > abs(a):
-        pixels, a, d = pixels.transpose(1, 0, 2), c, b
-    return np.ascontiguousarray(pixels[:: 1 if d >= 0 else -1, :: 1 if a >= 0 else -1])
+    return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))  # both counter-clockwise
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -154,7 +144,7 @@ class Video(AbstractContextManager):
         step = max(1, round(1 / (self.source.rate * self.source.time_base)))
         for number, (frame, pts) in enumerate(self.source.frames()):
             if frame is not None:
-                pixels = upright(frame, rgb(frame))
+                pixels = rgb(frame)
                 self._check(number, frame, pixels)
             elif self.skip_broken:
                 self.broken.append(number)
@@ -242,7 +232,9 @@ class Mp4(AbstractContextManager):
         self.format = format
         ticks = {"video_track_timescale": str(format.time_base.denominator)}
         self.container = av.open(f"file:{path}", "w", format="mp4", options=ticks)
-        stream = self.container.add_stream("libx264", rate=format.rate, options={"crf": str(crf), "preset": preset})
+        # Without B-frames (bf 0), because with them mp4 loses how long the last frames are shown.
+        options = {"crf": str(crf), "preset": preset, "bf": "0"}
+        stream = self.container.add_stream("libx264", rate=format.rate, options=options)
         stream.width, stream.height = format.width, format.height
         stream.pix_fmt = "yuv420p" if format.width % 2 == format.height % 2 == 0 else "yuv444p"
         context = stream.codec_context
@@ -250,6 +242,10 @@ class Mp4(AbstractContextManager):
         context.colorspace, context.color_range = format.matrix, LIMITED
         context.color_primaries, context.color_trc = format.primaries, format.transfer
         context.flags |= av.codec.context.Flags.frame_duration
+        try:
+            context.open()
+        except av.FFmpegError as error:
+            raise ValueError(f"x264 takes no such settings: crf={crf}, preset={preset}, {format}") from error
         self.stream = stream
         self.sound = copy_sound(Path(sound), self.container) if sound else iter(())
         self.heard = next(self.sound, math.inf)  # seconds of sound written; the first step adds its streams
@@ -297,27 +293,32 @@ class Pngs(AbstractContextManager):
 def copy_sound(path: Path, out: av.container.OutputContainer) -> Iterator[float]:
     """Mux the sound of a file into `out`, packet by packet; yields up to which second it is written."""
     with open_file(path) as container:
-        origin, into = clock_start(container), {}
-        for stream in container.streams.audio:
-            if stream.codec_context.name in MP4_SOUND:
-                into[stream.index] = out.add_stream_from_template(stream), True
-            else:
-                into[stream.index] = out.add_stream("aac", rate=stream.rate, layout=stream.layout.name), False
+        streams = [s for s in container.streams.audio if s.codec_context is not None and s.rate]
+        into = {s.index: sound_track(out, s) for s in streams}
+        latest = dict.fromkeys(into, -math.inf)
         yield -math.inf
-        for packet in container.demux(container.streams.audio) if into else ():
-            (target, copied), last = into[packet.stream.index], packet.dts is None
-            start = round(origin / packet.time_base)
-            seconds = math.inf if last else float((packet.dts - start) * packet.time_base)
-            if not copied:
-                frames = decode_packet(packet)[0]
-                for frame in frames:
-                    frame.pts -= start
-                for frame in frames + [None] * last:  # None: the encoder hands out what it still holds
+        for packet in packets(container, streams):
+            stream, target, end = packet.stream, into[packet.stream.index], packet.dts is None
+            start = round(clock_start(container) / stream.time_base)
+            seconds = math.inf if end else float((packet.dts - start) * stream.time_base)
+            if stream.name not in MP4_SOUND:
+                for frame in decode_packet(packet)[0] + [None] * end:  # None: the encoder hands out what it still holds
+                    if start and frame is not None:
+                        frame.pts -= start
                     out.mux(target.encode(frame))
-            elif not last:
+            elif seconds < math.inf and packet.dts > latest[stream.index]:  # mp4 cannot go back in time
+                latest[stream.index] = packet.dts
                 packet.pts, packet.dts, packet.stream = packet.pts - start, packet.dts - start, target
                 out.mux(packet)
             yield seconds
+
+
+def sound_track(out: av.container.OutputContainer, stream: av.AudioStream) -> av.AudioStream:
+    """A stream of `out` for the packets of `stream`, or for the AAC that is made of them."""
+    if stream.name in MP4_SOUND:
+        return out.add_stream_from_template(stream)
+    rate = stream.rate if stream.rate in AAC_RATES else 48000
+    return out.add_stream("aac", rate=rate, layout=AAC_LAYOUTS.get(stream.layout.nb_channels, "stereo"))
 
 
 if __name__ == "__main__":

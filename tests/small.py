@@ -1,0 +1,32 @@
+"""Mirage with small random networks, for the tests: the shipped classes with smaller numbers."""
+
+import torch
+from torch import nn
+
+from mirage_min.dit_cogvideox import CogVideoXDiT, CogVideoXDiTConfig
+from mirage_min.mirage import Mirage
+from mirage_min.one_step import alpha_bar
+from mirage_min.vae_2d import AutoencoderKL, AutoencoderKLConfig
+from mirage_min.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
+
+
+def parts(patch_size_t: int | None = None, latent_channels: int = 4):
+    """(vae, dit, vae2d), random and seeded."""
+    torch.manual_seed(0)
+    vae = CogVideoXVAE(CogVideoXVAEConfig(block_out_channels=(8, 8, 8, 16), layers_per_block=1, norm_num_groups=4,
+                                          latent_channels=latent_channels, scaling_factor=0.7))
+    dit = CogVideoXDiT(CogVideoXDiTConfig(num_attention_heads=1, attention_head_dim=16, num_layers=1, time_embed_dim=8,
+                                          in_channels=latent_channels, out_channels=latent_channels, text_embed_dim=8,
+                                          max_text_seq_length=2, patch_size_t=patch_size_t, patch_bias=patch_size_t is None,
+                                          sample_height=4, sample_width=6, use_rotary_positional_embeddings=True))
+    vae2d = AutoencoderKL(AutoencoderKLConfig(block_out_channels=(8, 8, 8, 8), norm_num_groups=4, layers_per_block=1))
+    return vae, dit, vae2d
+
+
+def mirage(patch_size_t: int | None = None, **settings) -> Mirage:
+    """A whole Mirage whose fusion blocks do something."""
+    torch.manual_seed(1)
+    model = Mirage(*parts(patch_size_t), torch.randn(1, 2, 8), alpha_bar(), **settings)
+    for block in model.vae.fusion:
+        nn.init.normal_(block.weight, std=0.05)
+    return model.requires_grad_(False).eval()

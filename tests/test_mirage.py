@@ -1,0 +1,151 @@
+"""Mirage, Figure 2: any length and size, in one step, streamed or whole, and its adapters on disk."""
+
+import pytest
+import torch
+
+from mirage_min import lora, weights
+from mirage_min.mirage import HARMONISATION, RECONSTRUCTION, TRANSFORMER, Mirage
+from mirage_min.one_step import alpha_bar, z0_from_v
+from tests import small
+
+
+@pytest.fixture(scope="module")
+def mirage():
+    return small.mirage(window=3)
+
+
+def clip(T, H=32, W=48, seed=0):
+    return torch.rand(1, 3, T, H, W, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def streamed(mirage, x, **kwargs):
+    return torch.stack(list(mirage.stream(iter(x[0].unbind(1)), **kwargs)), dim=1)[None]
+
+
+def test_the_forward_is_figure_2_written_out(mirage):
+    x = clip(9)
+    z_ni = mirage.vae.encode(x)
+    z_dr = z0_from_v(z_ni, mirage.dit(z_ni, 199, mirage.text), alpha_bar()[199])
+    frames = mirage.vae2d.mids(x[0].transpose(0, 1), count=2)
+    wanted = mirage.vae.decode(z_dr, [f.transpose(0, 1)[None] for f in frames])
+    assert torch.equal(mirage(x), wanted)
+
+
+def test_features_are_folded_back_into_time_in_order(mirage):
+    """Batch and time must not mix: each clip's and frame's features are those of that frame alone."""
+    x = torch.cat([clip(3, seed=1), clip(3, seed=2)])
+    for i, feature in enumerate(mirage.mids(x)):
+        for b in range(2):
+            for t in range(3):
+                alone = mirage.vae2d.mids(x[b, :, t][None])[i][0]
+                assert torch.allclose(feature[b, :, t], alone, atol=1e-5), f"map {i}, clip {b}, frame {t}"
+
+
+@pytest.mark.parametrize("T, H, W", [(1, 16, 16), (2, 17, 33), (8, 16, 40), (9, 31, 16), (10, 16, 16), (18, 20, 16)])
+def test_any_length_and_size_comes_back_as_it_was(mirage, T, H, W):
+    x = clip(T, H, W)
+    assert mirage(x).shape == x.shape
+    assert streamed(mirage, x).shape == x.shape
+
+
+def test_padding_repeats_the_last_frame_row_and_column(mirage):
+    padded = mirage.pad(clip(10, 17, 30))
+    assert padded.shape == (1, 3, 17, 32, 32)
+    assert torch.equal(padded[:, :, :10, :17, :30], clip(10, 17, 30))
+    assert torch.equal(padded[:, :, 16], padded[:, :, 9]) and torch.equal(padded[..., 31, :], padded[..., 16, :])
+    assert torch.equal(padded[..., 31], padded[..., 29])
+
+
+@pytest.mark.parametrize("T", [1, 2, 9, 10, 17, 33])
+@pytest.mark.parametrize("patch_size_t", [None, 2])
+def test_a_stream_with_one_window_is_the_plain_forward(T, patch_size_t):
+    mirage = small.mirage(patch_size_t)
+    x = clip(T, 24, 20)
+    difference = (streamed(mirage, x, window=9) - mirage(x).clamp(-1, 1)).abs().max()
+    assert difference < 1e-5, f"largest difference {difference:.1e} to the plain forward, allowed 1e-5"
+
+
+@pytest.mark.parametrize("patch_size_t, window, T", [(None, 3, 57), (None, 5, 50), (None, 4, 33), (2, 5, 57), (2, 9, 90)])
+def test_a_stream_yields_every_frame_once_whatever_the_window(patch_size_t, window, T):
+    mirage = small.mirage(patch_size_t)
+    mirage.denoise = lambda z: z  # then windows and their blending must give back what went in
+    x = clip(T, 16, 16)
+    whole = mirage.vae.decode(mirage.vae.encode(mirage.pad(x)), mirage.mids(mirage.pad(x)))[:, :, :T].clamp(-1, 1)
+    difference = (streamed(mirage, x, window=window) - whole).abs().max()
+    assert difference < 1e-5, f"largest difference {difference:.1e} to one uninterrupted decode, allowed 1e-5"
+
+
+def test_windows_overlap_and_fall_on_whole_temporal_patches():
+    mirage, seen = small.mirage(2), []
+    z = torch.arange(25.0).view(1, 1, 25, 1, 1).expand(1, 4, 25, 2, 2)
+    mirage.denoise = lambda z: (seen.append(z[0, 0, :, 0, 0].int().tolist()), z)[1]
+    out = torch.cat(list(mirage._windows(iter(z.split([3] + [2] * 11, dim=2)), 9)), dim=2)
+    assert seen == [list(range(0, 9)), list(range(5, 13)), list(range(9, 17)), list(range(13, 21)), list(range(17, 25))] or \
+        all(s[0] % 2 == 1 and len(s) % 2 == 0 for s in seen[1:]), seen
+    assert torch.allclose(out, z)
+
+
+def test_blended_weights_rise_and_sum_to_one():
+    tail, new = torch.zeros(1, 1, 3, 1, 1), torch.ones(1, 1, 5, 1, 1)
+    assert torch.allclose(Mirage._blend(tail, new).flatten(), torch.tensor([0.25, 0.5, 0.75, 1.0, 1.0]))
+
+
+@pytest.mark.parametrize("patch_size_t, window", [(None, 2), (2, 4), (2, 8), (2, 3)])
+def test_a_window_that_does_not_fit_is_refused(patch_size_t, window):
+    with pytest.raises(ValueError, match="window must be"):
+        streamed(small.mirage(patch_size_t), clip(9, 16, 16), window=window)
+
+
+def test_a_frame_too_small_is_refused(mirage):
+    with pytest.raises(ValueError, match="at least 16, got"):
+        mirage(clip(1, 8, 16))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A base and a 2D VAE on disk, as published."""
+    vae, dit, vae2d = small.parts()
+    vae.save_pretrained(tmp_path / "base" / "vae"), dit.save_pretrained(tmp_path / "base" / "transformer")
+    vae2d.save_pretrained(tmp_path / "vae_2d")
+    (tmp_path / "base" / "scheduler").mkdir()
+    (tmp_path / "base" / "scheduler" / "scheduler_config.json").write_text(
+        '{"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_prediction", "rescale_betas_zero_snr": true, '
+        '"snr_shift_scale": 1.0, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}')
+    return tmp_path
+
+
+def test_what_the_stages_save_comes_back_the_same(folder):
+    trained = Mirage.from_base(folder / "base", folder / "vae_2d", torch.randn(1, 2, 8))
+    for name, rank, alpha in ((RECONSTRUCTION, 2, 4.0), (TRANSFORMER, 3, 1.5), (HARMONISATION, 2, 2.0)):
+        trained.add_lora(name, rank, alpha)
+        for p in lora.parameters(trained.adapters(name), name):
+            torch.nn.init.normal_(p, std=0.1)
+    for block in trained.vae.fusion:
+        torch.nn.init.normal_(block.weight, std=0.1)
+    weights.save_tensors(folder / "prompt.safetensors", {"text": trained.text})
+    trained.save_stage(folder / "stage_a.safetensors", [RECONSTRUCTION], {"base": "base", "vae2d": "vae_2d"}, fusion=True)
+    without_h = Mirage.from_pretrained(folder)
+    trained.save_stage(folder / "stage_h.safetensors", [TRANSFORMER, HARMONISATION], {"t": "249", "window": "5"})
+    again = Mirage.from_pretrained(folder)
+    assert (again.t, again.window) == (249, 5)
+    trained.t = 249
+    x = clip(9, 16, 24)
+    with torch.no_grad():
+        difference = (again(x) - trained(x)).abs().max()
+        assert difference < 1e-5, f"largest difference {difference:.1e}, allowed 1e-5"
+        assert not torch.allclose(without_h(x), trained(x))
+    assert not any(p.requires_grad for p in again.parameters())
+
+
+def test_the_transformers_adapter_has_peft_names_and_both_alphas_are_kept(folder):
+    trained = Mirage.from_base(folder / "base", folder / "vae_2d")
+    trained.add_lora(TRANSFORMER, 4, 2.0)
+    trained.save_stage(folder / "h.safetensors", [TRANSFORMER], {})
+    tensors, about = weights.load_tensors(folder / "h.safetensors")
+    assert "transformer.transformer_blocks.0.attn1.to_out.0.lora_A.weight" in tensors
+    assert about["transformer.rank"] == "4" and about["transformer.alpha"] == "2.0"
+
+
+def test_cogvideox_without_a_2d_vae_is_refused(folder):
+    with pytest.raises(ValueError, match="AutoencoderKL"):
+        Mirage.from_base(folder / "base", None)
