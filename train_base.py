@@ -7,8 +7,8 @@
     python train_base.py one_step --data data/toy      # DEVIATION: the paper has no such stage, see below
 
 The networks are CogVideoX's and AutoencoderKL's classes with small numbers. The stage `one_step` trains the
-transformer to name z_GT from z_NI in latent space before stage H does so through pixels. The paper has none, because its
-transformer starts from a strong prior; one of four million parameters does not (DEVIATIONS.md).
+transformer to name z_GT from z_NI in latent space before stage H does so through pixels. The paper has none, because
+its transformer starts from a strong prior; one of four million parameters does not (DEVIATIONS.md).
 """
 
 import argparse
@@ -37,9 +37,9 @@ SMALL_DIT = CogVideoXDiTConfig(num_attention_heads=3, num_layers=6, time_embed_d
                                max_text_seq_length=1, sample_height=12, sample_width=18,
                                use_rotary_positional_embeddings=True)
 T_ONE_STEP = 199  # Mirage §3.2
-SCHEDULER = {"_class_name": "CogVideoXDDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-             "num_train_timesteps": 1000, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
-             "snr_shift_scale": 1.0}
+SCHEDULER = {"_class_name": "CogVideoXDDIMScheduler",
+             "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
+             "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "snr_shift_scale": 1.0}
 
 
 @dataclass
@@ -151,8 +151,10 @@ def main(args, recipe: Recipe) -> None:
     data = Pairs(args.data, args.real, args.real_frames)
     if args.stage in ("vae_2d", "vae"):
         what = Lpips(Features("squeeze", args.perceptual))
-        model, loss, out = ((AutoencoderKL(SMALL_VAE_2D), vae_2d_loss, args.out / "vae_2d") if args.stage == "vae_2d" else
-                            (CogVideoXVAE(SMALL_VAE), vae_loss, base / "vae"))
+        if args.stage == "vae_2d":
+            model, loss, out = AutoencoderKL(SMALL_VAE_2D), vae_2d_loss, args.out / "vae_2d"
+        else:
+            model, loss, out = CogVideoXVAE(SMALL_VAE), vae_loss, base / "vae"
     else:
         what, out = alpha_bar(), base / "transformer"
         loss = prior_loss if args.stage == "prior" else one_step_loss

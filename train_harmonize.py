@@ -80,7 +80,8 @@ def main(args, recipe: Recipe) -> None:
     # what is trained
     params = {f"{name}.{n}.{m}": p.requires_grad_() for name in (TRANSFORMER, HARMONISATION)
               for n, _, a in lora.adapters(mirage.adapters(name), name) for m, p in a.named_parameters()}
-    optimizer = torch.optim.AdamW(params.values(), lr=recipe.lr, betas=(0.9, recipe.beta2), weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.AdamW(params.values(), lr=recipe.lr, betas=(0.9, recipe.beta2),
+                                  weight_decay=recipe.weight_decay)
     log = run.Log(args.run, recipe)
     start = run.resume(args.run, params, optimizer)
     print(f"stage H: {sum(p.numel() for p in params.values()):,} trained parameters, {asdict(recipe)}")

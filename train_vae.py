@@ -53,7 +53,8 @@ RECIPES = {
     "mirage": Recipe(),
     "chopgrad": Recipe(height=480, width=832, lr=2e-4, beta2=0.99),
     # DEVIATION: the small model has no full VGG-16 (LPIPS on SqueezeNet), a larger rate and few steps.
-    "small": Recipe(steps=1500, batch=2, height=96, width=96, lr=3e-3, warmup=50, cosine=True, lpips="squeeze", real=0.25),
+    "small": Recipe(steps=1500, batch=2, height=96, width=96, lr=3e-3, warmup=50, cosine=True,
+                    lpips="squeeze", real=0.25),
 }
 
 
@@ -67,8 +68,10 @@ def main(args, recipe: Recipe) -> None:
 
     # what is trained
     params = {f"fusion.{n}": p.requires_grad_() for n, p in mirage.vae.fusion.named_parameters()}
-    params |= {f"{n}.{m}": p for n, _, a in lora.adapters(mirage.vae.decoder, RECONSTRUCTION) for m, p in a.named_parameters()}
-    optimizer = torch.optim.AdamW(params.values(), lr=recipe.lr, betas=(0.9, recipe.beta2), weight_decay=recipe.weight_decay)
+    params |= {f"{n}.{m}": p for n, _, a in lora.adapters(mirage.vae.decoder, RECONSTRUCTION)
+               for m, p in a.named_parameters()}
+    optimizer = torch.optim.AdamW(params.values(), lr=recipe.lr, betas=(0.9, recipe.beta2),
+                                  weight_decay=recipe.weight_decay)
     log = run.Log(args.run, recipe)
     print(f"stage A: {sum(p.numel() for p in params.values()):,} trained parameters, {asdict(recipe)}")
 
@@ -82,7 +85,8 @@ def main(args, recipe: Recipe) -> None:
             return mirage.vae.encode(x_gt), mirage.mids(x_ni)
 
     # the two streams' scales: measured once, on the untrained decoder, and kept with the fusion blocks
-    print("std of (decoder stream, 2D features), finest first:", injection.measure_scales(mirage.vae, *encode(*batch(0))))
+    scales = injection.measure_scales(mirage.vae, *encode(*batch(0)))
+    print("std of (decoder stream, 2D features), finest first:", scales)
     start = run.resume(args.run, params, optimizer)
 
     for step in (bar := tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, unit="step")):

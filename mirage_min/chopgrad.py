@@ -141,9 +141,9 @@ def without_margin(x: Tensor, t: int, tile: Tile, s: int) -> tuple[Tensor, tuple
 
 
 if __name__ == "__main__":
-    from .vae_wan import WanVAE, WanVAEConfig
+    from .vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
     torch.manual_seed(0)
-    vae, z = WanVAE(WanVAEConfig(base_dim=8, num_res_blocks=1)), torch.randn(1, 16, 6, 4, 6)
-    (_, full), *rest = (backward(vae, z, lambda x, where: x.square().sum(), d) for d in (None, *range(6)))
+    vae, z = CogVideoXVAE(CogVideoXVAEConfig(3, 3, (8, 8, 16, 16), 4, 1, norm_num_groups=4)), torch.randn(1, 4, 11, 4, 6)
+    (_, full), *rest = (backward(vae, z, lambda x, where: x.square().sum(), d) for d in (None, *range(5)))
     for d, (loss, grad_z) in enumerate(rest):
         print(f"d_trunc {d}: loss {loss:.0f}, grad z {(grad_z - full).norm() / full.norm():.1%} off (random weights)")

@@ -43,11 +43,12 @@ class CrossModalFusionBlock(Beside):
 
 
 def attach(vae: nn.Module, feature_channels: list[int]) -> None:
-    """Give a VAE one fusion block for each place where features enter, finest first (they stay out of its checkpoint)."""
-    if len(feature_channels) != len(vae.inject_channels):
-        raise ValueError(f"this decoder takes features at {len(vae.inject_channels)} places, got {len(feature_channels)}")
+    """Give a VAE one fusion block for each place where features enter, finest first (kept out of its checkpoint)."""
+    channels = vae.inject_channels
+    if len(feature_channels) != len(channels):
+        raise ValueError(f"this decoder takes features at {len(channels)} places, got {len(feature_channels)}")
     like = next(vae.parameters())
-    vae.fusion = nn.ModuleList(CrossModalFusionBlock(c, c_f) for c, c_f in zip(vae.inject_channels, feature_channels))
+    vae.fusion = nn.ModuleList(CrossModalFusionBlock(c, c_f) for c, c_f in zip(channels, feature_channels))
     vae.fusion.to(like.device)
 
 

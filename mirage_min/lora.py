@@ -34,7 +34,7 @@ class Beside(nn.Module):
 
 
 class LoRA(Beside):
-    """One adapter of one layer. A [r, in] or [r, in, *kernel]; B [out, r] or [out, r, 1, ..., 1], the shapes of PEFT."""
+    """One adapter of one layer. A [r, in] or [r, in, *kernel]; B [out, r] or [out, r, 1, ..., 1], as in PEFT."""
 
     def __init__(self, layer: nn.Module, rank: int, alpha: float):
         super().__init__()
@@ -119,13 +119,15 @@ def state_dict(module: nn.Module, name: str) -> dict[str, Tensor]:
 @torch.no_grad()
 def load(module: nn.Module, name: str, state: dict[str, Tensor]) -> None:
     """Fill the adapter `name` from a state_dict; ValueError naming the first keys or shapes that do not fit."""
-    mine = {f"{n}.lora_{m}.weight": p for n, _, lora in adapters(module, name) for m, p in (("A", lora.A), ("B", lora.B))}
+    mine = {f"{n}.lora_{m}.weight": p for n, _, lora in adapters(module, name)
+            for m, p in (("A", lora.A), ("B", lora.B))}
     missing, unexpected = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
     shapes = [f"{k}: wanted {list(mine[k].shape)}, given {list(state[k].shape)}"
               for k in mine.keys() & state.keys() if mine[k].shape != state[k].shape]
     if missing or unexpected or shapes:
-        raise ValueError(f"LoRA {name!r} of {type(module).__name__} does not fit: {len(missing)} missing {missing[:5]}, "
-                         f"{len(unexpected)} unexpected {unexpected[:5]}, {len(shapes)} of another shape {shapes[:5]}")
+        raise ValueError(f"LoRA {name!r} of {type(module).__name__} does not fit: "
+                         f"{len(missing)} missing {missing[:5]}, {len(unexpected)} unexpected {unexpected[:5]}, "
+                         f"{len(shapes)} of another shape {shapes[:5]}")
     for key, p in mine.items():
         p.copy_(state[key])
 

@@ -14,7 +14,6 @@ latents. A folder of Mirage holds what the two stages trained, beside the base t
     python -m mirage_min.mirage
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -85,7 +84,7 @@ class Mirage(nn.Module):
 
     @torch.no_grad()
     def stream(self, frames: Iterable[Tensor], window: int | None = None) -> Iterator[Tensor]:
-        """Frames [3, H, W] in [-1, 1] -> as many frames [3, H, W], clamped, at a memory that the length does not change.
+        """Frames [3, H, W] in [-1, 1] -> as many frames [3, H, W], clamped, in memory independent of the length.
 
         `window`: how many latents the transformer sees at once. Windows overlap by one temporal patch or more and are
         blended there, with weights that rise linearly and sum to one.
@@ -166,10 +165,11 @@ class Mirage(nn.Module):
                   **settings) -> "Mirage":
         """Published weights with new, untrained fusion blocks: where training starts.
 
-        base: a CogVideoX or Wan folder or hub id (vae, transformer and scheduler in subfolders); vae2d: an AutoencoderKL
-        (None for Wan); text: the prompt's embedding [1, L, D], zeros if not given.
+        base: a CogVideoX or Wan folder or hub id (vae, transformer and scheduler in subfolders); vae2d: an
+        AutoencoderKL (None for Wan); text: the prompt's embedding [1, L, D], zeros if not given.
         """
-        wan = weights.read_json(weights.locate(WanVAE, base, "vae") / "config.json").get("_class_name") == "AutoencoderKLWan"
+        config = weights.read_json(weights.locate(WanVAE, base, "vae") / "config.json")
+        wan = config.get("_class_name") == "AutoencoderKLWan"
         VAE, DiT = (WanVAE, WanDiT) if wan else (CogVideoXVAE, CogVideoXDiT)
         place = dict(dtype=dtype, device=device)
         vae, dit = VAE.from_pretrained(base, "vae", **place), DiT.from_pretrained(base, "transformer", **place)
@@ -190,20 +190,21 @@ class Mirage(nn.Module):
         """A trained Mirage from its folder; base and vae2d default to what the adapters were trained on."""
         path = Path(path)
         a, a_about = weights.load_tensors(path / "stage_a.safetensors")
-        h, h_about = weights.load_tensors(path / "stage_h.safetensors") if (path / "stage_h.safetensors").exists() else ({}, {})
+        stage_h = path / "stage_h.safetensors"
+        h, h_about = weights.load_tensors(stage_h) if stage_h.exists() else ({}, {})
         text = weights.load_tensors(path / "prompt.safetensors")[0]["text"]
         def beside(name: str | None) -> str | Path | None:  # bases that are shipped lie beside the adapters
             return path / name if name and (path / name).is_dir() else name
         settings = {k: int(h_about[k]) for k in ("t", "window") if k in h_about}
-        mirage = cls.from_base(base or beside(a_about["base"]), vae2d or beside(a_about.get("vae2d")), text, device, dtype,
-                               **settings)
+        base, vae2d = base or beside(a_about["base"]), vae2d or beside(a_about.get("vae2d"))
+        mirage = cls.from_base(base, vae2d, text, device, dtype, **settings)
         mirage.load_stage(a, a_about)
         if h:
             mirage.load_stage(h, h_about)
         return mirage.to(device)
 
     def add_lora(self, name: str, rank: int, alpha: float) -> None:
-        """Reconstruction- and Harmonisation-LoRA: every convolution of the 3D decoder; the transformer's: its attention."""
+        """Reconstruction- and Harmonisation-LoRA: every convolution of the 3D decoder; the transformer's: attention."""
         if name == TRANSFORMER:
             lora.add(self.dit, name, rank, alpha, targets=("to_q", "to_k", "to_v", "to_out.0"))
         else:
@@ -239,8 +240,8 @@ class Mirage(nn.Module):
 
 
 if __name__ == "__main__":
-    from .one_step import alpha_bar
     from .dit_cogvideox import CogVideoXDiTConfig
+    from .one_step import alpha_bar
     from .vae_2d import AutoencoderKLConfig
     from .vae_cogvideox import CogVideoXVAEConfig
 
@@ -255,4 +256,5 @@ if __name__ == "__main__":
         x_dr = mirage(x_ni)
     streamed = torch.stack(list(mirage.stream(x_ni[0].unbind(1), window=7)), dim=1)
     print(f"x_NI {list(x_ni.shape)} -> x_DR {list(x_dr.shape)}")
-    print(f"stream with one window for the whole clip: largest difference {(streamed - x_dr[0].clamp(-1, 1)).abs().max():.1e}")
+    difference = (streamed - x_dr[0].clamp(-1, 1)).abs().max()
+    print(f"stream with one window for the whole clip: largest difference {difference:.1e}")

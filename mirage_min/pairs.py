@@ -51,7 +51,7 @@ class Pairs:
         return torch.stack(ni), torch.stack(gt)
 
     def read(self, i: int, integer, frames: int, size: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
-        """One pair, each [3, frames, h, w] in [-1, 1]; `integer(n)` draws where to cut. ValueError names a broken clip."""
+        """One pair, each [3, frames, h, w] in [-1, 1]; `integer(n)` draws where to cut. A broken clip: ValueError."""
         clip = self.clips[i]
         try:
             if isinstance(clip, tuple):

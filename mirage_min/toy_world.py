@@ -11,7 +11,8 @@ MirageDrive, which is not public, and are made so that a small model can learn f
 paint is the actor's paint, lights vary within narrow ranges, actors are large and shadows long.
 
     python -m mirage_min.toy_world --out data/toy --clips 2000 --workers 2
-    python -m mirage_min.toy_world                     # one scene: shapes, figures and a picture
+    python -m mirage_min.toy_world --video naive.mp4 --frames 33 --first-seed 1000005 --size 128x192
+    python -m mirage_min.toy_world                     # one scene: shapes and a picture
 """
 
 import argparse
@@ -28,6 +29,7 @@ from tqdm import tqdm
 
 from . import weights
 from .toy_render import Body, Light, Part, Scene, box, frame, intrinsics, motion
+from .video import write_clip
 
 
 @dataclass
@@ -270,7 +272,12 @@ if __name__ == "__main__":
     parser.add_argument("--frames", type=int, default=9, help="frames of a clip (default 9)")
     parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
     parser.add_argument("--extras", action="store_true", help="also depth, flow, visibility, boxes and cameras")
+    parser.add_argument("--video", type=Path, help="write the first seed's naive insertion to this mp4 instead")
     args = parser.parse_args()
+    if args.video:
+        config = WorldConfig(args.frames, *args.size)
+        write_clip(args.video, make_clip(args.first_seed, config, extras=False).x_ni, config.fps, crf=8)
+        sys.exit()
     if args.out is None:
         demonstrate()
         sys.exit()

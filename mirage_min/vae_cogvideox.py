@@ -124,7 +124,8 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, C, T, H, W = x.shape
         if self.time and T > 1:
-            x = torch.cat([x[:, :, : T % 2], (x[:, :, T % 2 :: 2] + x[:, :, T % 2 + 1 :: 2]) / 2], dim=2)  # [B, C, ⌈T/2⌉, H, W]
+            pairs = (x[:, :, T % 2 :: 2] + x[:, :, T % 2 + 1 :: 2]) / 2
+            x = torch.cat([x[:, :, : T % 2], pairs], dim=2)            # [B, C, ⌈T/2⌉, H, W]
         x = F.pad(rearrange(x, "b c t h w -> (b t) c h w"), (0, 1, 0, 1))
         return rearrange(self.conv(x), "(b t) c h w -> b c t h w", b=B)
 

@@ -59,7 +59,7 @@ def each_frame(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 class Spent(dict):
-    """A cache that gives each entry away when it is read: a loop that never goes back need not hold two caches."""
+    """A cache that loses an entry as it is read, its last to the last layer: a loop that goes on holds one, not two."""
 
     __getitem__ = dict.pop
 

@@ -1,13 +1,18 @@
 """Mirage with small random networks, for the tests: the shipped classes with smaller numbers."""
 
+import json
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from mirage_min.dit_cogvideox import CogVideoXDiT, CogVideoXDiTConfig
+from mirage_min.dit_wan import WanDiT, WanDiTConfig
 from mirage_min.mirage import Mirage
 from mirage_min.one_step import alpha_bar
 from mirage_min.vae_2d import AutoencoderKL, AutoencoderKLConfig
 from mirage_min.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
+from mirage_min.vae_wan import WanVAE, WanVAEConfig
 
 
 def parts(patch_size_t: int | None = None, latent_channels: int = 4):
@@ -17,8 +22,9 @@ def parts(patch_size_t: int | None = None, latent_channels: int = 4):
                                           latent_channels=latent_channels, scaling_factor=0.7))
     dit = CogVideoXDiT(CogVideoXDiTConfig(num_attention_heads=1, attention_head_dim=16, num_layers=1, time_embed_dim=8,
                                           in_channels=latent_channels, out_channels=latent_channels, text_embed_dim=8,
-                                          max_text_seq_length=2, patch_size_t=patch_size_t, patch_bias=patch_size_t is None,
-                                          sample_height=4, sample_width=6, use_rotary_positional_embeddings=True))
+                                          max_text_seq_length=2, sample_height=4, sample_width=6,
+                                          patch_size_t=patch_size_t, patch_bias=patch_size_t is None,
+                                          use_rotary_positional_embeddings=True))
     vae2d = AutoencoderKL(AutoencoderKLConfig(block_out_channels=(8, 8, 8, 8), norm_num_groups=4, layers_per_block=1))
     return vae, dit, vae2d
 
@@ -30,3 +36,25 @@ def mirage(patch_size_t: int | None = None, **settings) -> Mirage:
     for block in model.vae.fusion:
         nn.init.normal_(block.weight, std=0.05)
     return model.requires_grad_(False).eval()
+
+
+def save_cogvideox(folder: Path) -> None:
+    """base/ and vae_2d/ in diffusers layout."""
+    vae, dit, vae2d = parts()
+    vae.save_pretrained(folder / "base" / "vae"), dit.save_pretrained(folder / "base" / "transformer")
+    vae2d.save_pretrained(folder / "vae_2d")
+    (folder / "base" / "scheduler").mkdir()
+    (folder / "base" / "scheduler" / "scheduler_config.json").write_text(json.dumps(
+        {"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
+         "snr_shift_scale": 1.0}))
+
+
+def save_wan(folder: Path) -> None:
+    """base/ of a small random Wan 2.1."""
+    torch.manual_seed(0)
+    WanVAE(WanVAEConfig(base_dim=8, num_res_blocks=1)).save_pretrained(folder / "base" / "vae")
+    WanDiT(WanDiTConfig(num_attention_heads=1, attention_head_dim=24, num_layers=1, ffn_dim=32, freq_dim=16, text_dim=8
+                       )).save_pretrained(folder / "base" / "transformer")
+    (folder / "base" / "scheduler").mkdir()
+    (folder / "base" / "scheduler" / "scheduler_config.json").write_text(json.dumps(
+        {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "flow_shift": 3.0}))

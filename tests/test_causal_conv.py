@@ -12,15 +12,15 @@ from mirage_min.causal_conv import CausalConv3d, name_caches
 def slow_causal(x, weight, bias, first, stride):
     """The definition, one output value at a time: y[o, t] = b + sum over taps of w · (x padded in front)[t + tap]."""
     B, C, T, H, W = x.shape
-    O, _, kt, kh, kw = weight.shape
+    C_out, _, kt, kh, kw = weight.shape
     front = x[:, :, :1] if first == "repeat" else torch.zeros_like(x[:, :, :1])
     x = torch.cat([front] * (kt - 1) + [x], dim=2)
     x = torch.nn.functional.pad(x, (kw // 2, kw // 2, kh // 2, kh // 2))
     rows, cols = (H - 1) // stride + 1, (W - 1) // stride + 1
-    y = torch.zeros(B, O, T, rows, cols, dtype=x.dtype)
+    y = torch.zeros(B, C_out, T, rows, cols, dtype=x.dtype)
     for t, i, j in itertools.product(range(T), range(rows), range(cols)):
         window = x[:, :, t : t + kt, i * stride : i * stride + kh, j * stride : j * stride + kw]
-        for o in range(O):
+        for o in range(C_out):
             y[:, o, t, i, j] = bias[o] + (window * weight[o]).sum(dim=(1, 2, 3, 4))
     return y
 

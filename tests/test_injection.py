@@ -40,8 +40,9 @@ def test_a_block_is_one_convolution_of_the_two_scaled_streams_over_single_frames
     block = vae.fusion[0]
     block.s_h.fill_(20.0), block.s_f.fill_(0.5)
     h, f = torch.randn(2, 8, 3, 4, 5, dtype=torch.float64) * 20, torch.randn(2, 5, 3, 4, 5, dtype=torch.float64)
-    wanted = torch.stack([h[:, :, t] + 20 * torch.nn.functional.conv2d(
-        torch.cat([h[:, :, t] / 20, f[:, :, t] / 0.5], dim=1), block.weight, block.bias, padding=1) for t in range(3)], dim=2)
+    both = torch.cat([h / 20, f / 0.5], dim=1)
+    merged = [torch.nn.functional.conv2d(both[:, :, t], block.weight, block.bias, padding=1) for t in range(3)]
+    wanted = h + 20 * torch.stack(merged, dim=2)
     difference = (block(h, f) - wanted).abs().max()
     assert difference < 1e-10, f"largest difference {difference:.1e}, allowed 1e-10"
 
@@ -58,7 +59,10 @@ def test_the_features_of_one_frame_change_what_enters_at_that_frame_alone(vae):
 
 def test_measured_scales_are_the_standard_deviations_of_what_flows_in(vae):
     z, seen = torch.randn(2, 4, 3, 2, 3, dtype=torch.float64), []
-    hooks = [b.register_forward_pre_hook(lambda m, args: seen.append([v.std().item() for v in args])) for b in vae.fusion]
+
+    def see(block, args):
+        seen.append([v.std().item() for v in args])
+    hooks = [block.register_forward_pre_hook(see) for block in vae.fusion]
     vae.decode(z, features())
     for hook in hooks:
         hook.remove()

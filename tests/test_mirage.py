@@ -65,7 +65,8 @@ def test_a_stream_with_one_window_is_the_plain_forward(T, patch_size_t):
     assert difference < 1e-5, f"largest difference {difference:.1e} to the plain forward, allowed 1e-5"
 
 
-@pytest.mark.parametrize("patch_size_t, window, T", [(None, 3, 57), (None, 5, 50), (None, 4, 33), (2, 5, 57), (2, 9, 90)])
+@pytest.mark.parametrize("patch_size_t, window, T", [
+    (None, 3, 57), (None, 5, 50), (None, 4, 33), (2, 5, 57), (2, 9, 90)])
 def test_a_stream_yields_every_frame_once_whatever_the_window(patch_size_t, window, T):
     mirage = small.mirage(patch_size_t)
     mirage.denoise = lambda z: z  # then windows and their blending must give back what went in
@@ -80,8 +81,8 @@ def test_windows_overlap_and_fall_on_whole_temporal_patches():
     z = torch.arange(25.0).view(1, 1, 25, 1, 1).expand(1, 4, 25, 2, 2)
     mirage.denoise = lambda z: (seen.append(z[0, 0, :, 0, 0].int().tolist()), z)[1]
     out = torch.cat(list(mirage._windows(iter(z.split([3] + [2] * 11, dim=2)), 9)), dim=2)
-    assert seen == [list(range(0, 9)), list(range(5, 13)), list(range(9, 17)), list(range(13, 21)), list(range(17, 25))] or \
-        all(s[0] % 2 == 1 and len(s) % 2 == 0 for s in seen[1:]), seen
+    wanted = [list(range(a, b)) for a, b in ((0, 9), (5, 13), (9, 17), (13, 21), (17, 25))]
+    assert seen == wanted or all(s[0] % 2 == 1 and len(s) % 2 == 0 for s in seen[1:]), seen
     assert torch.allclose(out, z)
 
 
@@ -104,13 +105,7 @@ def test_a_frame_too_small_is_refused(mirage):
 @pytest.fixture
 def folder(tmp_path):
     """A base and a 2D VAE on disk, as published."""
-    vae, dit, vae2d = small.parts()
-    vae.save_pretrained(tmp_path / "base" / "vae"), dit.save_pretrained(tmp_path / "base" / "transformer")
-    vae2d.save_pretrained(tmp_path / "vae_2d")
-    (tmp_path / "base" / "scheduler").mkdir()
-    (tmp_path / "base" / "scheduler" / "scheduler_config.json").write_text(
-        '{"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_prediction", "rescale_betas_zero_snr": true, '
-        '"snr_shift_scale": 1.0, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}')
+    small.save_cogvideox(tmp_path)
     return tmp_path
 
 
@@ -123,7 +118,8 @@ def test_what_the_stages_save_comes_back_the_same(folder):
     for block in trained.vae.fusion:
         torch.nn.init.normal_(block.weight, std=0.1)
     weights.save_tensors(folder / "prompt.safetensors", {"text": trained.text})
-    trained.save_stage(folder / "stage_a.safetensors", [RECONSTRUCTION], {"base": "base", "vae2d": "vae_2d"}, fusion=True)
+    bases = {"base": "base", "vae2d": "vae_2d"}
+    trained.save_stage(folder / "stage_a.safetensors", [RECONSTRUCTION], bases, fusion=True)
     without_h = Mirage.from_pretrained(folder)
     trained.save_stage(folder / "stage_h.safetensors", [TRANSFORMER, HARMONISATION], {"t": "249", "window": "5"})
     again = Mirage.from_pretrained(folder)

@@ -14,7 +14,8 @@ stub()
 from diffusers import AutoencoderKLCogVideoX  # noqa: E402
 
 CONFIGS = Path(__file__).parents[2] / "shared" / "checkpoint_configs"
-SMALL = dict(block_out_channels=(8, 16, 16, 24), layers_per_block=1, norm_num_groups=4, latent_channels=4, scaling_factor=0.7)
+SMALL = dict(block_out_channels=(8, 16, 16, 24), layers_per_block=1, norm_num_groups=4, latent_channels=4,
+             scaling_factor=0.7)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,8 @@ def compare(name, ours, published, dtype):
     assert ours.shape == published.shape, f"{name}: shape {list(ours.shape)}, published {list(published.shape)}"
     error = (ours - published).abs().max() if dtype == torch.float64 else (ours - published).square().mean().sqrt()
     error = (error / published.std()).item()
-    assert error <= 1e-5, f"{name}: {'largest' if dtype == torch.float64 else 'RMS'} difference {error:.1e} of the std, allowed 1e-5"
+    kind = "largest" if dtype == torch.float64 else "RMS"
+    assert error <= 1e-5, f"{name}: {kind} difference {error:.1e} of the std, allowed 1e-5"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
