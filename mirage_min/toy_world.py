@@ -17,7 +17,6 @@ paint is the actor's paint, lights vary within narrow ranges, actors are large a
 
 import argparse
 import math
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -52,10 +51,10 @@ class Clip:
     x_gt: Tensor                    # [3, T, H, W] in [-1, 1]
     actor: Tensor                   # [1, T, H, W] in [0, 1], its alpha
     shadow: Tensor                  # [1, T, H, W] in [0, 1], where the actor darkens what is around it
-    depth: Tensor | None = None     # [1, T, H, W] metres along z of the camera
+    depth: Tensor | None = None     # [1, T, H, W] metres along z of the camera; inf: sky
     flow: Tensor | None = None      # [2, T-1, H, W] pixels (dx, dy) from t to t + 1
-    visible: Tensor | None = None   # [1, T-1, H, W] 1 where that point is still seen at t + 1
-    boxes: Tensor | None = None     # [T, 4] x0, y0, x1, y1 in pixels
+    visible: Tensor | None = None   # [1, T-1, H, W] 1 where it is still seen at t + 1, to a pixel
+    boxes: Tensor | None = None     # [T, 4] x0, y0, x1, y1 of the mask, in pixels; 0: hidden
     pose: Tensor | None = None      # [T, 4, 4] the actor's object-to-world
     size: Tensor | None = None      # [3] the actor's width, height, length in metres
     K: Tensor | None = None         # [3, 3]
@@ -274,13 +273,12 @@ if __name__ == "__main__":
     parser.add_argument("--extras", action="store_true", help="also depth, flow, visibility, boxes and cameras")
     parser.add_argument("--video", type=Path, help="write the first seed's naive insertion to this mp4 instead")
     args = parser.parse_args()
+    if min(args.clips, args.frames, args.workers, *args.size) < 1:
+        parser.error("clips, frames, workers and size must be at least 1")
     if args.video:
         config = WorldConfig(args.frames, *args.size)
         write_clip(args.video, make_clip(args.first_seed, config, extras=False).x_ni, config.fps, crf=8)
-        sys.exit()
-    if args.out is None:
+    elif args.out:
+        main(args)
+    else:
         demonstrate()
-        sys.exit()
-    if min(args.clips, args.frames, args.workers, *args.size) < 1:
-        parser.error("clips, frames, workers and size must be at least 1")
-    main(args)
