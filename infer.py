@@ -11,17 +11,20 @@ Exit status: 0 done; 2 the input, the model or a flag is wrong, and one line say
 """
 
 import argparse
-import itertools
 import mimetypes
 import os
 import re
 import signal
 import sys
 import time
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import av
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from mirage_min import run
@@ -36,7 +39,7 @@ class Settings:
     """What is rarely changed, by --set key=value."""
 
     crf: int = 16                  # quality of the mp4: 0 is lossless, 51 the worst
-    preset: str = "medium"         # of x264: faster ones make larger files
+    preset: str = "fast"           # of x264: slower ones make smaller files
     fps: float = 25.0              # frames a second of a folder of images
 
 
@@ -58,17 +61,23 @@ def main(args: argparse.Namespace, settings: Settings) -> None:
         start, count = time.time(), 0
         sound = None if args.input.is_dir() else args.input
         with writing(args.output, output, settings.crf, settings.preset, sound) as out:
-            x_ni, originals = itertools.tee(video) if args.compare else (video, None)
-            stream = mirage.stream(x_ni, args.window)
+            originals = deque()  # frames that the model was given and has not yet given back
+            stream = mirage.stream(remember(video, originals) if args.compare else video, args.window)
             for x_dr in tqdm(stream, total=video.count, unit="frame", leave=False, disable=None):  # None: off in a pipe
                 if args.compare:
-                    x_dr = torch.cat([next(originals), x_dr], dim=2)                 # [3, H, 2 W]
+                    x_dr = torch.cat([originals.popleft(), x_dr], dim=2)             # [3, H, 2 W]
                 out.write(x_dr, *video.times.popleft())
                 count += 1
     if video.broken:
         print(f"note: {len(video.broken)} frames did not decode and repeat the one before: "
               f"{', '.join(map(str, video.broken[:8]))}{', ...' * (len(video.broken) > 8)}", file=sys.stderr)
     print(f"{args.output}: {count} frames, {count / (time.time() - start):.2f} frames/s, {peak_memory()}")
+
+
+def remember(frames: Iterable[Tensor], kept: deque[Tensor]) -> Iterator[Tensor]:
+    for frame in frames:
+        kept.append(frame)
+        yield frame
 
 
 def check_paths(source: Path, target: Path, overwrite: bool) -> None:
@@ -109,24 +118,29 @@ def peak_memory() -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    def one_line_each(prog: str) -> argparse.HelpFormatter:
+        return argparse.HelpFormatter(prog, max_help_position=30, width=120)
+
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=one_line_each)
     parser.add_argument("input", type=Path, help="a video that PyAV decodes, or a folder of images")
     parser.add_argument("output", type=Path, help="NAME.mp4, or a folder for PNGs")
-    parser.add_argument("--model", type=Path, default=Path(__file__).parent / "weights",
+    parser.add_argument("--model", type=Path, metavar="DIR", default=Path(__file__).parent / "weights",
                         help="folder with the trained adapters (default: the small model in weights/)")
-    parser.add_argument("--base", help="folder or hub id of what they were trained on (default: as they say)")
-    parser.add_argument("--vae2d", help="folder or hub id of the AutoencoderKL (default: as they say)")
-    parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto",
-                        help="where to compute (default: the first of cuda, mps, cpu that is there)")
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto",
-                        help="precision (default: bfloat16 on cuda, else float32)")
-    parser.add_argument("--window", type=int, help="latents the transformer sees at once (default: the model's own)")
+    parser.add_argument("--base", metavar="ID",
+                        help="folder or hub id of what they were trained on (default: as they say)")
+    parser.add_argument("--vae2d", metavar="ID", help="folder or hub id of the AutoencoderKL (default: as they say)")
+    parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", metavar="NAME",
+                        help="cuda, mps, cpu or auto (default: auto, the first of them that is there)")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", metavar="TYPE",
+                        help=f"{', '.join(DTYPES)} or auto (default: auto, bfloat16 on cuda and float32 elsewhere)")
+    parser.add_argument("--window", type=int, metavar="N",
+                        help="latents that the transformer sees at once (default: the model's own)")
     parser.add_argument("--compare", action="store_true", help="write input and result side by side")
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     parser.add_argument("--skip-broken", action="store_true",
-                        help="repeat the frame before one that does not decode, instead of giving up")
+                        help="where a frame does not decode, repeat the one before instead of giving up")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
-                        help="crf=16 (quality), preset=medium (of x264), fps=25 (of a folder of images)")
+                        help="crf (0 to 51, quality of the mp4), preset (of x264), fps (of a folder of images)")
     return parser.parse_args(argv)
 
 
@@ -135,7 +149,7 @@ def cli(argv: list[str] | None = None) -> int:
     try:
         args = parse(argv)
         main(args, run.override(Settings(), args.set))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, av.FFmpegError) as error:
         print("infer.py:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:

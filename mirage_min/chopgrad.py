@@ -10,12 +10,12 @@ group's activations. ChopGrad lets the loss of group i reach back d_trunc groups
     z.backward(grad_z)                                           # once through the backbone
 
 `vae` has decode_groups(F) -> slices, decode_group(z_g, cache, inject) -> (x_g, cache), cache a flat dict of tensors,
-new at every call, and for `inject` encode_groups(T) -> slices. Keep it out of DistributedDataParallel, which goes wrong
-without an error on several backward passes a step.
+new at every call, and for `inject` encode_groups(T) -> slices. Never wrap it in DDP: gradients go wrong silently there.
 
 Every loss passes once through each graph it reaches: N groups cost (N - d/2)(d + 1) passes. `delayed` waits until the
-first graph must go and pushes the d + 1 losses so far in one sweep: (N - d)(d + 1) passes, the same gradients, and at
-d = N - 1 the cost of full backpropagation (App. D). No later sweep can be shared: each eviction meets one new loss.
+first graph must go and pushes the d + 1 losses so far in one sweep: (N - d)(d + 1) passes, the same gradients, and full
+backpropagation's cost at d = N - 1 (App. D). Later sweeps have one new loss each. Left out: evicting every s groups,
+where losses would reach unequally far.
 
 `tiles` cuts the latent in space and decodes each piece alone (C.2, C.4). No VAE here tiles exactly: CogVideoX's
 GroupNorm averages over the piece, Wan's middle block attends within it, zeros surround both. A margin without loss
@@ -143,7 +143,7 @@ def without_margin(x: Tensor, t: int, tile: Tile, s: int) -> tuple[Tensor, tuple
 if __name__ == "__main__":
     from .vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
     torch.manual_seed(0)
-    vae, z = CogVideoXVAE(CogVideoXVAEConfig(3, 3, (8, 8, 16, 16), 4, 1, norm_num_groups=4)), torch.randn(1, 4, 11, 4, 6)
+    vae, z = CogVideoXVAE(CogVideoXVAEConfig(3, 3, (8, 8, 8, 8), 4, 1, norm_num_groups=4)), torch.randn(1, 4, 11, 4, 6)
     (_, full), *rest = (backward(vae, z, lambda x, where: x.square().sum(), d) for d in (None, *range(5)))
     for d, (loss, grad_z) in enumerate(rest):
         print(f"d_trunc {d}: loss {loss:.0f}, grad z {(grad_z - full).norm() / full.norm():.1%} off (random weights)")

@@ -93,7 +93,7 @@ def rgb(frame: av.VideoFrame) -> np.ndarray:
     """A decoded frame -> uint8 [H, W, 3], full range, upright."""
     name = frame.format.name
     transparent = name == "pal8" or any(component.is_alpha for component in frame.format.components)
-    stored = FULL if name.startswith(("yuvj", "gray", "ya")) else frame.color_range or LIMITED
+    stored = frame.color_range or (FULL if name.startswith(("yuvj", "gray", "ya", "mono")) else LIMITED)
     source = {} if frame.format.is_rgb or name == "pal8" else {
         "src_colorspace": swscale_matrix(matrix_of(frame)), "src_color_range": stored, "dst_color_range": FULL}
     pixels = frame.reformat(format="rgba" if transparent else "rgb24", interpolation=EXACTLY, **source).to_ndarray()

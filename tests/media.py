@@ -1,0 +1,103 @@
+"""Videos for the tests, made on the spot: whatever a camera, an editor or a bad disk may do to one."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+RATE = 10  # frames a second
+# Not smaller than 64 x 64, where the x265 of PyAV's wheels writes beyond its memory.
+HEIGHT, WIDTH = 64, 96
+
+
+def picture(t: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    """Frame t as uint8 [H, W, 3]: smooth, with nothing that compression could lose, and brighter by 6 each time."""
+    y, x = np.linspace(0, 1, height)[:, None], np.linspace(0, 1, width)[None]
+    ramp = np.stack([40 * x + 0 * y, 40 * y + 0 * x, 40 - 20 * (x + y)], axis=-1)
+    return (ramp + 5 + 6 * t % 205).round().astype(np.uint8)
+
+
+def pictures(count: int, height: int = HEIGHT, width: int = WIDTH) -> list[np.ndarray]:
+    return [picture(t, height, width) for t in range(count)]
+
+
+def encode(path: Path, frames: list, codec: str = "libx264", pix_fmt: str = "yuv420p", pts: list[int] | None = None,
+           time_base: Fraction = Fraction(1, RATE), options: dict | None = None, rotation: int = 0,
+           aspect: Fraction | None = None, sound: str | None = None, colour: tuple | None = None, shift: int = 0,
+           start: int = 0, container: dict | None = None) -> Path:
+    """Write frames (uint8 [H, W, 3], or av frames as they are) to a file of any kind.
+
+    rotation: degrees counter-clockwise; colour: tags (matrix, range); sound: codec of a tone as long as the video;
+    start: ticks before the first frame; shift: ticks taken off every packet's time, so that an mp4 hides the start by
+    an edit list.
+    """
+    frames = [f if isinstance(f, av.VideoFrame) else av.VideoFrame.from_ndarray(f, format="rgb24") for f in frames]
+    with av.open(str(path), "w", options=container or {}) as out:
+        defaults = {"crf": "10"} if codec in ("libx264", "libx265") else {}
+        stream = out.add_stream(codec, rate=RATE, options=defaults | (options or {}))
+        stream.width, stream.height, stream.pix_fmt = frames[0].width, frames[0].height, pix_fmt
+        if codec not in ("gif", "mpeg4"):
+            stream.codec_context.time_base = time_base
+        if aspect:
+            stream.codec_context.sample_aspect_ratio = aspect
+        if rotation:
+            stream.set_display_rotation(rotation)
+        if colour:
+            stream.codec_context.colorspace, stream.codec_context.color_range = colour
+        tone = out.add_stream(sound, rate=48000, layout="stereo") if sound else None
+        packets = []
+        for i, frame in enumerate(frames):
+            frame.pts, frame.time_base = start + (pts[i] if pts else i), time_base
+            packets += stream.encode(frame)
+        packets += stream.encode()
+        if tone:
+            packets += encode_tone(tone, float(len(frames) * time_base), float(start * time_base))
+        for packet in sorted(packets, key=lambda packet: packet.dts * packet.time_base):
+            packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+            out.mux(packet)
+    return path
+
+
+def encode_tone(stream: av.AudioStream, seconds: float, start: float) -> list[av.Packet]:
+    wave = np.sin(np.arange(int(seconds * 48000)) * (2 * np.pi * 440 / 48000)).astype(np.float32) / 4
+    packets = []
+    for at in range(0, len(wave), 4800):
+        frame = av.AudioFrame.from_ndarray(np.stack([wave[at : at + 4800]] * 2), format="fltp", layout="stereo")
+        frame.sample_rate, frame.pts, frame.time_base = 48000, at + int(start * 48000), Fraction(1, 48000)
+        packets += stream.encode(frame)
+    return packets + stream.encode()
+
+
+def packets_of(path: Path, kind: str = "video") -> list[tuple[float, bytes]]:
+    """(time in seconds, content) of the packets of a file's first stream of a kind, in the order of the file."""
+    with av.open(str(path)) as container:
+        stream = getattr(container.streams, kind)[0]
+        return [(float(p.pts * p.time_base), bytes(p)) for p in container.demux(stream) if p.dts is not None]
+
+
+def break_frame(path: Path, number: int, junk: bool = False) -> Path:
+    """Overwrite the packet of the frame shown as `number` with zeros, or after its first bytes with junk."""
+    with av.open(str(path)) as container:
+        places = sorted((p.pts, p.pos, p.size) for p in container.demux(video=0) if p.dts is not None)
+    _, pos, size = places[number]
+    data = bytearray(path.read_bytes())
+    keep = 8 if junk else 0
+    fill = np.random.default_rng(0).bytes(size - keep) if junk else bytes(size - keep)
+    data[pos + keep : pos + size] = fill
+    path.write_bytes(data)
+    return path
+
+
+def yuv_frame(colour: tuple[int, int, int], matrix: tuple[float, float], full: bool, pix_fmt: str = "yuv420p",
+              height: int = HEIGHT, width: int = WIDTH) -> av.VideoFrame:
+    """One RGB colour as YUV by the definition (ITU-R BT.601 and BT.709, equations 3 and 4; H.273, 8.3)."""
+    kr, kb = matrix
+    r, g, b = (c / 255 for c in colour)
+    y = kr * r + (1 - kr - kb) * g + kb * b
+    cb, cr = (b - y) / (2 - 2 * kb), (r - y) / (2 - 2 * kr)
+    levels = (255 * y, 128 + 255 * cb, 128 + 255 * cr) if full else (16 + 219 * y, 128 + 224 * cb, 128 + 224 * cr)
+    frame = av.VideoFrame(width, height, pix_fmt)
+    for plane, level in zip(frame.planes, levels, strict=True):
+        plane.update(bytes([min(255, round(level))]) * plane.buffer_size)
+    return frame

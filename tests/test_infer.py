@@ -1,0 +1,333 @@
+"""python infer.py in out: every kind of video comes out as it went in, and every mistake is one line and status 2.
+
+The model is no part of most of this: a stand-in that gives back what it gets, some frames later, takes its place.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import infer
+from mirage_min import video
+from mirage_min.video import Video, read_clip, write_clip
+from tests import small
+from tests.media import HEIGHT, RATE, WIDTH, break_frame, encode, packets_of, picture, pictures
+
+ROOT = Path(__file__).parents[1]
+needs_weights = pytest.mark.skipif(not (ROOT / "weights" / "stage_a.safetensors").exists(),
+                                   reason="needs the trained model in weights/")
+
+
+class StandIn:
+    """Gives back every frame, five frames after it got it; `at`: what to do when it has got so many."""
+
+    def __init__(self, at=None):
+        self.at = at or {}
+
+    def stream(self, frames, window=None):
+        held = []
+        for number, frame in enumerate(frames):
+            if number in self.at:
+                self.at[number]()
+            held.append(frame)
+            if len(held) > 5:
+                yield held.pop(0)
+        yield from held
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Puts the stand-in in the model's place; the test may give it something to do at a frame."""
+    model = StandIn()
+    monkeypatch.setattr(infer.Mirage, "from_pretrained", lambda *path, **settings: model)
+    return model
+
+
+def run(capsys, *argv):
+    """infer.py's status, and what it wrote on stdout and stderr."""
+    status = infer.cli([str(argument) for argument in argv])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def succeed(capsys, *argv):
+    status, out, err = run(capsys, *argv)
+    assert status == 0, err
+    return out, err
+
+
+def fail(capsys, wanted, *argv):
+    """The run must end with status 2, exactly one line that has `wanted` in it, and leave no temporary file."""
+    status, out, err = run(capsys, *argv)
+    assert status == 2 and not out
+    lines = err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("infer.py: ") and re.search(wanted, lines[0]), err
+    assert not list(Path(argv[1]).parent.glob("*.part"))
+
+
+def shape_of(path):
+    with Video(path) as clip:
+        times = len(list(clip)), [pts * clip.format.time_base for pts, _ in clip.times]
+        return (*times, clip.format.height, clip.format.width)
+
+
+def difference(a, b):
+    """Largest difference between two videos [3, T, H, W], of 255."""
+    assert a.shape == b.shape
+    return float((a - b).abs().max() * 127.5)
+
+
+# ---- what comes out -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("T, H, W", [(1, 16, 16), (9, 16, 16), (1, 67, 101), (9, 67, 101), (2, 540, 960)])
+def test_size_number_order_and_colours_of_the_frames_stay(tmp_path, capsys, stand_in, T, H, W):
+    source, target = encode(tmp_path / "in.mkv", pictures(T, H, W), pix_fmt="yuv444p"), tmp_path / "out.mp4"
+    out, err = succeed(capsys, source, target)
+    x, y = read_clip(source), read_clip(target)
+    assert difference(x, y) < 12, "of 255"
+    shift = ((y - x).mean(dim=(1, 2, 3)) * 127.5).abs().max()
+    assert shift < (2 if H == 16 else 1), f"a channel's mean shifted by {shift:.2f} of 255"  # 16x16: a single block
+    assert re.fullmatch(rf"{target}: {T} frames, [\d.]+ frames/s, peak memory [\d.]+ GiB\n", out)
+    assert (err.count("\n") == 1 and "yuv444p" in err) if H % 2 else not err
+
+
+@pytest.mark.parametrize("T", [1, 2, 5, 8, 9, 10, 17, 33])
+def test_a_real_stream_gives_back_as_many_frames_at_the_same_times(tmp_path, capsys, monkeypatch, T):
+    monkeypatch.setattr(infer.Mirage, "from_pretrained", lambda *path, **settings: small.mirage(window=3))
+    source, target = encode(tmp_path / "in.mp4", pictures(T, 16, 18)), tmp_path / "out.mp4"
+    succeed(capsys, source, target)
+    assert shape_of(target) == shape_of(source) == (T, [Fraction(t, RATE) for t in range(T)], 16, 18)
+
+
+def test_irregular_times_sound_and_rotation_survive(tmp_path, capsys, stand_in):
+    pts = [0, 1, 5, 6, 20, 21, 22, 30, 31, 49]
+    source = encode(tmp_path / "in.mp4", pictures(10), pts=[100 * t for t in pts], time_base=Fraction(1, 1000),
+                    sound="aac", rotation=90)
+    succeed(capsys, source, tmp_path / "out.mp4")
+    assert shape_of(tmp_path / "out.mp4") == (10, [Fraction(t, 10) for t in pts], WIDTH, HEIGHT)
+    assert difference(read_clip(source), read_clip(tmp_path / "out.mp4")) < 12
+    assert [p for _, p in packets_of(tmp_path / "out.mp4", "audio")] == [p for _, p in packets_of(source, "audio")]
+
+
+def test_a_gif_becomes_an_mp4(tmp_path, capsys, stand_in):
+    images = [Image.fromarray(picture(20 * t)) for t in range(4)]
+    images[0].save(tmp_path / "in.gif", save_all=True, append_images=images[1:], duration=[50, 120, 70, 400])
+    succeed(capsys, tmp_path / "in.gif", tmp_path / "out.mp4")
+    assert shape_of(tmp_path / "out.mp4")[:2] == (4, [Fraction(t, 100) for t in (0, 5, 17, 24)])
+
+
+def test_a_folder_of_images_becomes_a_folder_without_loss_or_an_mp4_of_its_own_rate(tmp_path, capsys, stand_in):
+    (tmp_path / "in").mkdir()
+    for t in range(8, 12):
+        Image.fromarray(picture(t)).save(tmp_path / "in" / f"{t}.png")
+    succeed(capsys, tmp_path / "in", tmp_path / "out")
+    assert torch.equal(read_clip(tmp_path / "in"), read_clip(tmp_path / "out"))
+    succeed(capsys, tmp_path / "in", tmp_path / "out.mp4", "--set", "fps=12.5", "--set", "crf=2")
+    assert shape_of(tmp_path / "out.mp4")[1] == [Fraction(2 * t, 25) for t in range(4)]
+
+
+def test_compare_puts_the_input_beside_the_result(tmp_path, capsys, monkeypatch):
+    model = StandIn()
+    model.stream = lambda frames, window: (-frame for frame in StandIn().stream(frames))
+    monkeypatch.setattr(infer.Mirage, "from_pretrained", lambda *path, **settings: model)
+    source, target = encode(tmp_path / "in.mp4", pictures(12)), tmp_path / "out.mp4"
+    succeed(capsys, source, target, "--compare")
+    x, y = read_clip(source), read_clip(target)
+    assert difference(torch.cat([x, -x], dim=3), y) < 40  # only at the border between the two
+    assert (x - y[..., :WIDTH]).abs().mean() * 127.5 < 1 and (x + y[..., WIDTH:]).abs().mean() * 127.5 < 1
+
+
+def test_the_flags_reach_the_model(tmp_path, capsys, monkeypatch):
+    seen = {}
+
+    def from_pretrained(path, **settings):
+        seen.update(settings, path=path)
+        model = StandIn()
+        model.stream = lambda frames, window: seen.update(window=window) or iter(frames)
+        return model
+
+    monkeypatch.setattr(infer.Mirage, "from_pretrained", from_pretrained)
+    source = encode(tmp_path / "in.mp4", pictures(2))
+    succeed(capsys, source, tmp_path / "a.mp4", "--device", "cpu")
+    assert seen == dict(path=ROOT / "weights", base=None, vae2d=None, device="cpu", dtype=torch.float32, window=None)
+    succeed(capsys, source, tmp_path / "b.mp4", "--model", "m", "--base", "b", "--vae2d", "v", "--dtype", "bfloat16",
+            "--window", "5", "--device", "cpu")
+    assert seen == dict(path=Path("m"), base="b", vae2d="v", device="cpu", dtype=torch.bfloat16, window=5)
+
+
+@pytest.mark.parametrize("flags", [[], ["--compare"]])
+def test_a_long_video_is_never_in_memory_as_a_whole(tmp_path, capsys, monkeypatch, stand_in, flags):
+    frames, most = [], 0
+
+    def counted(pixels, to_float=video.to_float):
+        nonlocal most
+        frames.append(weakref.ref(frame := to_float(pixels)))
+        most = max(most, sum(ref() is not None for ref in frames))
+        return frame
+
+    monkeypatch.setattr(video, "to_float", counted)
+    succeed(capsys, encode(tmp_path / "in.mp4", pictures(120, 16, 16)), tmp_path / "out.mp4", *flags)
+    assert len(frames) == 120 and most <= 25, f"{most} of 120 frames were in memory at once"
+
+
+def test_help_explains_every_flag_in_a_line_and_there_are_at_most_twelve(capsys):
+    with pytest.raises(SystemExit) as stop:
+        infer.parse(["--help"])
+    text = capsys.readouterr().out
+    lines = [line for line in text[text.index("positional") :].splitlines() if line.startswith(" ")]
+    assert all(re.match(r"  (-h, )?(--)?[a-z][\w-]*( [A-Z=]+)?  +\S.*\S", line) for line in lines), text
+    assert stop.value.code == 0 and len(lines) - 1 <= 12  # --help is not counted
+
+
+# ---- damage ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_broken_frame_ends_the_run_unless_it_may_be_skipped(tmp_path, capsys, stand_in):
+    source, target = encode(tmp_path / "in.mp4", pictures(20), options={"g": "4", "bf": "0"}), tmp_path / "out.mp4"
+    break_frame(source, 11)
+    fail(capsys, r"in\.mp4: frame 11 \(counted from 0\) does not decode", source, target)
+    assert not target.exists()
+    out, err = succeed(capsys, source, target, "--skip-broken")
+    y = read_clip(target)
+    assert y.shape[1] == 20 and difference(y[:, 11], y[:, 10]) < 3 and "did not decode" in err and "11" in err
+
+
+def test_a_file_that_was_cut_off_ends_the_run(tmp_path, capsys, stand_in):
+    noise = [np.random.default_rng(t).integers(0, 255, (HEIGHT, WIDTH, 3), np.uint8) for t in range(12)]
+    source = encode(tmp_path / "in.mp4", noise, container={"movflags": "faststart"})
+    source.write_bytes(source.read_bytes()[: source.stat().st_size // 2])
+    fail(capsys, r"in\.mp4: frame \d+ ", source, tmp_path / "out.mp4")
+
+
+# ---- every bad input ------------------------------------------------------------------------------------------------
+
+
+def test_bad_paths_are_one_line_and_status_2(tmp_path, capsys, stand_in):
+    clip = encode(tmp_path / "clip.mp4", pictures(2))
+    before = clip.read_bytes()
+    (tmp_path / "text.mp4").write_text("hello" * 99)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "link.mp4").symlink_to(clip)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("ten years of work")
+    write_clip(tmp_path / "tiny", torch.zeros(3, 2, 15, 40))
+    out = tmp_path / "out.mp4"
+    fail(capsys, "is the input", clip, clip, "--overwrite")
+    fail(capsys, "is the input", clip, tmp_path / "link.mp4", "--overwrite")
+    fail(capsys, "is the input", tmp_path / "tiny", tmp_path / "tiny", "--overwrite")
+    fail(capsys, "exists .*--overwrite", clip, tmp_path / "text.mp4")
+    fail(capsys, "holds more than numbered PNGs: thesis.tex", clip, tmp_path / "mine", "--overwrite")
+    fail(capsys, "there is no folder", clip, tmp_path / "nowhere" / "out.mp4")
+    fail(capsys, "NAME.mp4, or a folder", clip, tmp_path / "out.avi")
+    fail(capsys, "absent.mp4: .*No such file", tmp_path / "absent.mp4", out)
+    fail(capsys, "text.mp4: cannot be read as video", tmp_path / "text.mp4", out)
+    fail(capsys, "none: holds no frames", tmp_path / "none", out)
+    fail(capsys, "tiny: frames are 40x15, wanted at least 16x16", tmp_path / "tiny", out)
+    assert clip.read_bytes() == before and not out.exists() and (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_bad_settings_are_one_line_and_status_2(tmp_path, capsys, stand_in):
+    clip, out = encode(tmp_path / "clip.mp4", pictures(2)), tmp_path / "out.mp4"
+    fail(capsys, "unknown key 'quality'", clip, out, "--set", "quality=3")
+    fail(capsys, "crf must be int, got 'best'", clip, out, "--set", "crf=best")
+    fail(capsys, "x264 takes no such settings: .*preset=quick", clip, out, "--set", "preset=quick")
+    write_clip(tmp_path / "images", torch.zeros(3, 2, 16, 16))
+    fail(capsys, "fps must be above 0", tmp_path / "images", out, "--set", "fps=0")
+    if not torch.cuda.is_available():
+        fail(capsys, "--device cuda", clip, out, "--device", "cuda")
+
+
+def test_a_model_that_does_not_fit_is_one_line_and_status_2(tmp_path, capsys, monkeypatch):
+    clip, out = encode(tmp_path / "clip.mp4", pictures(2)), tmp_path / "out.mp4"
+    fail(capsys, "no such file", clip, out, "--model", tmp_path / "nowhere")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "stage_a.safetensors").write_bytes(b"junk" * 9)
+    fail(capsys, "stage_a.safetensors: truncated or corrupt", clip, out, "--model", tmp_path / "model")
+
+    def from_pretrained(*path, **settings):
+        raise ValueError("vae.safetensors does not fit the model\n  1 missing: decoder.conv_in.weight\n  1 more: a")
+
+    monkeypatch.setattr(infer.Mirage, "from_pretrained", from_pretrained)
+    fail(capsys, "does not fit the model 1 missing: decoder.conv_in.weight", clip, out)
+
+
+def test_a_bug_is_not_hidden_behind_a_line(tmp_path, capsys, stand_in):
+    stand_in.at[1] = lambda: {}["missing"]
+    with pytest.raises(KeyError):
+        infer.cli([str(encode(tmp_path / "clip.mp4", pictures(3))), str(tmp_path / "out.mp4")])
+    assert not (tmp_path / "out.mp4").exists()
+
+
+# ---- stopped --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_and_leaves_nothing(tmp_path, capsys, stand_in, name, number):
+    source = encode(tmp_path / "in.mp4", pictures(30))
+    stand_in.at[20] = lambda: os.kill(os.getpid(), number)
+    before = signal.signal(number, infer.interrupt)
+    try:
+        status, out, err = run(capsys, source, tmp_path / name)
+        assert signal.getsignal(number) == signal.SIG_IGN, "a second one must not cut off the cleaning up"
+    finally:
+        signal.signal(number, before)
+    assert status == 128 + number and err == f"infer.py: stopped by {number.name}; nothing was written\n" and not out
+    assert [p.name for p in tmp_path.iterdir()] == ["in.mp4"]
+
+
+def test_sigterm_to_the_process_ends_it_with_143_and_leaves_nothing(tmp_path):
+    source = encode(tmp_path / "in.mp4", pictures(150))
+    script = ("import runpy, sys, time, types\n"
+              "from mirage_min.mirage import Mirage\n"
+              "def stream(frames, window):\n"
+              "    for number, frame in enumerate(frames):\n"
+              "        if number == 120:\n"
+              "            print('frame 120', flush=True)\n"
+              "            for _ in range(600):\n"
+              "                time.sleep(0.1)\n"
+              "        yield frame\n"
+              "Mirage.from_pretrained = lambda *path, **settings: types.SimpleNamespace(stream=stream)\n"
+              f"sys.argv = ['infer.py', {str(source)!r}, {str(tmp_path / 'out.mp4')!r}]\n"
+              "runpy.run_path('infer.py', run_name='__main__')\n")
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == "frame 120\n", process.stderr.read()
+    assert len(list(tmp_path.glob("out.mp4.*.part"))) == 1
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and err == "infer.py: stopped by SIGTERM; nothing was written\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["in.mp4"]
+
+
+# ---- the trained model ----------------------------------------------------------------------------------------------
+
+
+@needs_weights
+@pytest.mark.parametrize("T, H, W", [(1, 16, 16), (10, 67, 101)])
+def test_the_trained_model_harmonises_any_size_and_length(tmp_path, capsys, T, H, W):
+    source, target = encode(tmp_path / "in.mkv", pictures(T, H, W), pix_fmt="yuv444p"), tmp_path / "out.mp4"
+    start = time.time()
+    succeed(capsys, source, target, "--device", "cpu")
+    assert shape_of(target) == shape_of(source) and time.time() - start < 60
+    shift = ((read_clip(target) - read_clip(source)).mean() * 127.5).abs()
+    assert shift < 12, f"smooth grey came back {shift:.1f} of 255 brighter or darker"
+
+
+@needs_weights
+def test_the_demo_clip_is_whole():
+    with av.open(str(ROOT / "assets" / "naive_insertion.mp4")) as container:
+        assert container.streams.video[0].frames >= 9
