@@ -300,14 +300,16 @@ def copy_sound(path: Path, out: av.container.OutputContainer) -> Iterator[float]
         for packet in packets(container, streams):
             stream, target, end = packet.stream, into[packet.stream.index], packet.dts is None
             start = round(clock_start(container) / stream.time_base)
+            if not end and packet.dts <= latest[stream.index]:
+                continue  # a broadcast stream may go back in time, an mp4 not
+            latest[stream.index] = packet.dts
             seconds = math.inf if end else float((packet.dts - start) * stream.time_base)
             if stream.name not in MP4_SOUND:
                 for frame in decode_packet(packet)[0] + [None] * end:  # None: the encoder hands out what it still holds
                     if start and frame is not None:
                         frame.pts -= start
                     out.mux(target.encode(frame))
-            elif seconds < math.inf and packet.dts > latest[stream.index]:  # mp4 cannot go back in time
-                latest[stream.index] = packet.dts
+            elif not end:
                 packet.pts, packet.dts, packet.stream = packet.pts - start, packet.dts - start, target
                 out.mux(packet)
             yield seconds

@@ -8,12 +8,10 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import weakref
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -318,16 +316,18 @@ def test_sigterm_to_the_process_ends_it_with_143_and_leaves_nothing(tmp_path):
 
 @needs_weights
 @pytest.mark.parametrize("T, H, W", [(1, 16, 16), (10, 67, 101)])
-def test_the_trained_model_harmonises_any_size_and_length(tmp_path, capsys, T, H, W):
+def test_the_trained_model_takes_any_size_and_length(tmp_path, capsys, T, H, W):
     source, target = encode(tmp_path / "in.mkv", pictures(T, H, W), pix_fmt="yuv444p"), tmp_path / "out.mp4"
-    start = time.time()
     succeed(capsys, source, target, "--device", "cpu")
-    assert shape_of(target) == shape_of(source) and time.time() - start < 60
-    shift = ((read_clip(target) - read_clip(source)).mean() * 127.5).abs()
-    assert shift < 12, f"smooth grey came back {shift:.1f} of 255 brighter or darker"
+    assert shape_of(target) == shape_of(source)
 
 
 @needs_weights
-def test_the_demo_clip_is_whole():
-    with av.open(str(ROOT / "assets" / "naive_insertion.mp4")) as container:
-        assert container.streams.video[0].frames >= 9
+def test_the_trained_model_changes_the_demo_clip_and_keeps_its_scene(tmp_path, capsys):
+    source, target = ROOT / "assets" / "naive_insertion.mp4", tmp_path / "out.mp4"
+    succeed(capsys, source, target, "--device", "cpu")
+    x, y = read_clip(source), read_clip(target)
+    error = (y - x).abs().mean(dim=0)[::8].flatten() * 127.5           # every eighth frame
+    assert y.shape == x.shape and x.shape[1] >= 9
+    assert error.median() < 8, f"half of the pixels moved by {error.median():.1f} of 255 or more, allowed 8"
+    assert error.quantile(0.999) > 30, "nothing was harmonised: hardly a pixel moved by 30 of 255"
