@@ -31,6 +31,7 @@ from mirage_min import run
 from mirage_min.mirage import Mirage
 from mirage_min.video import Video, is_mp4, writing
 
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -163,11 +164,12 @@ def cli(argv: list[str] | None = None) -> int:
 
 
 def interrupt(number: int, _) -> None:
-    signal.signal(number, signal.SIG_IGN)  # a second one must not cut off the cleaning up
+    for each in STOPPING:
+        signal.signal(each, signal.SIG_IGN)  # a second one must not cut off the cleaning up
     raise KeyboardInterrupt(number)
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+    for each in STOPPING:
+        signal.signal(each, interrupt)
     sys.exit(cli())

@@ -277,12 +277,13 @@ def test_a_bug_is_not_hidden_behind_a_line(tmp_path, capsys, stand_in):
 def test_a_signal_ends_the_run_and_leaves_nothing(tmp_path, capsys, stand_in, name, number):
     source = encode(tmp_path / "in.mp4", pictures(30))
     stand_in.at[20] = lambda: os.kill(os.getpid(), number)
-    before = signal.signal(number, infer.interrupt)
+    before = {each: signal.signal(each, infer.interrupt) for each in infer.STOPPING}
     try:
         status, out, err = run(capsys, source, tmp_path / name)
-        assert signal.getsignal(number) == signal.SIG_IGN, "a second one must not cut off the cleaning up"
+        assert all(signal.getsignal(each) == signal.SIG_IGN for each in infer.STOPPING), "a second must not disturb"
     finally:
-        signal.signal(number, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
     assert status == 128 + number and err == f"infer.py: stopped by {number.name}; nothing was written\n" and not out
     assert [p.name for p in tmp_path.iterdir()] == ["in.mp4"]
 
