@@ -158,6 +158,8 @@ class PatchEmbed(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
+    """Sines and cosines of t, then two layers."""
+
     def __init__(self, D: int, time_embed_dim: int):
         super().__init__()
         self.D = D
@@ -171,6 +173,8 @@ class TimeEmbedding(nn.Module):
 
 
 class Block(nn.Module):
+    """Joint attention of text and video, then a feed-forward layer, each modulated and gated by the timestep."""
+
     def __init__(self, config: CogVideoXDiTConfig, D: int):
         super().__init__()
         self.norm1 = ModulatedNorm(config, D)
@@ -209,6 +213,8 @@ class ModulatedNorm(nn.Module):
 
 
 class OutputNorm(nn.Module):
+    """Layer norm of the video tokens, shifted and scaled by the timestep."""
+
     def __init__(self, config: CogVideoXDiTConfig, D: int):
         super().__init__()
         self.linear = nn.Linear(config.time_embed_dim, 2 * D)
@@ -242,6 +248,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Two layers with a GELU between them, four times as wide inside."""
+
     def __init__(self, D: int):
         super().__init__()
         self.net = nn.ModuleDict({"0": nn.ModuleDict({"proj": nn.Linear(D, 4 * D)}), "2": nn.Linear(4 * D, D)})

@@ -232,6 +232,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Two layers with a GELU between them."""
+
     def __init__(self, D: int, ffn_dim: int):
         super().__init__()
         up = nn.Module()
@@ -243,6 +245,8 @@ class FeedForward(nn.Module):
 
 
 class TwoLayers(nn.Module):
+    """Two layers, with the caller's activation between them."""
+
     def __init__(self, d_in: int, D: int):
         super().__init__()
         self.linear_1, self.linear_2 = nn.Linear(d_in, D), nn.Linear(D, D)
@@ -265,11 +269,13 @@ def wide(x: Tensor) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Tokens moved by the timestep."""
     # x · (1 + scale) + shift
     return torch.addcmul(shift, x, 1 + scale)
 
 
 def gelu(x: Tensor) -> Tensor:
+    """GELU by its tanh approximation, as published."""
     return F.gelu(x, approximate="tanh")
 
 

@@ -48,6 +48,8 @@ class Light:
 
 @dataclass
 class Scene:
+    """Everything that is needed to render every frame."""
+
     bodies: list[Body]  # the actor is the first
     light: Light
     naive: Light        # what lights the inserted asset

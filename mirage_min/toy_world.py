@@ -230,6 +230,7 @@ def load_clip(path: str | Path) -> Clip:
 
 
 def write(seed: int, config: WorldConfig, folder: Path, extras: bool) -> None:
+    """One clip to its file, unless it is there; one thread, for every worker is a process."""
     torch.set_num_threads(1)
     path = folder / f"{seed:07d}.safetensors"
     if not path.exists():
@@ -237,6 +238,7 @@ def write(seed: int, config: WorldConfig, folder: Path, extras: bool) -> None:
 
 
 def main(args) -> None:
+    """A folder of clips."""
     H, W = args.size
     config = WorldConfig(frames=args.frames, height=H, width=W)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -248,6 +250,7 @@ def main(args) -> None:
 
 
 def demonstrate() -> None:
+    """One scene: its shapes, and a picture."""
     from PIL import Image
     clip = make_clip(0)
     for f in fields(Clip):
@@ -258,6 +261,7 @@ def demonstrate() -> None:
 
 
 def height_x_width(text: str) -> tuple[int, int]:
+    """"96x144" -> (96, 144)"""
     H, W = map(int, text.split("x"))
     return H, W
 

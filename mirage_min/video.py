@@ -207,6 +207,7 @@ def writing(path: str | Path, format: Format, crf: int = 16, preset: str = "medi
 
 
 def is_mp4(path: Path) -> bool:
+    """Whether an output of this name is an mp4, not a folder of PNGs."""
     return path.suffix.lower() == ".mp4" and not path.is_dir()
 
 

@@ -187,11 +187,13 @@ def weight_files(cls, folder: Path) -> list[Path]:
 
 
 def unpickling(cls) -> str:
+    """Why a pickle is refused, and how to convert it."""
     return ("not loaded, because unpickling a file can run any code in it; convert it once with "
             f"safetensors.torch.save_file(torch.load(file, weights_only=True), {WEIGHTS!r}){hint(cls)}")
 
 
 def hint(cls) -> str:
+    """Where these weights are as safetensors, if that is known."""
     return f"; as safetensors: {cls.PUBLISHED}" if hasattr(cls, "PUBLISHED") else ""
 
 
@@ -238,6 +240,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_json(path: Path) -> dict:
+    """A JSON object from a file; ValueError of one line otherwise."""
     with one_line(path):
         content = json.loads(path.read_text())
     if not isinstance(content, dict):
