@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
 
-from mirage_min import run
+from mirage_min import run, watch
 from mirage_min.dit_cogvideox import CogVideoXDiT, CogVideoXDiTConfig
 from mirage_min.one_step import add_noise, alpha_bar, denoise, v_target
 from mirage_min.pairs import Pairs
@@ -55,6 +55,7 @@ class Recipe:
     warmup: int = 100
     weight_decay: float = 0.01
     real: float = 0.15      # share of crops from the real clip
+    real_frames: int = 0    # use only so many of its frames; 0: all
     bf16: bool = True
     seed: int = 0
     every: int = 200        # steps between checkpoints
@@ -128,28 +129,31 @@ def new_transformer() -> CogVideoXDiT:
 
 
 class Latents:
-    """The pairs as latents, encoded once and kept in a file."""
+    """The pairs as latents, as they are and mirrored, encoded once and kept in a file."""
 
     def __init__(self, pairs: Pairs, vae: CogVideoXVAE, recipe: Recipe, file: Path):
         if not file.exists():
             z = []
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
                 for i in tqdm(range(len(pairs)), desc="encoding", unit="clip"):
-                    x = torch.stack(pairs.read(i, lambda n: 0, recipe.frames, None))     # [NI and GT, 3, T, H, W]
-                    z.append(vae.encode(x).half())                                       # [2, 16, F, h, w]
+                    x = torch.stack(pairs.read(i, lambda n: 0))                          # [NI and GT, 3, T, H, W]
+                    z += [vae.encode(x).half(), vae.encode(x.flip(-1)).half()]           # [2, 16, F, h, w]
+            file.parent.mkdir(parents=True, exist_ok=True)
             run.weights.save_tensors(file, {"z": torch.stack(z)})
-        self.z = run.weights.load_tensors(file)[0]["z"]                                  # [N, 2, 16, F, h, w]
+        self.z = run.weights.load_tensors(file)[0]["z"]                                  # [2 N, 2, 16, F, h, w]
 
-    def batch(self, draws, n, frames, size, real):
-        z = self.z[torch.randint(len(self.z), (n,), generator=draws)].float()
+    def batch(self, draws, real):
+        z = self.z[torch.randint(len(self.z), (len(draws),), generator=draws[0])].float()
         return z[:, 0], z[:, 1]
 
 
 def main(args, recipe: Recipe) -> None:
     torch.manual_seed(recipe.seed)
     base, folder = args.out / "base", args.runs / args.stage
-    data = Pairs(args.data, args.real, args.real_frames)
-    if args.stage in ("vae_2d", "vae"):
+    pixels = args.stage in ("vae_2d", "vae")
+    data = Pairs(args.data, recipe.frames, (recipe.height, recipe.width) if pixels else None, args.real,
+                 recipe.real_frames)
+    if pixels:
         what = Lpips(Features("squeeze", args.perceptual))
         if args.stage == "vae_2d":
             model, loss, out = AutoencoderKL(SMALL_VAE_2D), vae_2d_loss, args.out / "vae_2d"
@@ -163,29 +167,28 @@ def main(args, recipe: Recipe) -> None:
     model.train()
     params = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(params.values(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-    log = run.Log(folder, recipe)
-    start = run.resume(folder, params, optimizer)
+    start = run.resume(folder, params, optimizer, recipe)
+    log = watch.Log(folder, recipe, start)
     print(f"{args.stage}: {sum(p.numel() for p in params.values()):,} parameters, {asdict(recipe)}")
 
     for step in (bar := tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, unit="step")):
         draws = run.draws(recipe.seed, step)
-        batch = data.batch(draws, recipe.batch, recipe.frames, (recipe.height, recipe.width), recipe.real)
+        batch = data.batch([draws] * recipe.batch, recipe.real)
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
             terms = loss(model, batch, draws, what)
-        total = sum(terms.values())
-        run.check_finite(step, total, terms)
 
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * run.schedule(step, recipe.warmup, recipe.steps, cosine=True)
         optimizer.zero_grad()
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
+        sum(terms.values()).backward()
+        norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
+        run.check_finite(step, terms, norm, batch[2] if pixels else [])
         optimizer.step()
 
         if step % 20 == 0:
-            bar.set_postfix({k: f"{v:.4f}" for k, v in log(step, {k: v.detach() for k, v in terms.items()}).items()})
+            bar.set_postfix(log(step, {k: v.detach() for k, v in terms.items()}))
         if (step + 1) % recipe.every == 0 or step + 1 == recipe.steps:
-            run.save(folder, step + 1, params, optimizer)
+            run.save(folder, step + 1, params, optimizer, recipe)
     if args.stage == "prior":
         (base / "scheduler").mkdir(parents=True, exist_ok=True)
         (base / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
@@ -198,7 +201,7 @@ def main(args, recipe: Recipe) -> None:
 @torch.no_grad()
 def latent_std(model, data, recipe) -> float:
     """The standard deviation of latents, whose inverse becomes scaling_factor."""
-    x = data.batch(run.draws(recipe.seed, recipe.steps), 16, recipe.frames, (recipe.height, recipe.width))[1]
+    x = data.batch([run.draws(recipe.seed, recipe.steps)] * 16)[1]
     return (model.encode(x) / model.config.scaling_factor).std().item()
 
 
@@ -207,8 +210,8 @@ if __name__ == "__main__":
     parser.add_argument("stage", choices=list(RECIPES))
     parser.add_argument("--data", type=Path, default=Path("data/toy"), help="folder of pairs (default data/toy)")
     parser.add_argument("--real", type=Path, help="a real video, its own truth, mixed into the VAEs' crops")
-    parser.add_argument("--real-frames", type=int, help="use only so many of its frames")
-    parser.add_argument("--perceptual", type=Path, help="folder with squeezenet1_1_features.safetensors, for LPIPS")
+    parser.add_argument("--perceptual", type=Path, default=Path("data/perceptual"),
+                        help="folder with squeezenet1_1_features.safetensors, for LPIPS (default data/perceptual)")
     parser.add_argument("--out", type=Path, default=Path("weights"), help="where the weights go (default weights)")
     parser.add_argument("--runs", type=Path, default=Path("runs/base"), help="checkpoints and logs (default runs/base)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the recipe")

@@ -7,20 +7,24 @@ Trained: the transformer's LoRA and Harmonisation-LoRA. Frozen: the base, and ev
 The pixel loss goes back through the decoder by ChopGrad, group by group, and once through the transformer.
 
     python train_harmonize.py --mirage weights --data data/toy --perceptual DIR
+    torchrun --nproc-per-node=8 train_harmonize.py --recipe mirage --mirage my_run --out my_run ...
+    python train_harmonize.py --recipe chopgrad --mirage my_run --out my_run_long ...     # its batch is one clip
+
+Where --mirage holds a stage H already, as in the last line, that one is trained on.
 """
 
-import argparse
-import sys
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from mirage_min import chopgrad, lora, run
-from mirage_min.mirage import HARMONISATION, TRANSFORMER, Mirage
+from mirage_min import chopgrad, lora, memory, run, watch, weights
+from mirage_min.mirage import HARMONISATION, RECONSTRUCTION, TRANSFORMER, Mirage
 from mirage_min.pairs import Pairs
 from mirage_min.perceptual import Features, Lpips, gram_loss
 
@@ -30,7 +34,8 @@ class Recipe:
     """Stage H. The defaults are Mirage's (§4.1)."""
 
     steps: int = 10_000
-    batch: int = 8
+    batch: int = 8          # clips a step, over all processes
+    accumulate: int = 1     # pieces in which a process works through its clips
     frames: int = 9
     height: int = 512
     width: int = 768
@@ -50,10 +55,14 @@ class Recipe:
     dit_alpha: float = 64.0
     d_trunc: int = 1
     tiles: int = 1          # the decoder's gradient in tiles x tiles pieces of the frame
-    real: float = 0.0
+    checkpoint_decoder: bool = False
+    checkpoint_dit: bool = False
+    shard: bool = False     # the frozen transformer's weights divided among the processes (FSDP2)
+    real: float = 0.0       # share of clips from the real video
+    real_frames: int = 0    # use only so many of its frames; 0: all
     bf16: bool = True
     seed: int = 2
-    every: int = 200
+    every: int = 200        # steps between checkpoints, pictures and validations
 
 
 RECIPES = {
@@ -67,89 +76,111 @@ RECIPES = {
 }
 
 
+def gradients(models: nn.ModuleList, recipe: Recipe, x_ni: Tensor, x_gt: Tensor, terms: dict[str, Tensor],
+              step: float = math.inf) -> None:
+    """Forward, loss and backward of some of a step's clips: adds to `terms` and to the gradients their share."""
+    mirage, lpips, texture = models
+    mirage.dit.activation_checkpointing = recipe.checkpoint_dit
+
+    def loss_fn(x_g, where):
+        x_g, target = x_g.to(x_gt.dtype), x_gt[where]
+        x, y = (rearrange(v, "b c t h w -> (b t) c h w") for v in (x_g, target))
+        # L_harmon. = L_lpips + λ2 · L_gram                                                 Mirage Eq. 4
+        part = {"lpips": lpips(x, y).mean()}
+        if step >= recipe.gram_from:
+            with torch.no_grad():
+                taps_y = texture(y)
+            part["gram"] = recipe.lambda2 * gram_loss(texture(x), taps_y).mean()
+        if recipe.mse:
+            part["mse"] = recipe.mse * F.mse_loss(x_g, target)
+        share = target.numel() / (recipe.batch * x_gt[0].numel())  # of the pixels of the whole batch
+        for name, value in part.items():
+            terms[name] += share * value.detach()
+        return share * sum(part.values())
+
+    with torch.autocast(x_gt.device.type, torch.bfloat16, enabled=recipe.bf16):
+        with torch.no_grad():
+            z_ni, inject = mirage.vae.encode(x_ni), mirage.mids(x_ni)
+        z_dr = mirage.denoise(z_ni)
+        # dL/dz_DR, and the decoder's own gradients                                         ChopGrad Alg. 1
+        _, grad_z = chopgrad.backward(mirage.vae, z_dr, loss_fn, recipe.d_trunc, (recipe.tiles, recipe.tiles),
+                                      inject=inject, checkpoint=recipe.checkpoint_decoder)
+    z_dr.backward(grad_z)
+
+
 def main(args, recipe: Recipe) -> None:
     torch.manual_seed(recipe.seed)
-    data = Pairs(args.data, args.real, args.real_frames)
-    lpips = Lpips(Features(recipe.lpips, args.perceptual)).to(args.device)
-    texture = Features(recipe.gram, args.perceptual).to(args.device)
-    mirage = Mirage.from_pretrained(args.mirage, args.base, args.vae2d, device=args.device)
+    pieces, size = run.pieces(recipe), (recipe.height, recipe.width)
+    data = Pairs(args.data, recipe.frames, size, args.real, recipe.real_frames)
+    val = Pairs(args.val, recipe.frames) if args.val else None
+    for pair in data.left_out + (val.left_out if val else []):
+        run.say("left out:", pair)
+    mirage = Mirage.from_pretrained(args.mirage, args.base, args.vae2d)
     if not list(lora.adapters(mirage.dit, TRANSFORMER)):  # otherwise a stage H is there already and goes on
         mirage.add_lora(TRANSFORMER, recipe.dit_rank, recipe.dit_alpha)
         mirage.add_lora(HARMONISATION, recipe.rank, recipe.alpha)
+    lpips, texture = Lpips(Features(recipe.lpips, args.perceptual)), Features(recipe.gram, args.perceptual)
+    models = nn.ModuleList([mirage, lpips, texture])
 
     # what is trained
     params = {f"{name}.{n}.{m}": p.requires_grad_() for name in (TRANSFORMER, HARMONISATION)
               for n, _, a in lora.adapters(mirage.adapters(name), name) for m, p in a.named_parameters()}
+    run.say(f"stage H: {recipe}\ntrained: {run.count(params)}")
+    run.say(memory.plan(models, gradients, recipe, run.world(), args.device))
+    if recipe.shard:
+        run.shard(mirage.dit, args.device)
+    models.to(args.device)
     optimizer = torch.optim.AdamW(params.values(), lr=recipe.lr, betas=(0.9, recipe.beta2),
                                   weight_decay=recipe.weight_decay)
-    log = run.Log(args.run, recipe)
-    start = run.resume(args.run, params, optimizer)
-    print(f"stage H: {sum(p.numel() for p in params.values()):,} trained parameters, {asdict(recipe)}")
+    start = run.resume(args.run, params, optimizer, recipe)
+    log = watch.Log(args.run, recipe, start)
 
-    for step in (bar := tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, unit="step")):
-        x_ni, x_gt = data.batch(run.draws(recipe.seed, step), recipe.batch, recipe.frames,
-                                (recipe.height, recipe.width), recipe.real)
-        x_ni, x_gt = mirage.pad(x_ni.to(args.device)), mirage.pad(x_gt.to(args.device))
-        terms = {"lpips": 0.0, "gram": 0.0, "mse": 0.0}
+    def batch(step: int, clips: range):
+        x_ni, x_gt, names = data.batch([run.draws(recipe.seed, step, k) for k in clips], recipe.real)
+        return mirage.pad(x_ni.to(args.device)), mirage.pad(x_gt.to(args.device)), names
 
-        def loss_fn(x_g, where):
-            x_g, target = x_g.float(), x_gt[where]
-            share = target.numel() / x_gt.numel()
-            x, y = (rearrange(v, "b c t h w -> (b t) c h w") for v in (x_g, target))
-            # L_harmon. = L_lpips + λ2 · L_gram                                             Mirage Eq. 4
-            part = {"lpips": lpips(x, y).mean()}
-            if step >= recipe.gram_from:
-                with torch.no_grad():
-                    taps_y = texture(y)
-                part["gram"] = recipe.lambda2 * gram_loss(texture(x), taps_y).mean()
-            if recipe.mse:
-                part["mse"] = recipe.mse * F.mse_loss(x_g, target)
-            for name, value in part.items():
-                terms[name] += share * value.detach()
-            return share * sum(part.values())
+    @torch.no_grad()
+    @torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=recipe.bf16)
+    def now(x_ni, x_gt):
+        return mirage(x_ni)
 
+    shown = batch(0, range(1))
+    for step in (bar := tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, unit="step",
+                             disable=run.rank() > 0)):
+        terms, clips = {"lpips": 0.0, "gram": 0.0, "mse": 0.0}, []
+        optimizer.zero_grad()
+        for piece in pieces:
+            x_ni, x_gt, names = batch(step, piece)
+            gradients(models, recipe, x_ni, x_gt, terms, step)
+            clips += names
+        run.reduce(params, terms)
+        norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
+        run.check_finite(step, terms, norm, clips)
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * run.schedule(step, recipe.warmup, recipe.steps, recipe.cosine)
-        optimizer.zero_grad()
-        with torch.autocast(args.device, torch.bfloat16, enabled=recipe.bf16):
-            with torch.no_grad():
-                z_ni, inject = mirage.vae.encode(x_ni), mirage.mids(x_ni)
-            z_dr = mirage.denoise(z_ni)
-            # dL/dz_DR, and the decoder's own gradients                                     ChopGrad Alg. 1
-            loss, grad_z = chopgrad.backward(mirage.vae, z_dr, loss_fn, recipe.d_trunc, (recipe.tiles, recipe.tiles),
-                                             inject=inject)
-        z_dr.backward(grad_z)
-        run.check_finite(step, loss, terms)
-        torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
         optimizer.step()
 
         if step % 10 == 0:
-            bar.set_postfix({k: f"{v:.4f}" for k, v in log(step, terms).items()})
+            bar.set_postfix(log(step, terms))
         if (step + 1) % recipe.every == 0 or step + 1 == recipe.steps:
-            run.save(args.run, step + 1, params, optimizer)
-    window = min(max(z_dr.shape[2], 3), 9)  # streaming shows the transformer as many latents as it was trained on
-    about = run.about(args, recipe) | {"t": str(mirage.t), "window": str(window)}
-    mirage.save_stage(args.out / "stage_h.safetensors", [TRANSFORMER, HARMONISATION], about)
-    print(f"stage H: {recipe.steps} steps -> {args.out / 'stage_h.safetensors'}")
+            log.look(step, now, shown[:2], val, lpips)
+            run.save(args.run, step + 1, params, optimizer, recipe)
+    if run.rank() == 0:
+        _, about_a = weights.load_tensors(args.mirage / "stage_a.safetensors")
+        about = run.about(args, recipe, about_a)
+        if args.out.resolve() != args.mirage.resolve():  # a folder holds both stages
+            mirage.save_stage(args.out / "stage_a.safetensors", [RECONSTRUCTION], about_a | about, fusion=True)
+            weights.save_tensors(args.out / "prompt.safetensors", {"text": mirage.text})
+        latents = (mirage.vae.legal_length(recipe.frames) - 1) // 4 + 1
+        window = min(max(latents, 3), 9)  # streaming shows the transformer as many latents as it was trained on
+        about |= {"t": str(mirage.t), "window": str(window)}
+        mirage.save_stage(args.out / "stage_h.safetensors", [TRANSFORMER, HARMONISATION], about)
+        print(f"stage H: {recipe.steps} steps -> {args.out / 'stage_h.safetensors'}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", type=Path, default=Path("data/toy"), help="folder of pairs (default data/toy)")
+    parser = run.flags(__doc__, "stage_h", RECIPES)
     parser.add_argument("--mirage", type=Path, default=Path("weights"), help="folder with stage_a.safetensors")
     parser.add_argument("--base", help="folder or hub id of the base, if not the one stage A names")
     parser.add_argument("--vae2d", help="folder or hub id of the AutoencoderKL, if not the one stage A names")
-    parser.add_argument("--perceptual", type=Path, help="folder with the weights of LPIPS' backbone and of VGG-16")
-    parser.add_argument("--real", type=Path, help="a real video, its own truth, mixed into the batches")
-    parser.add_argument("--real-frames", type=int, help="use only so many of its frames")
-    parser.add_argument("--out", type=Path, default=Path("weights"), help="where stage_h.safetensors goes")
-    parser.add_argument("--run", type=Path, default=Path("runs/stage_h"), help="checkpoints and logs")
-    parser.add_argument("--recipe", choices=list(RECIPES), default="small", help="settings (default small)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the recipe")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    try:
-        main(args, run.override(RECIPES[args.recipe], args.set))
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run.launch(main, parser.parse_args(), RECIPES)

@@ -6,19 +6,19 @@
 Trained: the fusion blocks and Reconstruction-LoRA. Frozen: everything else. The transformer takes no part.
 
     python train_vae.py --base weights/base --vae2d weights/vae_2d --data data/toy --perceptual DIR
+    torchrun --nproc-per-node=8 train_vae.py --recipe mirage --base ... --vae2d ... --data ... --perceptual DIR
 """
 
-import argparse
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from mirage_min import chopgrad, injection, lora, run, weights
+from mirage_min import chopgrad, injection, lora, memory, run, watch, weights
 from mirage_min.mirage import RECONSTRUCTION, Mirage
 from mirage_min.pairs import Pairs
 from mirage_min.perceptual import Features, Lpips
@@ -29,7 +29,8 @@ class Recipe:
     """Stage A. The defaults are Mirage's (§4.1)."""
 
     steps: int = 10_000
-    batch: int = 8
+    batch: int = 8          # clips a step, over all processes
+    accumulate: int = 1     # pieces in which a process works through its clips
     frames: int = 9
     height: int = 512
     width: int = 768
@@ -43,10 +44,13 @@ class Recipe:
     rank: int = 16          # of Reconstruction-LoRA; Mirage gives none, ChopGrad B.4 has 16
     alpha: float = 16.0
     d_trunc: int = 1
+    tiles: int = 1          # the decoder's gradient in tiles x tiles pieces of the frame
+    checkpoint_decoder: bool = False
     real: float = 0.0       # share of clips from the real video
+    real_frames: int = 0    # use only so many of its frames; 0: all
     bf16: bool = True
     seed: int = 1
-    every: int = 200
+    every: int = 200        # steps between checkpoints, pictures and validations
 
 
 RECIPES = {
@@ -58,88 +62,100 @@ RECIPES = {
 }
 
 
+def gradients(models: nn.ModuleList, recipe: Recipe, x_ni: Tensor, x_gt: Tensor, terms: dict[str, Tensor]) -> None:
+    """Forward, loss and backward of some of a step's clips: adds to `terms` and to the gradients their share."""
+    mirage, lpips = models
+
+    def loss_fn(x_g, where):
+        x_g, target = x_g.to(x_gt.dtype), x_gt[where]
+        frames = [rearrange(v, "b c t h w -> (b t) c h w") for v in (x_g, target)]
+        # L_vae = L_mse + λ1 · L_lpips                                                      Mirage Eq. 3
+        part = {"mse": F.mse_loss(x_g, target), "lpips": recipe.lambda1 * lpips(*frames).mean()}
+        share = target.numel() / (recipe.batch * x_gt[0].numel())  # of the pixels of the whole batch
+        for name, value in part.items():
+            terms[name] += share * value.detach()
+        return share * sum(part.values())
+
+    with torch.autocast(x_gt.device.type, torch.bfloat16, enabled=recipe.bf16):
+        with torch.no_grad():
+            z, inject = mirage.vae.encode(x_gt), mirage.mids(x_ni)
+        # x_RO = D3D[E3D(x_GT), z2D_mid], its loss and gradients group by group             Mirage Eq. 2
+        chopgrad.backward(mirage.vae, z, loss_fn, recipe.d_trunc, (recipe.tiles, recipe.tiles), inject=inject,
+                          checkpoint=recipe.checkpoint_decoder)
+
+
 def main(args, recipe: Recipe) -> None:
     torch.manual_seed(recipe.seed)
-    data = Pairs(args.data, args.real, args.real_frames)
-    lpips = Lpips(Features(recipe.lpips, args.perceptual)).to(args.device)
-    text = weights.load_tensors(args.prompt)[0]["text"] if args.prompt else None
-    mirage = Mirage.from_base(args.base, args.vae2d, text, device=args.device)
+    pieces, size = run.pieces(recipe), (recipe.height, recipe.width)
+    data = Pairs(args.data, recipe.frames, size, args.real, recipe.real_frames)
+    val = Pairs(args.val, recipe.frames) if args.val else None
+    for pair in data.left_out + (val.left_out if val else []):
+        run.say("left out:", pair)
+    prompt, about_prompt = weights.load_tensors(args.prompt) if args.prompt else ({}, {"text": "none: zeros"})
+    mirage = Mirage.from_base(args.base, args.vae2d, prompt.get("text"))
     mirage.add_lora(RECONSTRUCTION, recipe.rank, recipe.alpha)
+    mirage.dit = None  # takes no part: its memory is better used
+    models = nn.ModuleList([mirage, Lpips(Features(recipe.lpips, args.perceptual))])
 
     # what is trained
     params = {f"fusion.{n}": p.requires_grad_() for n, p in mirage.vae.fusion.named_parameters()}
-    params |= {f"{n}.{m}": p for n, _, a in lora.adapters(mirage.vae.decoder, RECONSTRUCTION)
+    params |= {f"{RECONSTRUCTION}.{n}.{m}": p for n, _, a in lora.adapters(mirage.vae.decoder, RECONSTRUCTION)
                for m, p in a.named_parameters()}
+    run.say(f"stage A: {recipe}\ntrained: {run.count(params)}")
+    run.say(memory.plan(models, gradients, recipe, run.world(), args.device))
+    models.to(args.device)
     optimizer = torch.optim.AdamW(params.values(), lr=recipe.lr, betas=(0.9, recipe.beta2),
                                   weight_decay=recipe.weight_decay)
-    log = run.Log(args.run, recipe)
-    print(f"stage A: {sum(p.numel() for p in params.values()):,} trained parameters, {asdict(recipe)}")
+    kept = params | {f"fusion.{n}": scale for n, scale in mirage.vae.fusion.named_buffers()}
+    start = run.resume(args.run, kept, optimizer, recipe)
+    log = watch.Log(args.run, recipe, start)
 
-    def batch(step: int):
-        x_ni, x_gt = data.batch(run.draws(recipe.seed, step), recipe.batch, recipe.frames,
-                                (recipe.height, recipe.width), recipe.real)
-        return mirage.pad(x_ni.to(args.device)), mirage.pad(x_gt.to(args.device))
+    def batch(step: int, clips: range):
+        x_ni, x_gt, names = data.batch([run.draws(recipe.seed, step, k) for k in clips], recipe.real)
+        return mirage.pad(x_ni.to(args.device)), mirage.pad(x_gt.to(args.device)), names
 
-    def encode(x_ni, x_gt):
-        with torch.no_grad():
-            return mirage.vae.encode(x_gt), mirage.mids(x_ni)
+    @torch.no_grad()
+    @torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=recipe.bf16)
+    def now(x_ni, x_gt):
+        T, H, W = x_gt.shape[2:]
+        x_ni, x_gt = mirage.pad(x_ni), mirage.pad(x_gt)
+        return mirage.vae.decode(mirage.vae.encode(x_gt), mirage.mids(x_ni))[:, :, :T, :H, :W]
 
-    # the two streams' scales: measured once, on the untrained decoder, and kept with the fusion blocks
-    scales = injection.measure_scales(mirage.vae, *encode(*batch(0)))
-    print("std of (decoder stream, 2D features), finest first:", scales)
-    start = run.resume(args.run, params, optimizer)
+    x_ni, x_gt, _ = shown = batch(0, range(1))
+    if start == 0:  # the two streams' scales: measured once, on the untrained decoder, and kept with the fusion blocks
+        with torch.no_grad(), torch.autocast(x_gt.device.type, torch.bfloat16, enabled=recipe.bf16):
+            scales = injection.measure_scales(mirage.vae, mirage.vae.encode(x_gt), mirage.mids(x_ni))
+        run.say("std of (decoder stream, 2D features), finest first:", scales)
 
-    for step in (bar := tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, unit="step")):
-        x_ni, x_gt = batch(step)
-        terms = {"mse": 0.0, "lpips": 0.0}
-
-        def loss_fn(x_g, where):
-            x_g, target = x_g.float(), x_gt[where]
-            share = target.numel() / x_gt.numel()
-            frames = [rearrange(v, "b c t h w -> (b t) c h w") for v in (x_g, target)]
-            # L_vae = L_mse + λ1 · L_lpips                                                  Mirage Eq. 3
-            mse, perceptual = share * F.mse_loss(x_g, target), share * recipe.lambda1 * lpips(*frames).mean()
-            terms["mse"] += mse.detach()
-            terms["lpips"] += perceptual.detach()
-            return mse + perceptual
-
+    for step in (bar := tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, unit="step",
+                             disable=run.rank() > 0)):
+        terms, clips = {"mse": 0.0, "lpips": 0.0}, []
+        optimizer.zero_grad()
+        for piece in pieces:
+            x_ni, x_gt, names = batch(step, piece)
+            gradients(models, recipe, x_ni, x_gt, terms)
+            clips += names
+        run.reduce(params, terms)
+        norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
+        run.check_finite(step, terms, norm, clips)
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * run.schedule(step, recipe.warmup, recipe.steps, recipe.cosine)
-        optimizer.zero_grad()
-        with torch.autocast(args.device, torch.bfloat16, enabled=recipe.bf16):
-            # x_RO = D3D[E3D(x_GT), z2D_mid], its loss and gradients group by group         Mirage Eq. 2
-            z, inject = encode(x_ni, x_gt)
-            loss, _ = chopgrad.backward(mirage.vae, z, loss_fn, recipe.d_trunc, inject=inject)
-        run.check_finite(step, loss, terms)
-        torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
         optimizer.step()
 
         if step % 10 == 0:
-            bar.set_postfix({k: f"{v:.4f}" for k, v in log(step, terms).items()})
+            bar.set_postfix(log(step, terms))
         if (step + 1) % recipe.every == 0 or step + 1 == recipe.steps:
-            run.save(args.run, step + 1, params, optimizer)
-    mirage.save_stage(args.out / "stage_a.safetensors", [RECONSTRUCTION], run.about(args, recipe), fusion=True)
-    weights.save_tensors(args.out / "prompt.safetensors", {"text": mirage.text})
-    print(f"stage A: {recipe.steps} steps -> {args.out / 'stage_a.safetensors'}")
+            log.look(step, now, shown[:2], val, models[1])
+            run.save(args.run, step + 1, kept, optimizer, recipe)
+    if run.rank() == 0:
+        mirage.save_stage(args.out / "stage_a.safetensors", [RECONSTRUCTION], run.about(args, recipe), fusion=True)
+        weights.save_tensors(args.out / "prompt.safetensors", {"text": mirage.text}, about_prompt)
+        print(f"stage A: {recipe.steps} steps -> {args.out / 'stage_a.safetensors'}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", type=Path, default=Path("data/toy"), help="folder of pairs (default data/toy)")
+    parser = run.flags(__doc__, "stage_a", RECIPES)
     parser.add_argument("--base", default="weights/base", help="folder or hub id of CogVideoX or Wan")
     parser.add_argument("--vae2d", default="weights/vae_2d", help="folder or hub id of an AutoencoderKL")
     parser.add_argument("--prompt", type=Path, help="the prompt's embedding (safetensors with `text`); default zeros")
-    parser.add_argument("--perceptual", type=Path, help="folder with the weights of LPIPS' backbone")
-    parser.add_argument("--real", type=Path, help="a real video, its own truth, mixed into the batches")
-    parser.add_argument("--real-frames", type=int, help="use only so many of its frames")
-    parser.add_argument("--out", type=Path, default=Path("weights"), help="where stage_a.safetensors goes")
-    parser.add_argument("--run", type=Path, default=Path("runs/stage_a"), help="checkpoints and logs")
-    parser.add_argument("--recipe", choices=list(RECIPES), default="small", help="settings (default small)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the recipe")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    try:
-        main(args, run.override(RECIPES[args.recipe], args.set))
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run.launch(main, parser.parse_args(), RECIPES)

@@ -66,15 +66,24 @@ class Format:
 # ---- pixels ---------------------------------------------------------------------------------------------------------
 
 
+def from_bytes(x: Tensor) -> Tensor:
+    """uint8 of any shape -> [-1, 1]."""
+    return x.float() / 127.5 - 1
+
+
+def to_bytes(x: Tensor) -> Tensor:
+    """[-1, 1] of any shape -> uint8, rounded to the nearest; what is out of range is clamped."""
+    return ((x.detach().float() + 1) * 127.5).round().clamp(0, 255).byte()
+
+
 def to_float(pixels: np.ndarray) -> Tensor:
     """uint8 [H, W, 3] -> [3, H, W] in [-1, 1]."""
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 127.5 - 1
+    return from_bytes(torch.from_numpy(pixels).permute(2, 0, 1).contiguous())
 
 
 def to_uint8(x: Tensor) -> np.ndarray:
-    """[3, H, W] in [-1, 1] -> uint8 [H, W, 3], rounded to the nearest; what is out of range is clamped."""
-    x = ((x.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255)
-    return x.byte().permute(1, 2, 0).contiguous().numpy()
+    """[3, H, W] in [-1, 1] -> uint8 [H, W, 3]."""
+    return to_bytes(x.cpu()).permute(1, 2, 0).contiguous().numpy()
 
 
 def matrix_of(frame: av.VideoFrame) -> int:

@@ -1,0 +1,80 @@
+"""Watching a training run: a log, loss curves, pictures and the scores of held-out pairs, all in the run's folder."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from . import metrics, run, weights
+from .video import to_uint8
+
+
+class Log:
+    """What a run leaves for whoever watches it; the first process writes.
+
+    log.jsonl       a line {"step": ..., "seconds": ..., term: value} for each call
+    losses.png      the terms over the steps
+    step_N.png      one clip's middle frame after N steps: naive insertion | now | truth
+    """
+
+    def __init__(self, folder: Path, recipe, start: int):
+        """A run that goes on from step `start` forgets the lines that were written after its checkpoint."""
+        self.folder, self.file, self.start, self.lines = folder, folder / "log.jsonl", time.time(), []
+        if run.rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob("*.tmp"):  # of a file that was being written when the run was killed
+                leftover.unlink()
+            if self.file.exists():
+                whole = [line for line in self.file.read_text().splitlines() if line.endswith("}")]
+                self.lines = [line for line in map(json.loads, whole) if line["step"] < start]
+            with weights.whole_file(self.file) as temporary:
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+            with weights.whole_file(folder / "settings.json") as temporary:
+                temporary.write_text(json.dumps(dataclasses.asdict(recipe), indent=2) + "\n")
+
+    def __call__(self, step: int, terms: dict[str, Tensor | float]) -> dict[str, str]:
+        """Writes a line; returns it for the progress bar."""
+        line = {"step": step, "seconds": round(time.time() - self.start, 1)} | {k: float(v) for k, v in terms.items()}
+        if run.rank() == 0:
+            self.lines.append(line)
+            with open(self.file, "a") as f:
+                f.write(json.dumps(line) + "\n")
+        return {k: f"{line[k]:.4f}" for k in terms}
+
+    @torch.no_grad()
+    def look(self, step: int, now, shown: tuple[Tensor, Tensor], val=None, lpips=None) -> None:
+        """Pictures, and scores of the pairs `val`; now(x_ni, x_gt) -> what the model makes of them [1, 3, T, H, W].
+
+        Scored are whole frames and, where a pair has boxes, the crop of its actor. Every process does all of it: a
+        sharded transformer runs in all of them or in none.
+        """
+        x = now(*shown).float()
+        if run.rank() == 0:
+            strip = torch.cat([shown[0], x, shown[1]], dim=4)[0, :, x.shape[2] // 2]
+            with weights.whole_file(self.folder / f"step_{step + 1}.png") as temporary:
+                Image.fromarray(to_uint8(strip)).save(temporary, "png")
+            figure = Figure(figsize=(8, 4), layout="constrained")
+            axes = figure.subplots()
+            for term in sorted({k for line in self.lines for k in line} - {"step", "seconds"}):
+                points = [(line["step"], line[term]) for line in self.lines if line.get(term, 0) > 0]
+                if points:
+                    axes.plot(*zip(*points), label=term)
+            axes.set(xlabel="step", yscale="log")
+            axes.legend()
+            with weights.whole_file(self.folder / "losses.png") as temporary:
+                figure.savefig(temporary, format="png", dpi=100)
+        if val is not None:
+            scores: dict[str, list[float]] = {}
+            for i in range(len(val)):
+                x_ni, y = (v[None].to(x.device) for v in val.read(i, lambda n: 0))
+                x_i, crop = now(x_ni, y).float(), val.actor(i)
+                for part, where in {"": (), "_actor": crop}.items() if crop else [("", ())]:
+                    a, b = (v[(..., *where)] for v in (x_i, y))
+                    scores.setdefault(f"val_psnr{part}", []).append(metrics.psnr(a, b).item())
+                    scores.setdefault(f"val_lpips{part}", []).append(metrics.lpips(a, b, lpips).item())
+            run.say(self(step, {k: sum(v) / len(v) for k, v in scores.items()}))

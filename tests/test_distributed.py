@@ -1,0 +1,135 @@
+"""Several processes train exactly as one does: two on gloo, the scripts themselves, in float64, clips of three groups.
+
+The gradients are read from AdamW's first moment in the checkpoint (0.1 of them after one step from zero).
+"""
+
+import contextlib
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from mirage_min import memory, run, watch, weights
+from mirage_min.pairs import Pairs
+from tests import small
+from tests.test_train import save_inputs, stage_a, stage_h
+
+TOLERANCE = 1e-9  # relative to the largest gradient of a tensor; float64's own is 1e-16
+
+
+@contextlib.contextmanager
+def float64():
+    """Run the scripts in float64, from adapters that are not zero, so that every gradient is there at once."""
+    def plan(models, *_) -> str:
+        models.double()
+        draws = torch.Generator().manual_seed(7)
+        for p in models.parameters():
+            if p.requires_grad:
+                p.data = 0.05 * torch.randn(p.shape, generator=draws, dtype=torch.float64)
+        return ""
+
+    def batch(pairs, draws, real, batch=Pairs.batch):
+        x_ni, x_gt, names = batch(pairs, draws, real)
+        return x_ni.double(), x_gt.double(), names
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "plan", plan)
+        patch.setattr(Pairs, "batch", batch)
+        patch.setattr(watch.Log, "look", lambda *args: None)
+        yield
+
+
+def train(case: str, work: Path, out: Path) -> None:
+    """The cases; each a step on a global batch of two clips, of three groups."""
+    common = dict(steps=1, batch=2)
+    if case == "stage A":
+        stage_a(work / "wan", out, **common)
+    elif case == "stage H":
+        stage_h(work / "wan", out, mirage=work / "trained", gram_from=0, **common)
+    elif case == "stage H, sharded and recomputed":
+        stage_h(work / "wan", out, mirage=work / "trained", gram_from=0, shard=dist.is_initialized(),
+                checkpoint_dit=True, checkpoint_decoder=True, **common)
+    elif case == "two steps":
+        stage_h(work / "wan", out, mirage=work / "trained", gram_from=0, steps=2, batch=2)
+
+
+CASES = ("stage A", "stage H", "stage H, sharded and recomputed")
+
+
+def worker(rank: int, port: int, work: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo")
+    with float64():
+        for case in CASES:
+            train(case, work, work / "two" / case)
+            dist.barrier()
+        train("two steps", work, work / "one then two")  # one process began it: see `runs`
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """work/one and work/two: every case by one process and by two; and a run that changed from one to two."""
+    work = tmp_path_factory.mktemp("distributed")
+    (work / "wan").mkdir()
+    save_inputs(work / "wan", small.save_wan)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "plan", lambda *args: "")
+        patch.setattr(watch.Log, "look", lambda *args: None)
+        stage_a(work / "wan", work / "trained", steps=1)
+    text = torch.randn(1, 512, 8, generator=torch.Generator().manual_seed(3))  # of equal tokens, keys have no gradient
+    weights.save_tensors(work / "trained" / "prompt.safetensors", {"text": text})
+    with float64():
+        for case in (*CASES, "two steps"):
+            train(case, work, work / "one" / case)
+        stage_h(work / "wan", work / "one then two", mirage=work / "trained", gram_from=0, batch=2, steps=1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, (port, work), nprocs=2)
+    return work
+
+
+def checkpoint(folder: Path) -> tuple[dict, list[dict]]:
+    file = next(folder.glob("run*/checkpoint.safetensors"))
+    return weights.load_tensors(file)[0], [json.loads(line) for line in (file.parent / "log.jsonl").open()]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_have_the_loss_and_the_gradients_of_one(runs, case):
+    (one, log_one), (two, log_two) = (checkpoint(runs / n / case) for n in ("one", "two"))
+    for term in log_one[0].keys() - {"step", "seconds"}:
+        assert log_two[0][term] == pytest.approx(log_one[0][term], rel=TOLERANCE, abs=0), term
+    gradients = [k for k in one if k.startswith("exp_avg/")]
+    assert one.keys() == two.keys() and len(gradients) > 10 and one[gradients[0]].dtype == torch.float64
+    for key in gradients:
+        difference = (one[key] - two[key]).abs().max() / one[key].abs().max()
+        assert difference <= TOLERANCE, f"{key}: {difference:.1e} of the largest gradient"
+
+
+def test_a_run_goes_on_alike_in_another_number_of_processes(runs):
+    (one, _), (changed, _) = checkpoint(runs / "one" / "two steps"), checkpoint(runs / "one then two")
+    assert one.keys() == changed.keys()
+    for key in one:
+        difference = (one[key] - changed[key]).abs().max() / one[key].abs().max().clamp(min=1e-30)
+        assert difference <= TOLERANCE, f"{key}: {difference:.1e} of the largest"
+
+
+def test_the_clips_of_a_batch_are_dealt_out_once_each(monkeypatch):
+    for n, accumulate in ((1, 1), (1, 4), (2, 2), (4, 2), (8, 1)):
+        monkeypatch.setattr(run, "world", lambda: n)
+        dealt = []
+        for rank in range(n):
+            monkeypatch.setattr(run, "rank", lambda: rank)
+            pieces = run.pieces(type("Recipe", (), {"batch": 8, "accumulate": accumulate}))
+            assert len(pieces) == accumulate and len({len(piece) for piece in pieces}) == 1
+            dealt += [k for piece in pieces for k in piece]
+        assert sorted(dealt) == list(range(8))
+    with pytest.raises(ValueError, match="a batch of 8 clips does not divide among 3 processes"):
+        monkeypatch.setattr(run, "world", lambda: 3)
+        run.pieces(type("Recipe", (), {"batch": 8, "accumulate": 1}))

@@ -1,0 +1,113 @@
+"""Reading pairs: both videos are cut and flipped alike, a sample is its generator's, and what is broken is left out."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mirage_min import run, weights
+from mirage_min.pairs import Pairs
+from mirage_min.video import write_clip
+
+
+def save(path, T=12, H=20, W=28, seed=0, **extra):
+    x = torch.randint(0, 256, (2, 3, T, H, W), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    weights.save_tensors(path, {"x_ni": x[0], "x_gt": x[1], **extra})
+
+
+def draws(step, n=2):
+    return [run.draws(3, step, k) for k in range(n)]
+
+
+def test_both_videos_are_cut_and_flipped_alike(tmp_path):
+    """Pixel values are their own place: x_ni and x_gt of one clip are equal, so they must stay so, cut anywhere."""
+    place = torch.arange(12 * 20).view(1, 12, 20, 1).expand(3, -1, -1, 28).to(torch.uint8)
+    column = torch.arange(28).expand(3, 12, 20, -1).to(torch.uint8)
+    for i, x in enumerate((place, column)):
+        weights.save_tensors(tmp_path / f"{i}.safetensors", {"x_ni": x, "x_gt": x.clone()})
+    pairs, seen = Pairs(tmp_path, 5, (8, 9)), set()
+    for step in range(40):
+        (x, y, (name,)) = pairs.batch([run.draws(0, step)])
+        assert x.shape == (1, 3, 5, 8, 9) and torch.equal(x, y) and -1 <= x.min() and x.max() <= 1
+        value = ((x[0, 0] + 1) * 127.5).round().int()
+        if name[0] == "1":
+            steps = value[0, 0].diff().tolist()
+            assert steps in ([1] * 8, [-1] * 8), "columns run on, or backwards where flipped"
+            seen.add(steps[0])
+        else:
+            assert (value[0, 1] - value[0, 0]).eq(1).all() and ((value[1, 0] - value[0, 0]) % 256 == 20).all()
+    assert seen == {1, -1}, "some are flipped and some are not"
+
+
+def test_a_sample_is_a_function_of_its_generator_whatever_else_is_in_the_batch(tmp_path):
+    for i in range(3):
+        save(tmp_path / f"{i}.safetensors", seed=i)
+    pairs = Pairs(tmp_path, 9, (16, 24))
+    whole, other = pairs.batch(draws(5, 4)), pairs.batch(draws(6, 4))
+    for k in range(4):
+        x, y, name = pairs.batch([run.draws(3, 5, k)])
+        assert torch.equal(x[0], whole[0][k]) and torch.equal(y[0], whole[1][k]) and name == [whole[2][k]]
+    assert not torch.equal(whole[0], other[0]) and not torch.equal(whole[0][0], whole[0][1])
+
+
+def test_what_is_broken_mismatched_or_too_small_is_named_and_left_out(tmp_path):
+    save(tmp_path / "good.safetensors", boxes=torch.zeros(12, 4), mask=torch.zeros(12, 20, 28))
+    save(tmp_path / "short.safetensors", T=8)
+    save(tmp_path / "small.safetensors", H=15)
+    (tmp_path / "broken.safetensors").write_bytes(b"nothing")
+    weights.save_tensors(tmp_path / "float.safetensors", {"x_ni": torch.zeros(3, 12, 20, 28), "x_gt": torch.zeros(1)})
+    weights.save_tensors(tmp_path / "half.safetensors", {"x_ni": torch.zeros(3, 12, 20, 28, dtype=torch.uint8)})
+    x = torch.zeros(3, 10, 32, 32)
+    for name, ni, gt in (("fine", x, x), ("size", x, x[:, :, :30]), ("length", x, x[:, :9])):
+        for side, clip in (("ni", ni), ("gt", gt)):
+            (tmp_path / side).mkdir(exist_ok=True)
+            write_clip(tmp_path / side / f"{name}.mp4", clip)
+    write_clip(tmp_path / "ni" / "alone.mp4", x)
+    for side in ("ni", "gt"):
+        (tmp_path / side / "text.mp4").write_text("no video")
+    pairs = Pairs(tmp_path, 9, (16, 24))
+    assert pairs.names == ["good.safetensors", "fine.mp4"]
+    reasons = dict(line.split(": ", 1) for line in pairs.left_out)
+    for name, reason in {"alone.mp4": "only in ni", "short.safetensors": "wanted at least [9, 16, 24]",
+                         "small.safetensors": "got [12, 15, 28]", "broken.safetensors": "eader",
+                         "float.safetensors": "wanted uint8 [3, T, H, W], got F32", "half.safetensors": "x_gt",
+                         "size.mp4": "ni is [10, 32, 32] (frames, height, width), gt [10, 30, 32]",
+                         "length.mp4": "gt [9, 32, 32]", "text.mp4": "text.mp4"}.items():
+        assert reason in reasons.pop(name), name
+    assert not reasons
+    assert pairs.batch(draws(0, 8))[0].shape == (8, 3, 9, 16, 24)
+
+
+def test_a_pair_that_breaks_later_is_replaced_by_another_draw(tmp_path):
+    for side in ("ni", "gt"):
+        for name in ("a", "b"):
+            (tmp_path / side / name).mkdir(parents=True)
+            for t in range(4):
+                Image.fromarray(np.full((16, 16, 3), 9 * t, np.uint8)).save(tmp_path / side / name / f"{t}.png")
+    (tmp_path / "gt" / "b" / "3.png").write_bytes(b"broken")
+    pairs = Pairs(tmp_path, 4)
+    assert pairs.names == ["a", "b"], "only a whole read can tell"
+    with pytest.warns(UserWarning, match="left out, another is drawn: .*b"):
+        one = pairs.batch(draws(0, 6))
+    with pytest.warns(UserWarning):
+        two = pairs.batch(draws(0, 6))
+    assert one[2] == ["a"] * 6 and torch.equal(one[0], two[0])
+
+
+def test_nothing_to_train_on_is_fatal_and_says_why(tmp_path):
+    with pytest.raises(ValueError, match="no usable pairs: wanted \\*.safetensors clips, or ni/ and gt/ videos"):
+        Pairs(tmp_path, 9)
+    save(tmp_path / "short.safetensors", T=8)
+    with pytest.raises(ValueError, match="no usable pairs: short.safetensors: wanted at least"):
+        Pairs(tmp_path, 9)
+
+
+def test_the_crop_of_the_actor_holds_its_boxes_and_lies_in_the_frame(tmp_path):
+    boxes = torch.tensor([[60.0, 2.0, 70.5, 9.0], [64.0, 4.0, 79.5, 12.5], [0, 0, 0, 0], [0, 0, 40, 40]])
+    save(tmp_path / "a.safetensors", T=4, H=48, W=80, boxes=boxes)
+    save(tmp_path / "b.safetensors", T=4, H=48, W=80)
+    save(tmp_path / "c.safetensors", T=4, H=48, W=80, boxes=torch.zeros(4, 4))
+    pairs = Pairs(tmp_path, 3)  # the box of the fourth frame does not count, nor that of the hidden third
+    assert pairs.actor(0) == (slice(0, 32), slice(48, 80))
+    assert pairs.actor(0, least=1) == (slice(2, 13), slice(60, 80))
+    assert pairs.actor(1) is None and pairs.actor(2) is None
