@@ -12,6 +12,7 @@ paint is the actor's paint, lights vary within narrow ranges, actors are large a
 
     python -m mirage_min.toy_world --out data/toy --clips 2000 --workers 2
     python -m mirage_min.toy_world --video naive.mp4 --frames 33 --first-seed 1000005 --size 128x192
+    python -m mirage_min.toy_world --scene example     # a scene folder for build_pairs.py
     python -m mirage_min.toy_world                     # one scene: shapes and a picture
 """
 
@@ -276,11 +277,15 @@ if __name__ == "__main__":
     parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
     parser.add_argument("--extras", action="store_true", help="also depth, flow, visibility, boxes and cameras")
     parser.add_argument("--video", type=Path, help="write the first seed's naive insertion to this mp4 instead")
+    parser.add_argument("--scene", type=Path, help="write the first seed as a scene folder for build_pairs.py instead")
     args = parser.parse_args()
     if min(args.clips, args.frames, args.workers, *args.size) < 1:
         parser.error("clips, frames, workers and size must be at least 1")
-    if args.video:
-        config = WorldConfig(args.frames, *args.size)
+    config = WorldConfig(args.frames, *args.size)
+    if args.scene:
+        from .toy_scene import write_scene
+        write_scene(args.scene, args.first_seed, config)
+    elif args.video:
         write_clip(args.video, make_clip(args.first_seed, config, extras=False).x_ni, config.fps, crf=8)
     elif args.out:
         main(args)

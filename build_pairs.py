@@ -1,0 +1,321 @@
+"""NI–GT pairs from scenes of 3D Gaussians: an actor gives way to its generated asset, aligned twice (Mirage §3.3, §8).
+
+    python build_pairs.py scenes/* --out data/pairs
+
+A scene is a folder in the formats of mirage_min/scene.py; `python -m mirage_min.toy_world --scene DIR` makes one up.
+
+    choose   the actor: visible and inside the image in all frames, with the largest mean mask               (§8.2)
+    coarse   a similarity takes the asset's Gaussians to the actor's                                         (§3.3)
+    fine     one scaling and one displacement in the image, for the whole video, take the rendered asset's
+             boxes to the annotated ones                                                                     (§3.3)
+    x_NI     the scene without the actor, and over it the asset, behind what stands before it                (§8.4)
+    x_GT     the video as it was filmed
+
+Written to OUT: SCENE_FIRSTFRAME.safetensors, which mirage_min/pairs.py reads, with x_ni and x_gt (uint8 [3, T, H, W]),
+actor (uint8 [1, T, H, W], the asset's alpha), boxes and boxes_gt ([T, 4] x0, y0, x1, y1 in pixels; the asset's and the
+annotated ones) and naive (the middle frame, the asset placed by position alone); SCENE.png, a contact sheet; and
+manifest.json with every figure. A run killed and started again keeps the pairs it finds.
+
+Exit status: 0 done; 1 some scene is broken, and one line says how (the others are done); 2 a flag or OUT is wrong.
+"""
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import av
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from tqdm import tqdm
+
+from mirage_min import align, weights
+from mirage_min.metrics import actor_crops, psnr
+from mirage_min.scene import SceneFolder, moved, on, read_scene
+from mirage_min.splat import Camera, Gaussians, load_ply, render
+from mirage_min.video import Video, to_bytes
+
+STAGES = "none", "coarse", "full"  # how far the asset is aligned: by position alone, in 3D, and in 2D too
+
+
+@dataclass
+class Insertion:
+    """The asset in the actor's place: in 3D for good, in 2D by an affine map of every frame."""
+
+    asset: Gaussians                            # in the actor's frame
+    boxes: Tensor                               # [T, 4] of its rendering as it is in 3D, in pixels; 0: not in the frame
+    scaling: tuple[float, float] = (1.0, 1.0)   # about the middle of the frame's box
+    displacement: tuple[float, float] = (0.0, 0.0)
+
+    def render(self, t: int, camera: Camera, pose: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Frame t: colour times alpha [3, H, W], alpha [1, H, W] and depth [1, H, W] of the asset alone."""
+        # x' = s (x − c) + c + d is a camera of its own: nothing is resampled, so the asset stays as sharp as it was
+        x0, y0, x1, y1 = self.boxes[t].tolist()
+        (sx, sy), (dx, dy), cx, cy = self.scaling, self.displacement, (x0 + x1) / 2, (y0 + y1) / 2
+        A = torch.tensor([[sx, 0, cx - sx * cx + dx], [0, sy, cy - sy * cy + dy], [0, 0, 1]])
+        return render(moved(self.asset, pose), replace(camera, K=A @ camera.K))
+
+    def aligned_boxes(self) -> Tensor:
+        """The boxes [T, 4] after the 2D map."""
+        return align.move_boxes(self.boxes, self.scaling, self.displacement)
+
+
+def choose_actor(folder: Path, scene: SceneFolder, frames: range, wanted: int | None) -> int:
+    """The id of the tracked object inside the image in all the frames whose mean mask is the largest (§8.2)."""
+    if wanted is not None and wanted not in scene.tracks:
+        raise ValueError(f"{folder / 'tracks.json'}: objects: no id {wanted} (--actor), there are {list(scene.tracks)}")
+    size, inside = torch.tensor([scene.cameras[0].width, scene.cameras[0].height]), {}
+    for i in scene.tracks if wanted is None else [wanted]:
+        track = scene.tracks[i]
+        within = track.visible & (track.box[:, :2] > 0).all(1) & (track.box[:, 2:] < size).all(1)
+        inside[i] = int(within[frames.start : frames.stop].sum())
+    if max(inside.values()) < len(frames):
+        best = max(inside, key=inside.get)
+        raise ValueError(f"{folder / 'tracks.json'}: objects: none is visible and inside the image in all of frames "
+                         f"{frames.start} to {frames.stop - 1}; the best, {best}, is in {inside[best]} of them")
+    there = [i for i in inside if inside[i] == len(frames) and len(scene.objects[i])]
+    if not there:
+        raise ValueError(f"{folder / 'scene.ply'}: object_id: no Gaussians of object {max(inside, key=inside.get)}")
+
+    def area(i: int) -> float:  # DEVIATION: of the object's rendered alpha; the paper has masks of Grounding-SAM2
+        poses, cameras = scene.tracks[i].pose, scene.cameras
+        return sum(float(render(moved(scene.objects[i], poses[t]), cameras[t])[1].mean()) for t in frames)
+    return max(there, key=area)
+
+
+def by_position(asset: Gaussians, actor: Gaussians, size: Tensor, R: Tensor) -> tuple[float, Tensor, Tensor]:
+    """The naive similarity: as long as the actor's 3D box, its middle at the mean of the actor's Gaussians."""
+    x = asset.means @ R.T.to(asset.means)
+    low, high = x.amin(0), x.amax(0)
+    s = float(size[0] / (high - low)[0])
+    return s, R, actor.means.mean(0) - s * (low + high) / 2
+
+
+def mask_box(alpha: Tensor) -> Tensor:
+    """Pixels [1, H, W] that are at least half covered -> x0, y0, x1, y1, edges; zeros if there are none."""
+    ys, xs = (alpha[0] >= 0.5).nonzero(as_tuple=True)
+    return torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]).float() if len(ys) else torch.zeros(4)
+
+
+def composite(back: tuple[Tensor, ...], front: tuple[Tensor, ...], margin: float) -> tuple[Tensor, Tensor]:
+    """Asset over background, behind what stands before it (§8.4) -> (frame [3, H, W], what is seen of its alpha).
+
+    Both as splat.render gives them. What is nearer by less than `margin` does not hide the asset: else the ground at
+    its feet would, where it stands a little too low. DEVIATION: the paper composites without a word about depth.
+    """
+    (background, density, depth), (rgb, alpha, asset_depth) = back, front
+    seen = ((depth > asset_depth - margin) | (density < 0.5)).float()
+    # x = α a + (1 − α) b, the asset's colour being multiplied by its α already
+    return seen * rgb + (1 - seen * alpha) * background, seen * alpha
+
+
+def align_asset(scene: SceneFolder, asset: Gaussians, turn: Tensor, actor: int, frames: range, bar: tqdm
+                ) -> dict[str, Insertion]:
+    """Both stages -> the insertion at each of them; boxes outside the frames are 0.
+
+    turn [3, 3] takes the asset's axes to x forward, y left, z up, as the actor's frame has them.
+    """
+    track, T, (front, _, up) = scene.tracks[actor], len(scene.cameras), torch.eye(3)
+    similarities = {
+        "none": by_position(asset, scene.objects[actor], track.size[track.reference], turn),
+        "coarse": align.coarse_3d(asset, scene.objects[actor], front, up, asset_up=up @ turn, asset_front=front @ turn)}
+    found = {stage: Insertion(asset.transformed(*similarity), torch.zeros(T, 4))
+             for stage, similarity in similarities.items()}
+    for t in frames:
+        for insertion in found.values():
+            insertion.boxes[t] = mask_box(insertion.render(t, scene.cameras[t], track.pose[t])[1])
+        bar.update()
+    rows = slice(frames.start, frames.stop)
+    scaling, displacement = align.fine_2d(found["coarse"].boxes[rows], track.box[rows].float())
+    return found | {"full": replace(found["coarse"], scaling=scaling, displacement=displacement)}
+
+
+# ---- one scene -------------------------------------------------------------------------------------------------------
+
+def build(folder: Path, args: argparse.Namespace, settings: dict) -> dict:
+    """All pairs of one scene -> its entry in the manifest."""
+    scene, name, N = read_scene(folder, args.device), folder.resolve().name, args.frames
+    start, stop = args.range or (0, len(scene.cameras))
+    if not 0 <= start <= stop - N <= len(scene.cameras) - N:
+        raise ValueError(f"{scene.video}: {len(scene.cameras)} frames, wanted {start}:{stop} in clips of {N}")
+    actor = choose_actor(folder, scene, range(start, stop), args.actor)
+    asset, boxes_gt = on(load_ply(folder / "asset.ply"), args.device), scene.tracks[actor].box.float()
+    clips, left_out, at = [], [], 0
+    with tqdm(total=2 * (stop - start), desc=name, unit="frame", leave=False, disable=None) as bar, \
+            Video(scene.video) as video:
+        insertions, filmed = align_asset(scene, asset, args.asset_axes, actor, range(start, stop), bar), iter(video)
+        for first in range(start, stop - N + 1, N):
+            rows, path = slice(first, first + N), args.out / f"{name}_{first:06d}.safetensors"
+            iou = {stage: float(align.iou(insertion.aligned_boxes()[rows], boxes_gt[rows]).mean())
+                   for stage, insertion in insertions.items()}
+            if iou[args.align] < args.min_iou:
+                left_out.append({"first_frame": first, "box_iou": iou})
+            elif (made := made_before(path, settings)) is not None:
+                clips.append(made)
+            else:
+                x_gt, at = torch.stack(list(islice(filmed, first - at, first - at + N)), dim=1), first + N
+                tensors, figures = make_pair(scene, insertions, actor, rows, x_gt, args.align, bar)
+                clips.append({"file": path.name, "first_frame": first, "box_iou": iou} | figures)
+                weights.save_tensors(path, tensors, {"clip": json.dumps(clips[-1]), "settings": json.dumps(settings)})
+    return {"settings": settings, "actor": actor, "category": scene.tracks[actor].category,
+            "scaling": insertions["full"].scaling, "displacement": insertions["full"].displacement,
+            "clips": clips, "left_out": left_out}
+
+
+def make_pair(scene: SceneFolder, insertions: dict[str, Insertion], actor: int, rows: slice, x_gt: Tensor, stage: str,
+              bar: tqdm) -> tuple[dict[str, Tensor], dict]:
+    """Frames `rows` of a scene, filmed as x_gt [3, T, H, W] -> the tensors of its file, and figures of every stage."""
+    track, shots = scene.tracks[actor], {name: [] for name in insertions}
+    for t in range(rows.start, rows.stop):
+        back = render(scene.at(t, without=actor), scene.cameras[t])
+        for name, insertion in insertions.items():
+            front = insertion.render(t, scene.cameras[t], track.pose[t])
+            shots[name].append([v.cpu() for v in composite(back, front, margin=float(track.size[t].min()))])
+        bar.update()
+    x_ni = {name: torch.stack([frame for frame, _ in shot], dim=1) * 2 - 1 for name, shot in shots.items()}
+    alpha, middle = torch.stack([alpha for _, alpha in shots[stage]], dim=1), x_gt.shape[1] // 2
+    crops = actor_crops(track.box[rows], *x_gt.shape[2:])
+
+    def cropped(x: Tensor) -> Tensor:
+        return torch.stack([x[:, t, ys, xs] for t, (ys, xs) in enumerate(crops)], dim=1)[None]
+    figures = {"crop_psnr": {name: float(psnr(cropped(x), cropped(x_gt))) for name, x in x_ni.items()}}
+    return {"x_ni": to_bytes(x_ni[stage]), "x_gt": to_bytes(x_gt), "actor": (alpha * 255).round().byte(),
+            "boxes": insertions[stage].aligned_boxes()[rows], "boxes_gt": track.box[rows].float(),
+            "naive": to_bytes(x_ni["none"][:, middle])}, figures
+
+
+# ---- many scenes, once -----------------------------------------------------------------------------------------------
+
+def settings_of(folder: Path, args: argparse.Namespace) -> dict:
+    """What a scene's pairs depend on: flags, and sizes and times of its files. Another value makes them anew."""
+    files = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(folder.glob("*"))}
+    flags = {key: getattr(args, key) for key in ("align", "frames", "range", "actor", "min_iou")}
+    flags["asset_axes"] = args.asset_axes.tolist()
+    return json.loads(json.dumps(flags | {"files": files}))            # as it will be read again
+
+
+def made_before(path: Path, settings: dict) -> dict | None:
+    """The manifest's entry of a clip that an earlier run wrote with the same settings."""
+    if not path.exists():
+        return None
+    about = weights.load_tensors(path)[1]
+    return json.loads(about["clip"]) if about.get("settings") == json.dumps(settings) else None
+
+
+def contact_sheet(out: Path, name: str, clips: list[dict]) -> None:
+    """The middle frame of every clip around the actor: naive unaligned | x_NI | x_GT, lines along the annotated box."""
+    rows = []
+    for clip in clips:
+        tensors, _ = weights.load_tensors(out / clip["file"])
+        middle = tensors["x_gt"].shape[1] // 2
+        x0, y0, x1, y1 = tensors["boxes_gt"][middle].tolist()
+        h = 1.6 * max(y1 - y0, (x1 - x0) / 1.5)
+        left, top, scale = (x0 + x1 - 1.5 * h) / 2, (y0 + y1 - h) / 2, 160 / h
+        panels = [Image.fromarray(x.permute(1, 2, 0).numpy()).transform(
+            (240, 160), Image.AFFINE, (1 / scale, 0, left, 0, 1 / scale, top), Image.BILINEAR)
+            for x in (tensors["naive"], tensors["x_ni"][:, middle], tensors["x_gt"][:, middle])]
+        row = Image.new("RGB", (3 * 240 + 8, 162))
+        for i, panel in enumerate(panels):
+            draw = ImageDraw.Draw(panel)
+            draw.rectangle([round((x0 - left) * scale), round((y0 - top) * scale),
+                            round((x1 - left) * scale), round((y1 - top) * scale)], outline=(255, 220, 0))
+            row.paste(panel, (i * 244, 0))
+        rows.append(row)
+    sheet = Image.new("RGB", (rows[0].width, 162 * len(rows)))
+    for i, row in enumerate(rows):
+        sheet.paste(row, (0, 162 * i))
+    with weights.whole_file(out / f"{name}.png") as temporary:
+        sheet.save(temporary, format="png")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Every scene in turn; returns how many were broken."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    path, broken = args.out / "manifest.json", 0
+    manifest = weights.read_json(path) if path.exists() else {}
+    for folder in args.scenes:
+        name, settings, old = folder.resolve().name, settings_of(folder, args), manifest.get(folder.resolve().name)
+        if old and old["settings"] == settings and all((args.out / clip["file"]).exists() for clip in old["clips"]):
+            print(f"{name}: kept, {len(old['clips'])} pairs")
+            continue
+        try:
+            manifest[name] = build(folder, args, settings)
+        except (ValueError, OSError, av.FFmpegError) as error:
+            where = "" if str(folder) in str(error) else f"{folder}: "
+            print(f"build_pairs.py: {where}{' '.join(str(error).split())}", file=sys.stderr)
+            broken += 1
+            continue
+        entry, files = manifest[name], {clip["file"] for clip in manifest[name]["clips"]}
+        for file in args.out.glob("*.safetensors"):  # of other settings: not to be trained on beside these
+            if re.fullmatch(re.escape(name) + r"_\d{6}", file.stem) and file.name not in files:
+                file.unlink()
+        if entry["clips"]:
+            contact_sheet(args.out, name, entry["clips"])
+        with weights.whole_file(path) as temporary:
+            temporary.write_text(json.dumps(manifest, indent=2) + "\n")
+        report(name, entry, args)
+    return broken
+
+
+def report(name: str, entry: dict, args: argparse.Namespace) -> None:
+    """One line of figures of a scene, and one of each pair that was left out."""
+    def mean(key: str) -> str:
+        values = [[clip[key][stage] for clip in entry["clips"]] for stage in STAGES]
+        return " -> ".join(f"{sum(v) / len(v):.3g}" for v in values)
+
+    print(f"{name}: actor {entry['actor']}, {len(entry['clips'])} pairs" + ("" if not entry["clips"] else
+          f"; {' -> '.join(STAGES)}: box IoU {mean('box_iou')}, PSNR in the crop {mean('crop_psnr')}"))
+    for clip in entry["left_out"]:
+        print(f"{name}: frames from {clip['first_frame']} left out: box IoU {clip['box_iou'][args.align]:.3f}, "
+              f"wanted at least {args.min_iou}")
+
+
+def frame_range(text: str) -> tuple[int, int]:
+    """"40:120" -> (40, 120)"""
+    start, stop = map(int, text.split(":"))
+    return start, stop
+
+
+def axes(text: str) -> Tensor:
+    """"RDF": x right, y down, z forward -> [3, 3] that takes them to x forward, y left, z up"""
+    F, L, U = torch.eye(3)
+    points = {"F": F, "B": -F, "L": L, "R": -L, "U": U, "D": -U}
+    R = torch.stack([points.get(letter, 0 * F) for letter in text.upper()], dim=1)
+    if R.shape != (3, 3) or torch.linalg.det(R) != 1:
+        raise argparse.ArgumentTypeError(f"{text}: wanted three right-handed axes, as in RDF, FLU or LUF")
+    return R
+
+
+def cli(argv: list[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("scenes", type=Path, nargs="+", help="scene folders (formats: mirage_min/scene.py)")
+    parser.add_argument("--out", type=Path, default=Path("data/pairs"), help="where the pairs go (default data/pairs)")
+    parser.add_argument("--align", choices=STAGES, default="full",
+                        help="by position alone, in 3D, or in 3D and in the image (default full)")
+    parser.add_argument("--frames", type=int, default=9, metavar="N", help="frames of a pair (default 9)")
+    parser.add_argument("--range", type=frame_range, metavar="A:B", help="only frames A to B - 1 (default all)")
+    parser.add_argument("--actor", type=int, metavar="ID", help="the object to replace (default: the largest mask)")
+    parser.add_argument("--asset-axes", type=axes, default="RDF", metavar="XYZ",
+                        help="where the asset's x, y and z point, of Left Right Up Down Forward Back (default RDF)")
+    parser.add_argument("--min-iou", type=float, default=0.8, metavar="X",
+                        help="leave out pairs whose boxes overlap less on average (default 0.8)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to render")
+    args = parser.parse_args(argv)
+    names = [folder.resolve().name for folder in args.scenes]
+    if args.frames < 1 or len(set(names)) < len(names):
+        parser.error("frames must be at least 1, and the scene folders' names must differ")
+    try:
+        with torch.no_grad():
+            return min(main(args), 1)
+    except (ValueError, OSError) as error:
+        print("build_pairs.py:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(cli())
