@@ -11,6 +11,7 @@ Exit status: 0 done; 2 the input, the model or a flag is wrong, and one line say
 """
 
 import argparse
+import ctypes
 import mimetypes
 import os
 import re
@@ -18,12 +19,15 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import av
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -42,6 +46,9 @@ class Settings:
     crf: int = 16                  # quality of the mp4: 0 is lossless, 51 the worst
     preset: str = "fast"           # of x264: slower ones make smaller files
     fps: float = 25.0              # frames a second of a folder of images
+    at_height: int = 0             # harmonise at this height, and add what changed, enlarged, to the frames; 0: as is
+    tiles: int = 1                 # rows and columns into which large frames are cut for the VAEs
+    margin: int = 8                # latent cells around each of them
 
 
 def main(args: argparse.Namespace, settings: Settings) -> None:
@@ -61,14 +68,21 @@ def main(args: argparse.Namespace, settings: Settings) -> None:
 
         start, count = time.time(), 0
         sound = None if args.input.is_dir() else args.input
-        with writing(args.output, output, settings.crf, settings.preset, sound) as out:
+        harmonise = partial(mirage.stream, window=args.window, tiles=settings.tiles, margin=settings.margin)
+        with writing(args.output, output, settings.crf, settings.preset, sound) as out, ThreadPoolExecutor(1) as writer:
             originals = deque()  # frames that the model was given and has not yet given back
-            stream = mirage.stream(remember(video, originals) if args.compare else video, args.window)
+            frames = remember(video, originals) if args.compare else video
+            stream = at_height(settings.at_height, harmonise, frames) if settings.at_height else harmonise(frames)
+            writes = deque()     # they go on while the model works
             for x_dr in tqdm(stream, total=video.count, unit="frame", leave=False, disable=None):  # None: off in a pipe
                 if args.compare:
                     x_dr = torch.cat([originals.popleft(), x_dr], dim=2)             # [3, H, 2 W]
-                out.write(x_dr, *video.times.popleft())
+                writes.append(writer.submit(out.write, x_dr, *video.times.popleft()))
+                if len(writes) > 4:
+                    writes.popleft().result()
                 count += 1
+            for write in writes:
+                write.result()
     if video.broken:
         print(f"note: {len(video.broken)} frames did not decode and repeat the one before: "
               f"{', '.join(map(str, video.broken[:8]))}{', ...' * (len(video.broken) > 8)}", file=sys.stderr)
@@ -79,6 +93,27 @@ def remember(frames: Iterable[Tensor], kept: deque[Tensor]) -> Iterator[Tensor]:
     for frame in frames:
         kept.append(frame)
         yield frame
+
+
+def at_height(height: int, harmonise: Callable, frames: Iterable[Tensor]) -> Iterator[Tensor]:
+    """x + enlarge(harmonise(s) - s) with s = shrink(x): light and shadow by a model that knows small frames, the detail
+    from the frames themselves. height: pixels of s; its width keeps the shape of the frame.
+    """
+    waiting = deque()  # x and s of the frames that the model has not yet given back
+
+    def shrunk() -> Iterator[Tensor]:
+        for x in frames:
+            H, W = x.shape[-2:]
+            if not 16 <= height <= H or round(W * height / H) < 16:
+                raise ValueError(f"at_height must be from 16 to the frames' own {H} and leave 16 columns, got {height}")
+            s = F.interpolate(x[None], (height, round(W * height / H)), mode="bilinear", antialias=True)[0]
+            waiting.append((x, s))
+            yield s
+
+    for harmonised in harmonise(shrunk()):
+        x, s = waiting.popleft()
+        change = F.interpolate((harmonised - s)[None], x.shape[-2:], mode="bilinear")[0]
+        yield (x + change).clamp(-1, 1)
 
 
 def check_paths(source: Path, target: Path, overwrite: bool) -> None:
@@ -141,7 +176,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--skip-broken", action="store_true",
                         help="where a frame does not decode, repeat the one before instead of giving up")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
-                        help="crf (0 to 51, quality of the mp4), preset (of x264), fps (of a folder of images)")
+                        help="crf and preset of x264, fps of images, at_height, tiles, margin (see Settings)")
     return parser.parse_args(argv)
 
 
@@ -163,6 +198,13 @@ def cli(argv: list[str] | None = None) -> int:
     return 0
 
 
+def steady_heap() -> None:
+    """Have glibc hand back every block of 64 KiB or more: its heap would fragment and grow for the first 100 frames."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD
+
+
 def interrupt(number: int, _) -> None:
     for each in STOPPING:
         signal.signal(each, signal.SIG_IGN)  # a second one must not cut off the cleaning up
@@ -170,6 +212,7 @@ def interrupt(number: int, _) -> None:
 
 
 if __name__ == "__main__":
+    steady_heap()
     for each in STOPPING:
         signal.signal(each, interrupt)
     sys.exit(cli())

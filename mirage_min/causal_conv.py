@@ -8,13 +8,27 @@ remember between two groups is the end of its own input: the last kt - 1 frames.
 a plain dict {layer name: tensor} that is passed in and handed out. No module remembers anything, so a group can be
 recomputed (checkpointing), a cache can be detached (ChopGrad), and two videos can be decoded side by side.
 
+Here too is how both VAEs run in little memory where no gradient will be asked for: `normed_conv` and `each_frame` go
+piece by piece, and a cache may be `Spent` as it is read.
+
     python -m mirage_min.causal_conv        # the cache at work: chunk plans agree, and what one change reaches
 """
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 Cache = dict[str, Tensor]  # {dotted layer name: its last kt - 1 input frames, [B, C, kt - 1, H, W]}
+ROWS = 32                  # of a band: fewer would cost time, more memory
+
+
+class Spent(dict):
+    """A cache that loses an entry as it is read, its last to the last layer: a loop that goes on holds one, not two."""
+
+    __getitem__ = dict.pop
 
 
 class CausalConv3d(nn.Conv3d):
@@ -34,7 +48,12 @@ class CausalConv3d(nn.Conv3d):
         self.key = ""  # set by name_caches
 
     def with_past(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
-        """x [B, C, T, H, W] -> [B, C, kt-1+T, H, W]: the frames before x in front of it; its tail goes into `new`."""
+        """x [B, C, T, H, W] -> [B, C, kt-1+T, H, W]: the frames before x in front of it; its tail goes into `new`.
+
+        What came before is old[self.key], or where `old` is None or empty kt - 1 frames as `first` says. The last
+        kt - 1 frames of the result become new[self.key], in a storage of their own; `old` stays as it is. Where kt is
+        1 there is no cache, and the result is x.
+        """
         past = self.kernel_size[0] - 1
         if past == 0:
             return x
@@ -48,14 +67,71 @@ class CausalConv3d(nn.Conv3d):
 
     def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
         """x [B, C, T, H, W], the frames after those in `old` -> [B, C', T', H', W']; writes its own tail to `new`."""
+        # z_{i,m+1}, z^c_{i,m} = D_m(Concat(z^c_{i-1,m}, z_{i,m}))                                   ChopGrad Eq. 1
         return super().forward(self.with_past(x, old, new))
 
 
 def name_caches(module: nn.Module) -> None:
-    """Give every causal convolution in `module` its dotted name, the key under which it finds its own past."""
+    """Give every CausalConv3d in `module` its dotted name there as `key`, under which it finds its own past."""
     for name, layer in module.named_modules():
         if isinstance(layer, CausalConv3d):
             layer.key = name
+
+
+def silu(x: Tensor) -> Tensor:
+    """SiLU, in place where no gradient will ask for its input."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+def in_pieces(x: Tensor) -> bool:
+    """Whether x [..., H, W] is worked on piece by piece to save memory: without gradients, and if it is large."""
+    return not torch.is_grad_enabled() and x.shape[-2] > ROWS
+
+
+def normed_conv(norm: Callable[[Tensor, slice], Tensor], conv: CausalConv3d, x: Tensor, old: Cache | None, new: Cache,
+                onto: Tensor | None = None) -> Tensor:
+    """conv(silu(norm(x))), or onto + conv(silu(norm(x))). norm(some rows of x, which they are) -> their like, new.
+
+    Where `in_pieces`, it goes by bands of rows and adds to `onto` in place: neither norm(x) nor its copy behind the
+    cached frames is ever held whole. Each band comes with the rows around it that the kernel sees, so the result is
+    the same. The stride must be 1.
+    """
+    H, halo = x.shape[3], conv.kernel_size[1] // 2
+    if not in_pieces(x):
+        y = conv(silu(norm(x, slice(0, H))), old, new)
+        return y if onto is None else onto + y
+    past, out, tail = old[conv.key] if old else None, onto, None
+    for a in range(0, H, ROWS):
+        b, kept = min(a + ROWS, H), {}
+        lo, hi = max(a - halo, 0), min(b + halo, H)
+        before = None if past is None else {conv.key: past[:, :, :, lo:hi]}
+        y = conv(silu(norm(x[:, :, :, lo:hi], slice(lo, hi))), before, kept)[:, :, :, a - lo : b - lo]
+        end = kept[conv.key][:, :, :, a - lo : b - lo]
+        out = _rows_of(y, H).zero_() if out is None else out
+        tail = _rows_of(end, H) if tail is None else tail
+        out[:, :, :, a:b] += y
+        tail[:, :, :, a:b] = end
+    new[conv.key] = tail
+    return out
+
+
+def _rows_of(band: Tensor, H: int) -> Tensor:
+    """An empty [B, C, T, H, W] to be filled with such bands, in their order in memory."""
+    B, C, T, _, W = band.shape
+    return band.new_empty(B, T, H, W, C).movedim(-1, 1)
+
+
+def each_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """An image layer on every frame of x [B, C, T, H, W], one by one where `in_pieces`."""
+    if not in_pieces(x):
+        return rearrange(layer(rearrange(x, "b c t h w -> (b t) c h w")), "(b t) c h w -> b c t h w", b=x.shape[0])
+    out = None
+    for t, frame in enumerate(x.unbind(dim=2)):
+        y = layer(frame)                                               # [B, C', H', W']
+        if out is None:
+            out = y.new_empty(x.shape[0], x.shape[2], *y.shape[2:], y.shape[1]).movedim(-1, 1)
+        out[:, :, t] = y
+    return out
 
 
 if __name__ == "__main__":

@@ -5,35 +5,27 @@ group's activations. ChopGrad lets the loss of group i reach back d_trunc groups
 
     grad z_j = sum over j <= i <= j + d_trunc of dL_i/dz_j       and the same for parameters and injected features
 
-    z = dit(...)                                                 # [B, C, F, h, w], with the backbone's graph behind it
     loss, grad_z = chopgrad.backward(vae, z, lambda x, where: (x - x_gt[where]).square().sum() / x_gt.numel())
-    z.backward(grad_z)                                           # once through the backbone
+    z.backward(grad_z)                                           # once through the backbone, whose graph is behind z
 
 `vae` has decode_groups(F) -> slices, decode_group(z_g, cache, inject) -> (x_g, cache), cache a flat dict of tensors,
 new at every call, and for `inject` encode_groups(T) -> slices. Never wrap it in DDP: gradients go wrong silently there.
 
-Every loss passes once through each graph it reaches: N groups cost (N - d/2)(d + 1) passes. `delayed` waits until the
-first graph must go and pushes the d + 1 losses so far in one sweep: (N - d)(d + 1) passes, the same gradients, and full
-backpropagation's cost at d = N - 1 (App. D). Later sweeps have one new loss each. Left out: evicting every s groups,
-where losses would reach unequally far.
-
-`tiles` cuts the latent in space and decodes each piece alone (C.2, C.4). No VAE here tiles exactly: CogVideoX's
-GroupNorm averages over the piece, Wan's middle block attends within it, zeros surround both. A margin without loss
-lessens this and cures neither; benchmarks/chopgrad_locality.py measures what remains.
+N groups cost (N - d/2)(d + 1) passes, one for every graph that a loss reaches. `delayed` pushes the first d + 1 losses
+in one sweep: (N - d)(d + 1) passes, the same gradients, and full backpropagation's cost at d = N - 1 (App. D; evicting
+every s groups is left out, losses would reach unequally far). No VAE tiles exactly: benchmarks/chopgrad_locality.py.
 
     python -m mirage_min.chopgrad           # how far from full backpropagation, by truncation distance
 """
 
 from collections import deque
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise, product
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
-ALL = slice(None)
 Tile = tuple[tuple[slice, slice], ...]  # rows, then columns: (latent cells to decode, those of them that take loss)
 
 
@@ -41,16 +33,14 @@ Tile = tuple[tuple[slice, slice], ...]  # rows, then columns: (latent cells to d
 def backward(vae, z: Tensor, loss_fn, d_trunc: int | None = 1, tiles=(1, 1), margin=0, delayed=False, checkpoint=False,
              inject: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """Pixel loss of normalised latents z [B, C, F, h, w] -> (loss, grad_z like z); parameters' gradients go to .grad.
-
     loss_fn     (x_g [B, 3, T', H', W'], where) -> scalar; x_g is a piece of the video without its margin and `where`
                 the slices that cut its like from a [B, 3, T, H, W] target. The losses add up: weight each by its share.
     d_trunc     groups that a loss reaches back; None: all of them in one sweep, which is full backpropagation.
     tiles       (rows, columns) of latent pieces; need not divide h and w. margin: latent cells of context around each.
     checkpoint  keep only what goes into a group, and decode it again for every pass through its graph.
-    inject      features of the whole clip, finest first, [B, C_i, T, H_i, W_i]; those that require grad get .grad.
-    """
+    inject      features of the whole clip, finest first, [B, C_i, T, H_i, W_i]; those that require grad get .grad."""
     B, C, F, h, w = z.shape
-    groups, inject, loss = vae.decode_groups(F), inject or [], 0
+    groups, inject, losses = vae.decode_groups(F), inject or [], []
     if not (1 <= tiles[0] <= h and 1 <= tiles[1] <= w and margin >= 0 and (d_trunc is None or d_trunc >= 0)):
         raise ValueError(f"want tiles in 1..{h} x 1..{w}, margin and d_trunc >= 0, got {tiles}, {margin}, {d_trunc}")
     frames = vae.encode_groups(inject[0].shape[2]) if inject else groups
@@ -58,31 +48,39 @@ def backward(vae, z: Tensor, loss_fn, d_trunc: int | None = 1, tiles=(1, 1), mar
         raise ValueError(f"want inject for {len(groups)} groups, leaves where it requires grad (detach it, then "
                          f"m.backward(leaf.grad)), got (shape, leaf) {[(tuple(m.shape), m.is_leaf) for m in inject]}")
     d_trunc, delayed = (len(groups) - 1, True) if d_trunc is None else (d_trunc, delayed)
-    decode = partial(recompute, vae.decode_group, use_reentrant=False) if checkpoint else vae.decode_group
-    z = z.detach().requires_grad_()
-    for v in (z, *inject):
+    decode = (lambda *g: recompute(vae.decode_group, *g, use_reentrant=False)) if checkpoint else vae.decode_group
+    for v in (z := z.detach().requires_grad_(), *inject):
         v.grad = torch.zeros_like(v) if v.requires_grad and v.grad is None else v.grad
     for tile in product(cut(h, tiles[0], margin), cut(w, tiles[1], margin)):
-        window, cache, t = deque(), {}, 0
-        for i, group in enumerate(groups):                                      # ChopGrad Alg. 1, line 1
-            # z^c_{i-1} <- detach(z^c_{i-1})                                    ChopGrad Alg. 1, line 2
-            cache = {key: c.detach().requires_grad_(c.requires_grad and d_trunc > 0) for key, c in cache.items()}
-            # x_i, z^c_i = D(Concat(z^c_{i-1}, z_i))                            ChopGrad Alg. 1, line 3
-            z_i, inject_i = part(z, group, tile, 1), [part(m, frames[i], tile, m.shape[4] // w) for m in inject]
-            window.append(Graph(cache, *decode(z_i, cache or None, inject_i or None)))
-            # L_i, and dL_i/dx_i, where the graph of the loss itself ends       ChopGrad Alg. 1, lines 4, 5
-            x = window[-1].x.detach().requires_grad_()
-            loss_i = loss_fn(*without_margin(x, t, tile, x.shape[4] // z_i.shape[4]))
-            if loss_i.requires_grad:
-                window[-1].grad_x, = torch.autograd.grad(loss_i, x, allow_unused=True)
-            loss, t, cache = loss + loss_i.detach(), t + x.shape[2], window[-1].cache_out
-            reach = d_trunc if group is not groups[-1] else 0                   # graphs that the next loss can reach
-            if len(window) > reach or not delayed:
-                push_back(window, reach)                                        # ChopGrad Alg. 1, lines 5 to 10
-            # DEVIATION: line 11 has i >= d_trunc; counted from 1 as there, the first graph to go is that of d_trunc + 1
-            while len(window) > reach:                                          # ChopGrad Alg. 1, line 11
-                window.popleft()                                                # ChopGrad Alg. 1, line 12
-    return loss, z.grad
+        losses += chop(decode, z, inject, groups, frames, tile, loss_fn, d_trunc, delayed)
+    return sum(losses), z.grad
+
+
+def chop(decode, z, inject, groups, frames, tile: Tile, loss_fn, d_trunc: int, delayed: bool) -> list[Tensor]:
+    """Algorithm 1 on one tile -> every L_i, detached; `part` adds what flows back to the .grad of z and of inject.
+    decode(z_i, cache, inject_i) takes None for no cache or no maps. A cache enters a group detached: a new leaf, which
+    requires grad if it did and d_trunc > 0. The graph of L_i ends at the pixels: loss_fn has `without_margin` of a leaf
+    x, and dL_i/dx is the group's grad_x (None if L_i has no graph). push_back(window, reach) follows every loss, or if
+    `delayed` only once more graphs than `reach` wait; those beyond then go. The next loss can reach d_trunc graphs."""
+    window, cache, losses, t = deque(), {}, [], 0
+    for i, group in enumerate(groups):                                          # ChopGrad Alg. 1, line 1
+        # z^c_{i-1} <- detach(z^c_{i-1})                                        ChopGrad Alg. 1, line 2
+        cache = {key: c.detach().requires_grad_(c.requires_grad and d_trunc > 0) for key, c in cache.items()}
+        # x_i, z^c_i = D(Concat(z^c_{i-1}, z_i))                                ChopGrad Alg. 1, line 3
+        z_i, inject_i = part(z, group, tile, 1), [part(m, frames[i], tile, m.shape[4] // z.shape[4]) for m in inject]
+        window.append(Graph(cache, *decode(z_i, cache or None, inject_i or None)))
+        x = window[-1].x.detach().requires_grad_()
+        loss_i = loss_fn(*without_margin(x, t, tile, x.shape[4] // z_i.shape[4]))  # ChopGrad Alg. 1, lines 4, 5
+        if loss_i.requires_grad:
+            window[-1].grad_x, = torch.autograd.grad(loss_i, x, allow_unused=True)
+        losses, t, cache = [*losses, loss_i.detach()], t + x.shape[2], window[-1].cache_out
+        reach = d_trunc if group is not groups[-1] else 0                       # graphs that the next loss can reach
+        if len(window) > reach or not delayed:
+            push_back(window, reach)                                            # ChopGrad Alg. 1, lines 5 to 10
+        # DEVIATION: line 11 has i >= d_trunc; counted from 1 as there, the first graph to go is that of d_trunc + 1
+        while len(window) > reach:                                              # ChopGrad Alg. 1, line 11
+            window.popleft()                                                    # ChopGrad Alg. 1, line 12
+    return losses
 
 
 @dataclass
@@ -95,7 +93,8 @@ class Graph:
 
 
 def push_back(window: deque[Graph], reach: int) -> None:
-    """Lines 5 to 10, from the newest graph to the oldest; the newest `reach` stay usable for the losses to come."""
+    """Lines 5 to 10, newest graph first; the newest `reach` stay usable for later losses. At most one pass a graph:
+    from x with grad_x, which is pushed once, and from cache_out with what the group after it left in its cache_in."""
     grad_cache = {}
     # DEVIATION: line 7 has k <= min(d_trunc, i), but the window ends at group 1, so k <= min(d_trunc, i - 1)
     for k, graph in enumerate(reversed(window)):                                # ChopGrad Alg. 1, line 7; k = 0: 5, 6
@@ -112,8 +111,9 @@ def push_back(window: deque[Graph], reach: int) -> None:
 
 
 def part(whole: Tensor, time: slice, tile: Tile, s: int) -> Tensor:
-    """A leaf on a part of a leaf; the gradients that it receives are added to that part of the whole's."""
-    where = (ALL, ALL, time, *(scale(cells, s) for cells, _ in tile))
+    """A leaf on a part of a leaf, s pixels to a cell. What gradient it gets in a pass is added to that part of
+    whole.grad (which is there), if `whole` requires grad, and its own is dropped."""
+    where = (slice(None), slice(None), time, *(scale(cells, s) for cells, _ in tile))
     leaf = whole[where].detach().requires_grad_(whole.requires_grad)
     def deliver(leaf):
         whole.grad[where].add_(leaf.grad)
@@ -124,7 +124,7 @@ def part(whole: Tensor, time: slice, tile: Tile, s: int) -> Tensor:
 
 
 def cut(n: int, pieces: int, margin: int) -> list[tuple[slice, slice]]:
-    """n cells in pieces as even as they come -> one side of a Tile for each"""
+    """n cells in pieces that begin at n·k // pieces -> one side of a Tile for each; a margin ends where the cells do"""
     edges = [n * k // pieces for k in range(pieces + 1)]
     return [(slice(max(a - margin, 0), min(b + margin, n)), slice(a, b)) for a, b in pairwise(edges)]
 
@@ -137,7 +137,7 @@ def scale(cells: slice, s: int, origin: int = 0) -> slice:
 def without_margin(x: Tensor, t: int, tile: Tile, s: int) -> tuple[Tensor, tuple[slice, ...]]:
     """The pixels of a decoded tile that take loss, and where in the video they lie; x begins at frame t."""
     inside = (..., *(scale(own, s, cells.start) for cells, own in tile))
-    return x[inside], (ALL, ALL, slice(t, t + x.shape[2]), *(scale(own, s) for _, own in tile))
+    return x[inside], (slice(None), slice(None), slice(t, t + x.shape[2]), *(scale(own, s) for _, own in tile))
 
 
 if __name__ == "__main__":

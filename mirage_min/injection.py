@@ -34,6 +34,8 @@ class CrossModalFusionBlock(Beside):
         self.register_buffer("s_f", torch.ones(()))
 
     def forward(self, h: Tensor, f: Tensor) -> Tensor:
+        """h' = h + s_h · merge(concat(h / s_h, f / s_f)): h first, one convolution with weight and bias, zeros around
+        each frame, in h's dtype. Frames do not mix. ValueError naming both shapes if f does not fit h and weight."""
         B, C, T, H, W = h.shape
         if f.shape != (B, self.weight.shape[1] - C, T, H, W):
             raise ValueError(f"injected features must be {[B, self.weight.shape[1] - C, T, H, W]}, got {list(f.shape)}")
@@ -54,7 +56,8 @@ def attach(vae: nn.Module, feature_channels: list[int]) -> None:
 
 @torch.no_grad()
 def measure_scales(vae: nn.Module, z: Tensor, inject: list[Tensor]) -> list[tuple[float, float]]:
-    """Set every block's s_h and s_f from one decode of typical latents and features; returns them, finest first."""
+    """Set every block's s_h and s_f to the standard deviations, over all elements, of the h and f that reach it in one
+    vae.decode(z, inject); returns them, finest first. No gradients, and nothing stays hooked to the blocks."""
     def measure(block, args):
         h, f = args
         block.s_h.fill_(h.float().std())

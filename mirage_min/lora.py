@@ -13,6 +13,7 @@ nothing of it, so that strict loading and save_pretrained work the same before a
     python -m mirage_min.lora
 """
 
+import json
 import types
 from collections.abc import Iterator, Sequence
 
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LAYERS = (nn.Linear, nn.Conv2d, nn.Conv3d)
+METADATA = "lora_adapter_metadata"  # where diffusers looks for alpha in a file's metadata; without, it takes the rank
 
 
 class Beside(nn.Module):
@@ -50,7 +52,8 @@ class LoRA(Beside):
 
 
 def _forward(layer: nn.Module, x: Tensor) -> Tensor:
-    """The adapted layer's forward."""
+    """y = W x + bias + Σ s · B A x over the adapters in layer.lora: a Linear adds s · B (A x), a convolution runs once
+    with W + Σ delta(). x and y in the layer's own layout."""
     if isinstance(layer, nn.Linear):
         y = F.linear(x, layer.weight, layer.bias)
         for lora in layer.lora.values():
@@ -102,7 +105,7 @@ def parameters(module: nn.Module, name: str) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def merge(module: nn.Module, name: str) -> None:
-    """W <- W + s · B A, for good, and take the adapter away."""
+    """W <- W + s · B A, for good, and take the adapter away; the last one takes layer.lora and layer.forward along."""
     for _, layer, lora in list(adapters(module, name)):
         layer.weight += lora.delta().to(layer.weight.dtype)
         del layer.lora[name]
@@ -116,11 +119,17 @@ def state_dict(module: nn.Module, name: str) -> dict[str, Tensor]:
             for m, p in (("A", lora.A), ("B", lora.B))}
 
 
+def peft_config(module: nn.Module, name: str) -> str:
+    """One adapter as PEFT's LoraConfig describes it, in the JSON that diffusers reads from a file's METADATA."""
+    layers, _, (lora, *_) = zip(*adapters(module, name))
+    return json.dumps({f"{name}.r": lora.A.shape[0], f"{name}.lora_alpha": lora.alpha,
+                       f"{name}.target_modules": layers})
+
+
 @torch.no_grad()
 def load(module: nn.Module, name: str, state: dict[str, Tensor]) -> None:
     """Fill the adapter `name` from a state_dict; ValueError naming the first keys or shapes that do not fit."""
-    mine = {f"{n}.lora_{m}.weight": p for n, _, lora in adapters(module, name)
-            for m, p in (("A", lora.A), ("B", lora.B))}
+    mine = state_dict(module, name)
     missing, unexpected = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
     shapes = [f"{k}: wanted {list(mine[k].shape)}, given {list(state[k].shape)}"
               for k in mine.keys() & state.keys() if mine[k].shape != state[k].shape]

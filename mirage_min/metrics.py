@@ -8,10 +8,10 @@
     python -m mirage_min.metrics                       # every metric on one moving toy video, and what moves each
 
 Videos are [B, 3, T, H, W] in [-1, 1]; nothing is resized, cropped or clamped. Each docstring states the conventions on
-which published numbers differ. Not here: the network behind vFID, whose features the caller brings, and actor crops,
-which are plain slices of the videos.
+which published numbers differ. Not here: the network behind vFID, which the caller brings.
 """
 
+import math
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
@@ -28,7 +28,7 @@ from mirage_min.perceptual import Dists, Lpips, per_video
 
 @torch.no_grad()
 def psnr(x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Peak signal-to-noise ratio in dB -> [B]: of each frame's mean squared error, then the mean over frames.
+    """Peak signal-to-noise ratio in dB -> [B]: 10 log10(range² / MSE_t) of each frame, then the mean over frames.
 
     The range is 2 on [-1, 1], which is 1 on [0, 1]. mask [B, 1, T, H, W], bool or weights: only those pixels count, and
     frames without any are left out (no such pixel in a whole video: nan). Equal frames: inf.
@@ -95,6 +95,23 @@ def _same_videos(x: Tensor, y: Tensor) -> None:
         raise ValueError(f"wanted two videos [B, 3, T, H, W] of one shape, got {list(x.shape)} and {list(y.shape)}")
 
 
+def actor_crops(boxes: Tensor, H: int, W: int) -> list[tuple[slice, slice] | None]:
+    """Rows and columns of each frame's actor-centric crop; None where no part of the actor's box lies in the frame.
+
+    boxes [T, 4]: x0, y0, x1, y1 in pixels, all zeros for a hidden actor. Mirage §4.1 says "actor-centric crops" and no
+    more. Here one window a video, as large as the actor's largest box and a quarter of it on every side, 32 pixels at
+    least (LPIPS' networks need 31), follows the centre of the box and is pushed inside the frame.
+    """
+    boxes = torch.minimum(boxes.double().clamp_min(0), torch.tensor([W, H, W, H]))
+    low, high = boxes[:, :2], boxes[:, 2:]
+    shown = (high > low).all(dim=1)
+    largest = ((high - low) * shown[:, None]).amax(dim=0) * 1.5
+    w, h = (min(max(math.ceil(side), 32), limit) for side, limit in zip(largest.tolist(), (W, H)))
+    corners = (((low + high - torch.tensor([w, h])) / 2).round().clamp_min(0)).minimum(torch.tensor([W - w, H - h]))
+    return [(slice(y, y + h), slice(x, x + w)) if seen else None
+            for (x, y), seen in zip(corners.long().tolist(), shown.tolist())]
+
+
 # ---- stability over time ---------------------------------------------------------------------------------------------
 
 def warp(x: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +134,8 @@ def visible_by_consistency(forward: Tensor, backward: Tensor) -> Tensor:
     """Pixels of frame t still seen in t + 1 -> bool [B, 1, T-1, H, W], from optical flow both ways.
 
     forward[:, :, t] [B, 2, T-1, H, W] leads from frame t to t + 1, backward[:, :, t] from t + 1 to t. Going and coming
-    back must end near the start (Sundaram et al. 2010, with their constants).
+    back must end near the start: |w(p) + w'(p + w(p))|² < 0.01 (|w(p)|² + |w'(p + w(p))|²) + 0.5, with w forward and w'
+    backward fetched along it (Sundaram et al. 2010, with their constants). Points that leave the frame are not seen.
     """
     visible = []
     for w, w_back in zip(forward.unbind(dim=2), backward.unbind(dim=2), strict=True):
@@ -173,7 +191,11 @@ def flow_dis(x: Tensor) -> Tensor:
 # ---- distributions ---------------------------------------------------------------------------------------------------
 
 def frechet(mu1: Tensor, cov1: Tensor, mu2: Tensor, cov2: Tensor) -> float:
-    """Squared Fréchet distance of two Gaussians with means [d] and covariances [d, d], in float64."""
+    """Squared Fréchet distance of two Gaussians with means [d] and covariances [d, d], in float64.
+
+    d² = |μ1 − μ2|² + tr(C1 + C2 − 2 (C1 C2)^½). Finite and real where a covariance lacks rank (negative eigenvalues of
+    rounding count as 0), as it does for fewer clips than features.
+    """
     mu1, cov1, mu2, cov2 = (a.double() for a in (mu1, cov1, mu2, cov2))
     values, vectors = torch.linalg.eigh(cov1)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
@@ -210,7 +232,10 @@ def clip_features(network: Callable[[Tensor], Tensor], x: Tensor, shortest: int 
     T = x.shape[2]
     period = max(1, 2 * (T - 1))
     there_and_back = [min(t % period, period - t % period) for t in range(max(T, shortest))]
-    return network(x[:, :, there_and_back])
+    features = network(x[:, :, there_and_back])
+    if features.ndim != 2 or len(features) != len(x):
+        raise ValueError(f"wanted features [{len(x)}, d] of {len(x)} clips, the network gave {list(features.shape)}")
+    return features
 
 
 if __name__ == "__main__":

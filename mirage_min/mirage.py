@@ -8,13 +8,15 @@ group by group: the VAE's caches run through from first frame to last, and the t
 latents. A folder of Mirage holds what the two stages trained, beside the base they were trained on:
 
     stage_a.safetensors    fusion blocks, Reconstruction-LoRA            (metadata: base, vae2d, ranks, alphas, recipe)
-    stage_h.safetensors    transformer LoRA, Harmonisation-LoRA          (metadata: t, window, ranks, alphas, recipe)
+    stage_h.safetensors    transformer LoRA, Harmonisation-LoRA          (metadata: the same, and t, window)
     prompt.safetensors     the text embedding of the fixed prompt
 
     python -m mirage_min.mirage
 """
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -23,6 +25,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from . import injection, lora, weights
+from .causal_conv import Spent
+from .chopgrad import cut, scale
 from .dit_cogvideox import CogVideoXDiT
 from .dit_wan import WanDiT
 from .one_step import denoise, schedule_from_config
@@ -83,31 +87,64 @@ class Mirage(nn.Module):
         return F.pad(x, (0, -W % CELL, 0, -H % CELL, 0, self.vae.legal_length(T) - T), mode="replicate")
 
     @torch.no_grad()
-    def stream(self, frames: Iterable[Tensor], window: int | None = None) -> Iterator[Tensor]:
+    def stream(self, frames: Iterable[Tensor], window: int | None = None, tiles: int = 1, margin: int = 8
+               ) -> Iterator[Tensor]:
         """Frames [3, H, W] in [-1, 1] -> as many frames [3, H, W], clamped, in memory independent of the length.
 
         `window`: how many latents the transformer sees at once. Windows overlap by one temporal patch or more and are
-        blended there, with weights that rise linearly and sum to one.
+        blended there, with weights that rise linearly and sum to one. `tiles`: into how many rows and columns frames
+        are cut for the VAEs where memory is short, each with `margin` latent cells around it; the transformer sees
+        whole frames.
         """
         waiting: list[tuple[Tensor, int, int]] = []  # encoded groups whose latents are still to be denoised
-        cache = None
+        cut_up, encoding, decoding = (tiles, margin), {}, {}
 
         def encoded() -> Iterator[Tensor]:
-            cache = None
             for x_g, count in self._groups(frames):
-                z_g, cache = self.vae.encode_group(x_g, cache)
+                z_g = self._tiled(lambda cache, x: self.vae.encode_group(x, cache), encoding, cut_up, x_g)
                 waiting.append((x_g, z_g.shape[2], count))
                 yield z_g
+
+        def decode(cache: Spent, z: Tensor, x: Tensor) -> tuple[Tensor, dict]:
+            return self.vae.decode_group(z, cache, inject=self.mids(x))
 
         ready: Tensor | None = None  # denoised latents that wait for the rest of their group
         for z_dr in self._windows(encoded(), window or self.window):
             ready = z_dr if ready is None else torch.cat([ready, z_dr], dim=2)
             while waiting and ready.shape[2] >= waiting[0][1]:
                 x_g, latents, count = waiting.pop(0)
-                x_dr, cache = self.vae.decode_group(ready[:, :, :latents], cache, inject=self.mids(x_g))
+                x_dr = self._tiled(decode, decoding, cut_up, ready[:, :, :latents], x_g)
                 ready = ready[:, :, latents:]
                 H, W = self._size
                 yield from x_dr[0, :, :count, :H, :W].clamp(-1, 1).float().cpu().unbind(dim=1)
+
+    @staticmethod
+    def _tiled(step: Callable, caches: dict, cut_up: tuple[int, int], *parts: Tensor) -> Tensor:
+        """step(cache, *parts) -> (y, new cache) for each tile of the frame by itself, blended to one y.
+
+        caches: a cache for each tile. parts: tensors over the same frame, of latents or of pixels. Weights rise
+        linearly over the overlap of two tiles and sum to one. No VAE tiles exactly: see docs/streaming.md.
+        """
+        (tiles, margin), (h, w) = cut_up, (n // 8 for n in parts[-1].shape[-2:])
+        if not (1 <= tiles <= min(h, w) and margin >= 0):
+            raise ValueError(f"want 1 to {min(h, w)} tiles and a margin of 0 or more, got {tiles} and {margin}")
+        total = weight = None
+        for i, tile in enumerate(product(cut(h, tiles, margin), cut(w, tiles, margin))):
+            def within(v: Tensor) -> Tensor:
+                return v[(..., *(scale(cells, v.shape[-1] // w) for cells, _ in tile))]
+            y, cache = step(Spent(caches.pop(i, {})), *map(within, parts))
+            caches[i] = cache
+            if tiles == 1:
+                return y
+            s = y.shape[-1] * 8 // within(parts[-1]).shape[-1]         # of y to a latent cell: 1, or 8 pixels
+            if total is None:
+                total = y.new_zeros(*y.shape[:3], h * s, w * s, dtype=torch.float32)
+                weight = torch.zeros_like(total[0, 0, 0])
+            n = (torch.arange(1, size + 1, device=y.device, dtype=torch.float32) for size in y.shape[-2:])
+            rise = torch.outer(*(torch.minimum(i, i.flip(0)).clamp(max=2 * margin * s + 1) for i in n))
+            within(total).add_(y * rise)
+            within(weight).add_(rise)
+        return (total / weight).to(y.dtype)
 
     def _groups(self, frames: Iterable[Tensor]) -> Iterator[tuple[Tensor, int]]:
         """Frames -> (x_g [1, 3, T_g, H', W'], how many of its frames are real): the groups of a legal length."""
@@ -133,10 +170,7 @@ class Mirage(nn.Module):
         The first window has an odd number of latents where a temporal patch is 2 (its first latent is doubled by the
         transformer, as in every clip); the later ones then start and end on whole patches.
         """
-        patch = getattr(self.dit.config, "patch_size_t", None) or 1
-        if window < 2 * patch + 1 or (patch == 2 and window % 2 == 0):
-            raise ValueError(f"window must be {'odd and ' if patch == 2 else ''}at least {2 * patch + 1}, got {window}")
-        overlap = patch * max(1, window // (4 * patch))
+        patch, overlap = self.patch_and_overlap(window)
         z: Tensor | None = None     # noisy latents from the start of the window on
         tail: Tensor | None = None  # the last window's estimate of the overlap
         length = window
@@ -151,6 +185,13 @@ class Mirage(nn.Module):
             yield self._blend(tail, self.denoise(z))
         elif tail is not None:
             yield tail
+
+    def patch_and_overlap(self, window: int) -> tuple[int, int]:
+        """Latents to a temporal patch of the transformer, and how many two windows share: about a quarter."""
+        patch = getattr(self.dit.config, "patch_size_t", None) or 1
+        if window < 2 * patch + 1 or (patch == 2 and window % 2 == 0):
+            raise ValueError(f"window must be {'odd and ' if patch == 2 else ''}at least {2 * patch + 1}, got {window}")
+        return patch, patch * max(1, window // (4 * patch))
 
     @staticmethod
     def _blend(tail: Tensor | None, z_dr: Tensor) -> Tensor:
@@ -178,9 +219,11 @@ class Mirage(nn.Module):
         if vae2d is None and not wan:
             raise ValueError(f"{base} is CogVideoX: Mirage needs an AutoencoderKL beside it (--vae2d)")
         vae2d = None if wan else AutoencoderKL.from_pretrained(vae2d, **place)
-        if text is None:
-            text = torch.zeros(1, *((512, dit.config.text_dim) if wan else
-                                    (dit.config.max_text_seq_length, dit.config.text_embed_dim)))
+        shape = (1, 512, dit.config.text_dim) if wan else (
+            1, dit.config.max_text_seq_length, dit.config.text_embed_dim)
+        text = torch.zeros(shape) if text is None else text
+        if text.shape != shape:
+            raise ValueError(f"{base} takes a prompt of {list(shape)}, given {list(text.shape)} (encode_prompt.py)")
         mirage = cls(vae, dit, vae2d, text.to(device), alpha_bar, **({"t": 200} if wan else {}) | settings)
         return mirage.requires_grad_(False).eval()
 
@@ -203,10 +246,10 @@ class Mirage(nn.Module):
             mirage.load_stage(h, h_about)
         return mirage.to(device)
 
-    def add_lora(self, name: str, rank: int, alpha: float) -> None:
+    def add_lora(self, name: str, rank: int, alpha: float, targets: list[str] | None = None) -> None:
         """Reconstruction- and Harmonisation-LoRA: every convolution of the 3D decoder; the transformer's: attention."""
         if name == TRANSFORMER:
-            lora.add(self.dit, name, rank, alpha, targets=("to_q", "to_k", "to_v", "to_out.0"))
+            lora.add(self.dit, name, rank, alpha, targets or ("to_q", "to_k", "to_v", "to_out.0"))
         else:
             lora.add(self.vae.decoder, name, rank, alpha)
 
@@ -217,26 +260,32 @@ class Mirage(nn.Module):
     def save_stage(self, path: Path, names: list[str], about: dict[str, str], fusion: bool = False) -> None:
         """Write adapters (and the fusion blocks) with what is needed to load them; whole or not at all."""
         tensors = injection.state_dict(self.vae) if fusion else {}
-        about = dict(about)
         for name in names:
-            state = lora.state_dict(self.adapters(name), name)
-            tensors |= {f"{name}.{key}": value for key, value in state.items()}
+            tensors |= {f"{name}.{key}": p for key, p in lora.state_dict(self.adapters(name), name).items()}
             adapter = next(lora.adapters(self.adapters(name), name))[2]
-            about |= {f"{name}.rank": str(adapter.A.shape[0]), f"{name}.alpha": str(adapter.alpha)}
+            about = about | {f"{name}.rank": str(adapter.A.shape[0]), f"{name}.alpha": str(adapter.alpha)}
+            if name == TRANSFORMER:  # the one that diffusers can load too
+                about[lora.METADATA] = lora.peft_config(self.dit, name)
         weights.save_tensors(path, tensors, about)
 
     def load_stage(self, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
-        """The inverse of save_stage."""
-        fusion = {k: v for k, v in tensors.items() if k.startswith("fusion.")}
-        if fusion:
+        """The inverse of save_stage; the transformer's LoRA may also come from diffusers, on any of its layers."""
+        names = (RECONSTRUCTION, HARMONISATION, TRANSFORMER)
+        def whole(key: str) -> str:  # diffusers' save_lora_weights has the prefix, its save_lora_adapter none
+            return key if key.partition(".")[0] in ("fusion", *names) else f"{TRANSFORMER}.{key}"
+        tensors = {whole(key): tensor for key, tensor in tensors.items()}
+        config = {whole(key): value for key, value in json.loads(about.get(lora.METADATA, "{}")).items()}
+        if config.get(f"{TRANSFORMER}.use_rslora") or config.get(f"{TRANSFORMER}.alpha_pattern"):
+            raise ValueError("wanted a LoRA with one scale, alpha / rank, got one with use_rslora or alpha_pattern")
+        if fusion := {k: v for k, v in tensors.items() if k.startswith("fusion.")}:
             injection.load(self.vae, fusion)
-        for name in (RECONSTRUCTION, HARMONISATION, TRANSFORMER):
-            if f"{name}.rank" in about:
-                self.add_lora(name, int(about[f"{name}.rank"]), float(about[f"{name}.alpha"]))
-                lora.load(self.adapters(name), name,
-                          {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(name + ".")})
-                for p in lora.parameters(self.adapters(name), name):
-                    p.requires_grad_(False)
+        for name in names:
+            if state := {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(name + ".")}:
+                rank = min((v.shape[0] for k, v in state.items() if k.endswith(".lora_A.weight")), default=1)
+                alpha = float(about.get(f"{name}.alpha", config.get(f"{name}.lora_alpha", rank)))
+                self.add_lora(name, rank, alpha, config.get(f"{name}.target_modules"))
+                lora.load(self.adapters(name), name, state)
+        self.requires_grad_(False)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,12 @@ PUBLISHED_DEFAULTS = {"prediction_type": "epsilon", "rescale_betas_zero_snr": Fa
 
 
 def alpha_bar(snr_shift: float = 1.0) -> Tensor:
-    """ᾱ of CogVideoX, [1000], float64: falls from about 1 to exactly 0. snr_shift is 1 for 5b and 1.5, 3 for 2b."""
+    """ᾱ of CogVideoX, [1000], float64: falls from about 1 to exactly 0. snr_shift is 1 for 5b and 1.5, 3 for 2b.
+
+    β is the square of STEPS even steps from √BETA_START to √BETA_END, and ᾱ_t = Π (1 − β) up to and with t. Then the
+    signal-to-noise ratio ᾱ / (1 − ᾱ) is divided by snr_shift. Last, √ᾱ is moved and stretched, linearly, so that its
+    last value is 0 and its first what it was (zero terminal SNR).
+    """
     betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, STEPS, dtype=torch.float64) ** 2
     # ᾱ_t = Π (1 − β)
     a = torch.cumprod(1 - betas, dim=0)
@@ -92,28 +97,29 @@ def schedule_from_config(config: dict) -> Tensor | None:
 
 
 def add_noise(z0: Tensor, eps: Tensor, alpha_bar_t: float | Tensor) -> Tensor:
-    """z_t. alpha_bar_t here and below: ᾱ at t, one number or [B]; latents in any dtype, [B, ...]."""
+    """z_t = √ᾱ_t · z0 + √(1 − ᾱ_t) · ε. alpha_bar_t here and below: ᾱ at t, one number or [B]; latents in any dtype,
+    [B, ...], weighted in float32 at least (_weights) and given back in their own."""
     a, b = _weights(alpha_bar_t, z0)
     # z_t = √ᾱ_t · z0 + √(1 − ᾱ_t) · ε                                                     Mirage §3.1
     return (a * z0 + b * eps).to(z0.dtype)
 
 
 def v_target(z0: Tensor, eps: Tensor, alpha_bar_t: float | Tensor) -> Tensor:
-    """What the transformer is trained to predict from z_t."""
+    """What the transformer is trained to predict from z_t: v = √ᾱ_t · ε − √(1 − ᾱ_t) · z0."""
     a, b = _weights(alpha_bar_t, z0)
     # v = √ᾱ_t · ε − √(1 − ᾱ_t) · z0
     return (a * eps - b * z0).to(z0.dtype)
 
 
 def z0_from_v(z_t: Tensor, v: Tensor, alpha_bar_t: float | Tensor) -> Tensor:
-    """The clean latent that z_t and v together name."""
+    """The clean latent that z_t and v together name: z0 = √ᾱ_t · z_t − √(1 − ᾱ_t) · v."""
     a, b = _weights(alpha_bar_t, z_t)
     # z0 = √ᾱ_t · z_t − √(1 − ᾱ_t) · v
     return (a * z_t - b * v).to(z_t.dtype)
 
 
 def z0_from_flow(z_t: Tensor, v: Tensor, sigma: float | Tensor) -> Tensor:
-    """The clean latent of a flow; sigma is one number or [B]."""
+    """The clean latent of a flow, z_t − σ · v; sigma is one number or [B]."""
     # x0 = z_t − σ · v
     return (z_t - _column(sigma, z_t) * v).to(z_t.dtype)
 
@@ -121,7 +127,8 @@ def z0_from_flow(z_t: Tensor, v: Tensor, sigma: float | Tensor) -> Tensor:
 def denoise(dit: Callable, z_t: Tensor, t: int | Tensor, text: Tensor, alpha_bar: Tensor | None = None) -> Tensor:
     """One call: z_t [B, C, F, h, w] (Mirage: z_NI), t an int or [B], text [B, L, D] -> z0, shape and dtype of z_t.
 
-    alpha_bar: the table [1000] of a v-predicting transformer, or None for one that predicts a flow.
+    alpha_bar: the table [1000] of a v-predicting transformer, or None for one that predicts a flow: then σ is 1. The
+    transformer is given z_t, t and text as they are; no noise is added.
     """
     prediction = dit(z_t, t, text)
     if alpha_bar is None:

@@ -234,9 +234,9 @@ def _wide(f: Tensor) -> Tensor:
 def gram_loss(taps_x: list[Tensor], taps_y: list[Tensor]) -> Tensor:
     """Texture distance [N] of two sets of VGG taps, each a list of [N, d, h, w], finest first (Mirage Eq. 4).
 
-    Normalised as in Difix: G is not divided by anything, its mean square difference over d × d is divided by d·h·w, so
-    the loss of a layer grows with the frame's area. Each frame has its own Gram matrix. Fewer than five taps use the
-    first weights.
+    L = Σ_l w_l · mean_ij (G_ij − G'_ij)² / (d·h·w) with GRAM_WEIGHTS, as in Difix: G itself is divided by nothing, so a
+    layer's loss grows with the frame's area. Each frame has its own G (`gram`). Fewer than five taps use the first
+    weights.
     """
     total = 0.0
     for fx, fy, weight in zip(taps_x, taps_y, GRAM_WEIGHTS, strict=False):
@@ -249,7 +249,7 @@ def gram_loss(taps_x: list[Tensor], taps_y: list[Tensor]) -> Tensor:
 
 
 def gram(f: Tensor) -> Tensor:
-    """Gram matrices [N, d, d] of features [N, d, h, w], summed over positions, never in less than float32."""
+    """Gram matrices G_ij = Σ_p f_ip · f_jp [N, d, d] of features [N, d, h, w], never summed in less than float32."""
     f = rearrange(_wide(f), "N d h w -> N d (h w)")
     with torch.autocast(f.device.type, enabled=False):
         # G_ij = Σ_p f_ip · f_jp

@@ -16,6 +16,7 @@ enter behind the decoder's last. Attribute names are the published keys (diffuse
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from . import weights
-from .causal_conv import Cache, CausalConv3d, name_caches
+from .causal_conv import Cache, CausalConv3d, Spent, each_frame, in_pieces, name_caches, normed_conv
 
 FRAMES = 4  # to one latent, save a video's first
 
@@ -48,37 +49,21 @@ class WanVAEConfig:
                              f"true twice, got {list(self.temperal_downsample)}")
 
 
-def silu(x: Tensor) -> Tensor:
-    """SiLU, in place where no gradient will ask for its input."""
-    return F.silu(x, inplace=not torch.is_grad_enabled())
-
-
-def each_frame(layer: nn.Module, x: Tensor) -> Tensor:
-    """An image layer on every frame of x [B, C, T, H, W]."""
-    return rearrange(layer(rearrange(x, "b c t h w -> (b t) c h w")), "(b t) c h w -> b c t h w", b=x.shape[0])
-
-
-class Spent(dict):
-    """A cache that loses an entry as it is read, its last to the last layer: a loop that goes on holds one, not two."""
-
-    __getitem__ = dict.pop
-
-
 class RMSNorm(nn.Module):
-    """x / rms(x) * gamma over the channels of one position."""
+    """x / rms(x) * gamma over the channels of one position, so that any rows may come alone."""
 
     def __init__(self, c: int, dims: int = 3):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(c, *[1] * dims))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(1e-12)
         y = x * (x.shape[1] ** 0.5 / norm)
         return y * self.gamma if torch.is_grad_enabled() else y.mul_(self.gamma)
 
 
 class ResnetBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x))))))"""
+    """x + conv(silu(norm(conv(silu(norm(x)))))); without gradients the sum may be made in x itself."""
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
@@ -87,9 +72,9 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv3d(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
-        # In one expression: a name for what is between the convolutions would keep it alive during the second.
-        h = self.conv2(silu(self.norm2(self.conv1(silu(self.norm1(x)), old, new))), old, new)
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        h = normed_conv(self.norm1, self.conv1, x, old, new)
+        x = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return normed_conv(self.norm2, self.conv2, h, old, new, onto=x)
 
 
 class FrameAttention(nn.Module):
@@ -176,6 +161,19 @@ class UpBlock(nn.Module):
         self.upsamplers = None if time is None else nn.ModuleList([Upsample(c_out, time)])
 
 
+def one_by_one(layers: list, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
+    """Layers that keep the frame rate, in turn; where `in_pieces`, frame after frame, so that little is held."""
+    done, kept = [], {}
+    for frame in x.split(1, dim=2) if in_pieces(x) else [x]:
+        kept = {}
+        for layer in layers:
+            frame = layer(frame, old, kept)
+        done.append(frame)
+        old = Spent(kept)
+    new.update(kept)
+    return torch.cat(done, dim=2)
+
+
 class Encoder(nn.Module):
     """Frames to what quant_conv makes the mean and log-variance of."""
 
@@ -195,9 +193,11 @@ class Encoder(nn.Module):
         self.conv_out = CausalConv3d(c[-1], 2 * config.z_dim)
 
     def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
-        for layer in [self.conv_in, *self.down_blocks, self.mid_block]:
+        n = next(i for i, layer in enumerate(self.down_blocks) if getattr(layer, "time_conv", None) is not None)
+        x = one_by_one([self.conv_in, *self.down_blocks[:n]], x, old, new)
+        for layer in [*self.down_blocks[n:], self.mid_block]:
             x = layer(x, old, new)
-        return self.conv_out(silu(self.norm_out(x)), old, new)
+        return normed_conv(self.norm_out, self.conv_out, x, old, new)
 
 
 class Decoder(nn.Module):
@@ -217,13 +217,14 @@ class Decoder(nn.Module):
         self.last_doubling = max(i for i in range(len(c)) if time[i])
 
     def forward(self, z: Tensor, old: Cache | None, new: Cache, fusion=None, inject: list[Tensor] | None = None):
+        output = partial(normed_conv, self.norm_out, self.conv_out)
+        layers = [[*block.resnets, *(block.upsamplers or ())] for block in self.up_blocks]
         h = self.mid_block(self.conv_in(z, old, new), old, new)
-        for i, block in enumerate(self.up_blocks):
-            for layer in [*block.resnets, *(block.upsamplers or ())]:
-                h = layer(h, old, new)
-            if inject is not None and i == self.last_doubling:
-                h = fusion[0](h, inject[0])
-        return self.conv_out(silu(self.norm_out(h)), old, new)
+        for layer in sum(layers[: self.last_doubling + 1], []):
+            h = layer(h, old, new)
+        if inject is not None:
+            h = fusion[0](h, inject[0])
+        return one_by_one([*sum(layers[self.last_doubling + 1 :], []), output], h, old, new)
 
 
 class WanVAE(nn.Module):
@@ -319,13 +320,12 @@ class WanVAE(nn.Module):
     def mids2d(self, x: Tensor) -> list[Tensor]:
         """x [B, 3, T, H, W] -> 2D features of its frames, each encoded alone (ChopGrad B.4): [[B, C, T, H/2, W/2]]."""
         features = []
-        for some in x.split(FRAMES, dim=2):  # a few at a time: inside, a frame takes several times what is kept of it
-            h = rearrange(some, "b c t h w -> (b t) c 1 h w").contiguous(memory_format=torch.channels_last_3d)
+        for h in x.contiguous(memory_format=torch.channels_last_3d).split(1, dim=2):
             for layer in [self.encoder.conv_in, *self.encoder.down_blocks]:
                 if isinstance(layer, Downsample) and layer.time_conv is not None:
                     break
                 h = layer(h, None, {})  # every frame is a video's first, and no second will ask for the cache
-            features.append(rearrange(h, "(b t) c 1 h w -> b c t h w", b=x.shape[0]))
+            features.append(h)
         return [torch.cat(features, dim=2)]
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:

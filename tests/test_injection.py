@@ -69,6 +69,7 @@ def test_measured_scales_are_the_standard_deviations_of_what_flows_in(vae):
     measured = injection.measure_scales(vae, z, features())
     assert torch.allclose(torch.tensor(measured), torch.tensor(seen[::-1])), f"{measured} but {seen[::-1]} flowed in"
     assert abs(measured[0][1] - 3) < 0.1 and abs(measured[1][1] - 1) < 0.1
+    assert not any(block._forward_hooks or block._forward_pre_hooks for block in vae.fusion), "a hook was left behind"
 
 
 def test_features_enter_the_last_two_stages(vae):

@@ -86,10 +86,11 @@ def test_merged_equals_unmerged_and_leaves_no_trace(net, x):
     assert set(net.state_dict()) == keys and not any("lora" in n for n, _ in net.named_modules())
 
 
-def test_adapters_add_up_and_are_trained_and_merged_each_by_itself(net, x):
+@pytest.mark.parametrize("kind", ["linear", "conv2d", "conv3d"])
+def test_adapters_add_up_and_are_trained_and_merged_each_by_itself(net, x, kind):
     plain = net(x)
-    lora.add(net, "a", rank=2, alpha=2, targets=["linear"])
-    lora.add(net, "b", rank=3, alpha=6, targets=["linear"])
+    lora.add(net, "a", rank=2, alpha=2, targets=[kind])
+    lora.add(net, "b", rank=3, alpha=6, targets=[kind])
     fill(net, "a", 1)
     only_a = net(x)
     fill(net, "b", 2)
@@ -105,9 +106,9 @@ def test_adapters_add_up_and_are_trained_and_merged_each_by_itself(net, x):
         p.requires_grad_()
     net(x).sum().backward()
     assert all(p.grad is not None for p in lora.parameters(net, "b"))
-    assert all(p.grad is None for p in lora.parameters(net, "a")) and net.linear.weight.grad is None
+    assert all(p.grad is None for p in lora.parameters(net, "a")) and getattr(net, kind).weight.grad is None
     lora.merge(net, "a")
-    assert torch.allclose(net(x), both, atol=1e-12) and list(net.linear.lora) == ["b"]
+    assert torch.allclose(net(x), both, atol=1e-12) and list(getattr(net, kind).lora) == ["b"]
 
 
 def test_an_adapted_causal_convolution_stays_causal_and_agrees_over_chunks():

@@ -10,6 +10,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch.nn.functional import interpolate
 
 from mirage_min.metrics import (
+    actor_crops,
     clip_features,
     dists,
     flow_dis,
@@ -22,6 +23,7 @@ from mirage_min.metrics import (
     warp,
     warp_error,
 )
+from mirage_min.toy_world import WorldConfig, make_clip
 
 
 def videos(B: int = 2, T: int = 3, H: int = 33, W: int = 26) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,6 +90,27 @@ def test_metrics_name_the_shapes_they_refuse():
         warp_error(x[:, :, :1], torch.zeros(1, 2, 0, 12, 12), torch.zeros(1, 1, 0, 12, 12))
 
 
+def test_a_crop_holds_the_actor_with_a_quarter_on_every_side_and_follows_it_inside_the_frame():
+    H, W = 100, 160
+    boxes = torch.tensor([
+        [60.0, 40, 100, 60],    # 40 x 20: the window is 60 wide, and 32 high, for 30 would be too low
+        [0, 0, 0, 0],           # hidden
+        [10, 80, 40, 100],      # smaller, in a corner: the window keeps its size and is pushed inside
+        [150, 40, 190, 60],     # half of it beyond the border: what is inside counts, 10 x 20
+        [170, 40, 190, 60],     # all of it
+    ])
+    wanted = [(slice(34, 66), slice(50, 110)), None, (slice(68, 100), slice(0, 60)),
+              (slice(34, 66), slice(100, 160)), None]
+    got = actor_crops(boxes, H, W)
+    assert got == wanted, f"wanted {wanted}, got {got}"
+    for box, crop in zip(boxes.tolist(), got, strict=True):
+        if crop and box[2] <= W:
+            rows, columns = crop
+            assert columns.start <= box[0] and box[2] <= columns.stop and rows.start <= box[1] and box[3] <= rows.stop
+    assert actor_crops(torch.zeros(3, 4), H, W) == [None] * 3, "an actor that is never seen"
+    assert actor_crops(torch.tensor([[0.0, 0, 160, 100]]), H, W) == [(slice(0, H), slice(0, W))], "an actor all over"
+
+
 def test_warp_equals_bilinear_interpolation_in_loops():
     torch.manual_seed(0)
     H, W = 5, 7
@@ -133,6 +156,25 @@ def test_a_flicker_of_known_size_has_its_closed_form_warp_error():
     flow, seen = torch.tensor([-2.0, -1.0]).view(1, 2, 1, 1, 1).expand(1, 2, 4, 12, 16), torch.ones(1, 1, 4, 12, 16)
     got = warp_error(moving + flicker, flow, seen).item()
     assert abs(got - 3.6) <= 1e-4, f"±0.03 of the range: 10³ · 0.06² = 3.6, got {got}"
+
+
+@pytest.mark.parametrize("a", [0.03, 0.2])
+def test_the_warp_error_of_flicker_is_that_of_its_steps_whatever_moves_beneath(a):
+    """A brightness b_t added to a video that moves by its flow: 10^3 times the mean of (b_t+1 - b_t)^2 / 4."""
+    b = torch.tensor([0.0, a, -a, -a, 2 * a], dtype=torch.float64)
+    du, dv = -0.6, 1.7
+    x = moving_ramp(5, 14, 19, du, dv) + b.view(1, 1, 5, 1, 1)
+    flow = torch.tensor([du, dv]).view(1, 2, 1, 1, 1).expand(1, 2, 4, 14, 19)
+    wanted = 1e3 * b.diff().square().mean().item() / 4  # a²(1 + 4 + 0 + 9) / 4 / 4
+    got = warp_error(x, flow, torch.ones(1, 1, 4, 14, 19)).item()
+    assert abs(got - wanted) <= 1e-5 * wanted, f"closed form {wanted}, got {got}"
+
+
+def test_the_truth_of_a_toy_scene_moves_by_its_exact_flow():
+    clip = make_clip(3, WorldConfig(frames=3, grain=0.0))
+    x, flow, visible = clip.x_gt[None], clip.flow[None], clip.visible[None]
+    moved, still = warp_error(x, flow, visible).item(), warp_error(x, 0 * flow, visible).item()
+    assert moved <= still / 3, f"along its flow {moved:.3f}, as if nothing moved {still:.3f}"
 
 
 def test_warp_error_counts_only_visible_pixels_and_leaves_out_pairs_without_any():
@@ -185,6 +227,17 @@ def test_the_frechet_distance_equals_the_matrix_square_root(rank):
     assert abs(got - wanted) <= 1e-6 * wanted, f"scipy's sqrtm gives {wanted}, got {got}"
 
 
+def test_vfid_of_features_with_known_moments_equals_the_closed_form_for_gaussians(recwarn):
+    torch.manual_seed(3)
+    x = torch.randn(50, 4, dtype=torch.float64)
+    white = torch.linalg.svd(x - x.mean(0), full_matrices=False)[0] * 49**0.5  # mean 0, covariance 1, exactly
+    s, shift = torch.tensor([0.5, 1.0, 2.0, 3.0]), torch.tensor([1.0, -1.0, 0.0, 0.5])
+    got = vfid(white, white[torch.randperm(50)] * s + shift)
+    wanted = (shift.square().sum() + (s - 1).square().sum()).item()  # commuting covariances: |Δμ|² + Σ (σ1 − σ2)²
+    assert abs(got - wanted) <= 1e-6 * wanted, f"closed form {wanted}, got {got}"
+    assert vfid(white, white.flip(0)) <= 1e-9 and not recwarn.list, "50 clips are enough for 4 features"
+
+
 def test_vfid_of_few_clips_equals_the_nuclear_norm_and_says_they_are_few():
     torch.manual_seed(2)
     a, b = torch.randn(5, 8, dtype=torch.float64), torch.randn(7, 8, dtype=torch.float64) + 1
@@ -205,6 +258,11 @@ def test_short_clips_are_played_to_and_fro_for_the_feature_network():
         x = torch.arange(T).float().view(1, 1, T, 1, 1).expand(2, 3, T, 4, 4)
         got = clip_features(lambda v: v[:, 0, :, 0, 0], x)
         assert got.tolist() == [wanted, wanted], f"{T} frames became {got[0].tolist()}"
+
+
+def test_a_network_that_gives_no_feature_for_each_clip_is_refused():
+    with pytest.raises(ValueError, match=r"wanted features \[2, d\] of 2 clips, the network gave \[2, 3, 1\]"):
+        clip_features(lambda v: v[:, :, :1, 0, 0], torch.zeros(2, 3, 12, 4, 4))
 
 
 def test_dis_flow_finds_a_translation_in_both_directions():

@@ -91,6 +91,71 @@ def test_blended_weights_rise_and_sum_to_one():
     assert torch.allclose(Mirage._blend(tail, new).flatten(), torch.tensor([0.25, 0.5, 0.75, 1.0, 1.0]))
 
 
+@pytest.mark.parametrize("patch_size_t, window", [(None, 3), (None, 9), (2, 5), (2, 9)])
+def test_the_weights_of_all_windows_sum_to_one_at_every_latent(patch_size_t, window):
+    """Window k answers with 1 in channel k and 0 elsewhere: what comes out are the weights themselves."""
+    mirage, calls = small.mirage(patch_size_t), []
+
+    def denoise(z):
+        calls.append(z.shape[2])
+        answer = torch.zeros(1, 30, *z.shape[2:])
+        answer[:, len(calls) - 1] = 1
+        return answer
+
+    mirage.denoise = denoise
+    pieces = mirage._windows(iter(torch.zeros(1, 1, 31, 1, 1).split(2, dim=2)), window)
+    weights = torch.cat(list(pieces), dim=2)[0, :, :, 0, 0]
+    assert weights.shape == (30, 31) and len(calls) > 3 and (weights >= 0).all()
+    assert torch.allclose(weights.sum(0), torch.ones(31), atol=1e-6), weights.sum(0)
+    assert ((weights > 0).sum(0) == 2).any(), "no two windows are blended"
+    assert max(calls) <= window
+
+
+def test_the_default_window_has_at_most_nine_latents():
+    vae, dit, vae2d = small.parts()
+    assert Mirage(vae, dit, vae2d, torch.zeros(1, 2, 8), None).window <= 9
+
+
+# ---- tiles ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tiles, margin", [(2, 0), (2, 1), (3, 2), (4, 5)])
+def test_tiles_of_a_vae_that_sees_single_cells_blend_to_the_untiled_result(tiles, margin):
+    """Mean of a cell one way, repetition the other, and a cache that says how many groups its own tile has had."""
+    mirage = small.mirage(window=3)
+
+    def counted(y, cache):
+        age = cache["age"] + 1 if cache else torch.zeros(1, 1, 1, *y.shape[-2:], dtype=y.dtype)
+        return y + age, {"age": age}
+
+    def encode_group(x, cache=None):
+        z = x.mean(1, keepdim=True).unflatten(4, (-1, 8)).unflatten(3, (-1, 8)).mean((4, 6))
+        return counted(z[:, :, :: 4].repeat(1, 4, 1, 1, 1), cache)
+
+    def decode_group(z, cache=None, inject=None):
+        x = z[:, :3, -1:].repeat_interleave(8, 3).repeat_interleave(8, 4)
+        return counted(x.repeat(1, 1, 9 if not cache else 8, 1, 1) / 9, cache)
+
+    mirage.vae.encode_group, mirage.vae.decode_group, mirage.mids = encode_group, decode_group, lambda x: None
+    mirage.denoise, x = lambda z: z, clip(25, 60, 76)
+    x = x / 99
+    difference = (streamed(mirage, x, tiles=tiles, margin=margin) - streamed(mirage, x)).abs().max()
+    assert difference < 1e-5, f"largest difference {difference:.1e} to the untiled result, allowed 1e-5"
+
+
+def test_tiles_with_a_margin_as_wide_as_the_frame_are_the_untiled_result(mirage):
+    x = clip(10, 40, 32)
+    difference = (streamed(mirage, x, tiles=2, margin=6) - streamed(mirage, x)).abs().max()
+    assert difference < 1e-5, f"largest difference {difference:.1e}, allowed 1e-5"
+    assert (streamed(mirage, x, tiles=2, margin=0) - streamed(mirage, x)).abs().max() > 1e-3, "nothing was tiled"
+
+
+@pytest.mark.parametrize("tiles, margin", [(0, 1), (3, 1), (2, -1)])
+def test_tiles_that_do_not_fit_are_refused(mirage, tiles, margin):
+    with pytest.raises(ValueError, match="tiles and a margin"):
+        streamed(mirage, clip(1, 16, 16), tiles=tiles, margin=margin)
+
+
 @pytest.mark.parametrize("patch_size_t, window", [(None, 2), (2, 4), (2, 8), (2, 3)])
 def test_a_window_that_does_not_fit_is_refused(patch_size_t, window):
     with pytest.raises(ValueError, match="window must be"):

@@ -1,12 +1,13 @@
 """The CogVideoX VAE is the published network: live parity, official groups, prefixes, causality (Mirage Table 5)."""
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from mirage_min import injection
+from mirage_min import causal_conv, injection, lora
 from mirage_min.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
 from tests.torchvision_stub import stub
 
@@ -164,7 +165,7 @@ def test_a_cache_given_is_left_alone_and_reaches_the_next_group(vae):
 
 def test_the_decoder_stages_have_the_shapes_of_table_5(vae):
     shapes = []
-    hooks = [stage.register_forward_pre_hook(lambda m, args: shapes.append(list(args[0].shape[1:])))
+    hooks = [stage.layers[0].register_forward_pre_hook(lambda m, args: shapes.append(list(args[0].shape[1:])))
              for stage in (*vae.encoder.down_blocks[1:], vae.encoder.mid_block, *vae.decoder.up_blocks)]
     vae.decode(vae.encode(torch.zeros(1, 3, 9, 32, 48, dtype=torch.float64)))
     for hook in hooks:
@@ -192,3 +193,40 @@ def test_injected_features_reach_the_group_they_belong_to(vae):
     vae.fusion = None
     assert torch.equal(y[:, :, :9], y_moved[:, :, :9])
     assert ((y - y_moved)[:, :, 9:].abs().amax(dim=(0, 1, 3, 4)) > 0).all()
+
+
+# ---- little memory --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16])
+def test_bands_of_rows_and_a_cache_that_is_spent_change_nothing(pair, monkeypatch, rows):
+    """The reference has gradients: whole frames and nothing in place. The adapters come along."""
+    monkeypatch.setattr(causal_conv, "ROWS", rows)
+    vae = copy.deepcopy(pair[1]).double().requires_grad_(False)
+    lora.add(vae.decoder, "a", 2, 2)
+    for p in lora.parameters(vae.decoder, "a"):
+        torch.nn.init.normal_(p, std=0.1)
+    x = torch.rand(2, 3, 17, 37 if rows == 5 else 24, 16, dtype=torch.float64) * 2 - 1
+    z, given = vae.encode(x), x.clone()
+    y = vae.decode(z)
+    with torch.no_grad():
+        z_low, y_low = vae.encode(x), vae.decode(z.detach())
+    assert torch.equal(x, given)
+    for name, low, wanted in (("z", z_low, z), ("x", y_low, y)):
+        difference = (low - wanted).abs().max() / wanted.std()
+        assert difference < 1e-10, f"{name}: largest difference {difference:.1e} of the std, allowed 1e-10"
+
+
+def test_in_bands_a_group_leaves_its_cache_alone_and_hands_out_the_same(pair, monkeypatch):
+    monkeypatch.setattr(causal_conv, "ROWS", 3)
+    vae = copy.deepcopy(pair[1]).double().requires_grad_(False)
+    groups = torch.randn(1, 4, 5, 2, 3, dtype=torch.float64).split([3, 2], dim=2)
+    _, cache = vae.decode_group(groups[0])
+    before = {key: value.clone() for key, value in cache.items()}
+    wanted, after = vae.decode_group(groups[1], cache)
+    with torch.no_grad():
+        given, low = vae.decode_group(groups[1], cache)
+        spent = causal_conv.Spent(cache)
+        vae.decode_group(groups[1], spent)
+    assert not spent and low.keys() == after.keys() and all(torch.equal(cache[key], before[key]) for key in before)
+    assert torch.allclose(given, wanted) and all(torch.allclose(low[key], after[key]) for key in after)
