@@ -1,0 +1,327 @@
+"""Score harmonised videos against the truth: the metrics of Mirage §4.1, both halves of its Table 1.
+
+    python evaluate.py --pred results --gt truth --perceptual DIR
+    python evaluate.py --pred ours=a --pred theirs=b --ni pairs/ni --gt pairs/gt --boxes boxes.json --out scores
+    python evaluate.py --pred out --ni data/held_out --gt data/held_out --boxes data/held_out --flow data/held_out
+
+Each folder holds videos of the same names: files that PyAV decodes, folders of images, or NAME.safetensors clips, from
+which x_dr, x_ni or x_gt is taken. Sizes and lengths must agree; nothing is resized or cut to fit. How each metric is
+computed is said in mirage_min/metrics.py. A video's figure is the mean over its frames, the table's the mean over
+videos. In memory are two frames of each video, and for vFID one clip. E*warp is lower for what is blurred: compare it
+with the truth's own, which has a row.
+
+    boxes     the actor's, for crops: a JSON {NAME: [[x0, y0, x1, y1] or null, one for each frame]}, in pixels, or a
+              folder of NAME.safetensors with `boxes` [T, 4]; frames without the actor have no crop. For E*warp whole
+              frames are warped, and the pixels inside the crop count
+    flow      of the truth: OpenCV's DIS, or a folder of NAME.safetensors with exact `flow` and `visible`
+    vFID      of clips of 16 frames one after another, the rest of a video being a clip, too (below 10 frames it is
+              played to and fro); the network is TorchScript: videos [B, 3, T, H, W] in [-1, 1] -> features [B, d]
+    frames/s  as infer.py printed them, where a *.log beside the results has kept that
+
+A metric that lacks its weights is left out and the reason given. Status 2: one line says what is wrong.
+"""
+
+import argparse
+import csv
+import io
+import json
+import math
+import re
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import av
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mirage_min import metrics, weights
+from mirage_min.perceptual import Dists, Features, Lpips
+from mirage_min.video import Video, from_bytes
+
+COLUMNS = {"PSNR": ("↑", 2), "SSIM": ("↑", 3), "LPIPS": ("↓", 3), "DISTS": ("↓", 3),  # what is better, and digits
+           "E*warp": ("↓", 3), "vFID": ("↓", 3), "frames/s": ("↑", 2)}
+CROPS, FULL = "actor-centric crops", "full frame"
+NAIVE, TRUTH = "naive insertion", "ground truth"
+VIDEOS = {".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".safetensors", ".webm"}
+CLIP = 16  # frames in a clip of vFID
+
+
+# ---- what is compared ------------------------------------------------------------------------------------------------
+
+def videos(folder: Path) -> dict[str, Path]:
+    """{name without suffix: path} of the videos, clips and folders of images in a folder."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() or path.suffix.lower() in VIDEOS:
+            other = found.setdefault(path.name if path.is_dir() else path.stem, path)
+            if other != path:
+                raise ValueError(f"{folder}: {other.name} and {path.name} have the same name")
+    if not found:
+        raise ValueError(f"{folder}: holds no videos, clips or folders of images")
+    return found
+
+
+def frames(path: Path, method: str) -> Iterator[Tensor]:
+    """The frames [1, 3, 1, H, W] in [-1, 1] of a video, one after another."""
+    if path.suffix == ".safetensors":
+        x = tensor(path, {NAIVE: "x_ni", TRUTH: "x_gt"}.get(method, "x_dr"), 3, None, None, None)
+        if x.dtype != torch.uint8:
+            raise ValueError(f"{path}: wanted a video in uint8, got {x.dtype}")
+        yield from (from_bytes(x[None, :, t : t + 1]) for t in range(x.shape[1]))
+    else:
+        with Video(path) as video:
+            yield from (x[None, :, None] for x in video)
+
+
+def tensor(path: Path, key: str, *shape: int | None) -> Tensor:
+    """One tensor of a safetensors file; ValueError where it is missing or has another shape (None: any size)."""
+    x = weights.load_tensors(path)[0].get(key)
+    if x is None or x.ndim != len(shape) or any(wanted not in (None, n) for wanted, n in zip(shape, x.shape)):
+        raise ValueError(f"{path}: wanted {key} {list(shape)}, got {'none' if x is None else list(x.shape)}")
+    return x
+
+
+def check(methods: dict[str, dict[str, Path]]) -> dict[str, tuple[int, int, int]]:
+    """{name: (T, H, W)}; ValueError naming what is missing or differs in size or length from the truth.
+
+    Every frame is decoded for it: containers err about their length, and an error after hours of scoring is a pity.
+    """
+    truth, shapes = methods[TRUTH], {}
+    for method, found in methods.items():
+        if differing := sorted(found.keys() ^ truth.keys()):
+            raise ValueError(f"{method} and {TRUTH} have videos of different names: {len(differing)} are in one alone, "
+                             f"{', '.join(f'{n} ({method if n in found else TRUTH})' for n in differing[:5])}")
+    for name in tqdm(truth, desc="checking", unit="video", leave=False, disable=None):
+        for method, found in methods.items():  # of which the truth is the first
+            path, (T, H, W) = found[name], (0, 0, 0)
+            for T, x in enumerate(frames(path, method), 1):
+                H, W = x.shape[-2:]
+            wanted = shapes.setdefault(name, (T, H, W))
+            if (T, H, W) != wanted or min(H, W) < 32:  # LPIPS' networks leave nothing of less
+                raise ValueError(f"{path}: {T} frames of {H}x{W} (height x width), wanted {wanted[0]} of {wanted[1]}x"
+                                 f"{wanted[2]} as in {truth[name]}, and 32x32 at least")
+    return shapes
+
+
+def read_boxes(source: Path, name: str, T: int) -> Tensor:
+    """[T, 4] x0, y0, x1, y1 of the actor in pixels; zeros where it is hidden."""
+    if source.is_dir():
+        return tensor(source / f"{name}.safetensors", "boxes", T, 4)
+    try:
+        return torch.tensor([row or [0, 0, 0, 0] for row in weights.read_json(source)[name]]).view(T, 4)
+    except (KeyError, TypeError, RuntimeError):
+        raise ValueError(f"{source}: wanted for {name} [x0, y0, x1, y1] or null for each of {T} frames") from None
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+def load_networks(args) -> tuple[dict[str, Callable], Callable | None, dict[str, str]]:
+    """({metric: distance of two videos}, the network of vFID, {metric that cannot be had: why})."""
+    distances, absent = {"PSNR": metrics.psnr, "SSIM": metrics.ssim}, {}
+    if args.perceptual and not args.perceptual.exists():
+        raise ValueError(f"--perceptual {args.perceptual}: is not there")
+    for name, measure, Model, net in (("LPIPS", metrics.lpips, Lpips, args.lpips),
+                                      ("DISTS", metrics.dists, Dists, "vgg")):
+        try:
+            if args.perceptual is None:
+                raise ValueError("no weights given (--perceptual DIR)")
+            distances[name] = partial(measure, model=Model(Features(net, args.perceptual)).to(args.device))
+        except (ValueError, ImportError) as error:
+            absent[name] = str(error)
+    if not args.flow and not find_spec("cv2"):
+        absent["E*warp"] = "no exact flow given (--flow DIR), and no OpenCV (pip install opencv-python-headless)"
+    if not args.vfid:
+        return distances, None, absent | {"vFID": "no feature network given (--vfid FILE)"}
+    try:
+        # DEVIATION from safetensors only: I3D is passed round as TorchScript, which runs in an interpreter of its own.
+        network = torch.jit.load(args.vfid, map_location=args.device).eval()
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{args.vfid}: not a TorchScript network: {str(error).splitlines()[0]}") from None
+    # StyleGAN-V's i3d_torchscript.pt wants 224 x 224 pixels and gives class scores unless it is told otherwise.
+    told = {"rescale": False, "resize": True, "return_features": True}
+    told = told if told.keys() <= {a.name for a in network.forward.schema.arguments} else {}
+    return distances, lambda x: network(x, **told), absent
+
+
+def dis(y: Tensor, t: int) -> tuple[Tensor, Tensor]:
+    """Flow [1, 2, 1, H, W] from one frame to the next of y [1, 3, 2, H, W], and where it leads to something visible."""
+    w = metrics.flow_dis(y)
+    return w, metrics.visible_by_consistency(w, metrics.flow_dis(y.flip(2)))
+
+
+def exact(path: Path, T: int, H: int, W: int) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
+    """The same from a file, for frames t and t + 1."""
+    w, seen = (tensor(path, key, c, T - 1, H, W)[None] for key, c in (("flow", 2), ("visible", 1)))
+    return lambda y, t: (w[:, :, t : t + 1].to(y.device), seen[:, :, t : t + 1].to(y.device).bool())
+
+
+@torch.no_grad()
+def score(paths: dict[str, Path], views: list[dict], flow, distances: dict, network, device) -> tuple[dict, dict]:
+    """One video: {(region, method): {metric: [of each frame]}} and {(region, method): [feature of each clip]}.
+
+    views: {region: (rows, columns)} of each frame; flow: dis, or one that is exact, or None.
+    """
+    values, clips, features = defaultdict(lambda: defaultdict(list)), defaultdict(list), defaultdict(list)
+    before = {}
+    for t, now in enumerate(zip(*(frames(path, method) for method, path in paths.items()), strict=True)):
+        now = {method: x.to(device) for method, x in zip(paths, now)}
+        for region, (rows, columns) in views[t].items():
+            for method, x in now.items():
+                x, y = x[..., rows, columns], now[TRUTH][..., rows, columns]
+                for metric, distance in distances.items() if method != TRUTH else ():
+                    values[region, method][metric].append(distance(x, y).item())
+                clips[region, method] += [x] if network else []
+        if before and flow:
+            pairs = {method: torch.cat([before[method], now[method]], dim=2) for method in paths}    # [1, 3, 2, H, W]
+            w, seen = flow(pairs[TRUTH], t - 1)
+            for region, (rows, columns) in views[t - 1].items():
+                inside = torch.zeros_like(seen)
+                inside[..., rows, columns] = seen[..., rows, columns]
+                for method, x in pairs.items():
+                    values[region, method]["E*warp"].append(metrics.warp_error(x, w, inside).item())
+        for key, clip in clips.items():
+            if len(clip) == CLIP or (clip and t == len(views) - 1):
+                features[key].append(metrics.clip_features(network, torch.cat(clip, dim=2)).cpu())
+                clip.clear()
+        before = now
+    return values, features
+
+
+def mean(values) -> float:
+    """Of those that are numbers: a pair of frames of which nothing is visible has no warp error."""
+    values = [v for v in values if not math.isnan(v)]
+    return sum(values) / len(values) if values else math.nan
+
+
+def logged_speed(folder: Path) -> dict[str, float]:
+    """{name: frames a second} that infer.py printed, from the *.log files of a folder."""
+    text = "\n".join(log.read_text() for log in sorted(folder.glob("*.log")))
+    return {Path(m[1]).stem: float(m[2]) for m in re.finditer(r"(?m)^(.+): \d+ frames, ([\d.]+) frames/s", text)}
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+def markdown(means: dict[str, dict[str, dict[str, float]]]) -> str:
+    """{region: {method: {metric: value}}} -> a table for each region, the best of several methods in bold."""
+    text = ""
+    for region, rows in means.items():
+        table = [[region, *(f"{m} {arrow}" for m, (arrow, _) in COLUMNS.items())], ["---"] + ["---:"] * len(COLUMNS)]
+        for method, row in rows.items():
+            table.append([method])
+            for metric, (arrow, digits) in COLUMNS.items():
+                rivals = [r[metric] for m, r in rows.items() if m != TRUTH and not math.isnan(r[metric])]
+                best = method != TRUTH and len(rivals) > 1 and row[metric] == (max if arrow == "↑" else min)(rivals)
+                number = "–" if math.isnan(row[metric]) else f"{row[metric]:.{digits}f}"
+                table[-1].append(f"**{number}**" if best else number)
+        widths = [max(map(len, column)) for column in zip(*table)]
+        text += "".join(f"| {' | '.join(c.ljust(w) for c, w in zip(line, widths))} |\n" for line in table) + "\n"
+    return text
+
+
+def write(folder: Path, means: dict, scores: dict, remarks: dict[str, str], text: str) -> None:
+    """scores.json, scores.csv (one line for each region, method and video, and their mean) and scores.md."""
+    plain = json.loads(json.dumps({"remarks": remarks, "mean": means, "videos": scores}),
+                       parse_constant=lambda number: None if number == "NaN" else "inf")  # JSON knows neither
+    lines = [["region", "method", "video", *COLUMNS]]
+    for region, rows in scores.items():
+        for method, videos in rows.items():
+            for name, row in ("mean", means[region][method]), *videos.items():
+                row = [row.get(metric, math.nan) for metric in COLUMNS]
+                lines.append([region, method, name, *("" if math.isnan(value) else value for value in row)])
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows(lines)
+    folder.mkdir(parents=True, exist_ok=True)
+    for suffix, content in (("json", json.dumps(plain, indent=2) + "\n"), ("csv", table.getvalue()), ("md", text)):
+        with weights.whole_file(folder / f"scores.{suffix}") as file:
+            file.write_text(content)
+
+
+def add_vfid(means: dict, features: dict[tuple[str, str], list[Tensor]]) -> dict[str, str]:
+    """Complete the means; returns what is to be said of each region's vFID."""
+    remarks = {}
+    for region, method in features:
+        a, b = (torch.cat(features[region, m]) for m in (method, TRUTH))
+        if len(a) < 2:
+            remarks[f"vFID, {region}"] = "absent: one clip has no covariance"
+        elif method != TRUTH:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                means[region][method]["vFID"] = metrics.vfid(a, b)
+            remarks |= {f"vFID, {region}": str(w.message) for w in said}
+    return remarks
+
+
+def main(args) -> None:
+    methods, speeds = {TRUTH: videos(args.gt)} | ({NAIVE: videos(args.ni)} if args.ni else {}), {}
+    for label, folder in args.pred:
+        if label in methods:
+            raise ValueError(f"--pred {folder}: the name {label!r} is taken (--pred NAME=DIR)")
+        methods[label], speeds[label] = videos(folder), logged_speed(folder)
+    distances, network, absent = load_networks(args)
+    shapes, crops, flows = check(methods), {}, {}
+    for name, (T, H, W) in shapes.items():
+        crops[name] = metrics.actor_crops(read_boxes(args.boxes, name, T), H, W) if args.boxes else [None] * T
+        flows[name] = exact(args.flow / f"{name}.safetensors", T, H, W) if args.flow and T > 1 else dis
+
+    scores, features = {CROPS: defaultdict(dict), FULL: defaultdict(dict)}, defaultdict(list)
+    for name in tqdm(shapes, desc="scoring", unit="video", leave=False, disable=None):
+        views = [({CROPS: crop} if crop else {}) | {FULL: (slice(None), slice(None))} for crop in crops[name]]
+        flow = None if "E*warp" in absent else flows[name]
+        paths = {method: found[name] for method, found in methods.items()}
+        values, clips = score(paths, views, flow, distances, network, args.device)
+        for (region, method), row in values.items():
+            scores[region][method][name] = {metric: mean(v) for metric, v in row.items()}
+            if region == FULL and name in speeds.get(method, {}):
+                scores[region][method][name]["frames/s"] = speeds[method][name]
+        for key, found in clips.items():
+            features[key] += found
+    means = {region: {method: {metric: mean(row.get(metric, math.nan) for row in rows.values()) for metric in COLUMNS}
+                      for method, rows in table.items()} for region, table in scores.items() if table}
+
+    frames, shown = sum(map(len, crops.values())), sum(crop is not None for found in crops.values() for crop in found)
+    remarks = {"scored": f"{len(shapes)} videos, {frames} frames" + f", {shown} of them with crops" * bool(args.boxes),
+               "LPIPS": args.lpips, "E*warp": f"×10³, along the truth's flow: {args.flow or 'OpenCV DIS'}",
+               "vFID": str(args.vfid)}
+    remarks |= {metric: f"absent: {why}" for metric, why in absent.items()} | add_vfid(means, features)
+    text = markdown(means) + "".join(f"* {what}: {remark}\n" for what, remark in remarks.items())
+    print(text, end="")
+    if args.out:
+        write(args.out, means, scores, remarks, text)
+
+
+def labelled(text: str) -> tuple[str, Path]:
+    """"ours=out/a" -> ("ours", Path("out/a")); a folder alone is called as it is."""
+    label, equals, folder = text.partition("=")
+    return (label, Path(folder)) if equals and not Path(text).exists() else (Path(text).resolve().name, Path(text))
+
+
+def cli(argv: list[str] | None = None) -> int:
+    """Run; on an error say it in one line. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pred", type=labelled, action="append", required=True, metavar="[NAME=]DIR",
+                        help="results of a method; repeat it to compare methods")
+    parser.add_argument("--gt", type=Path, required=True, metavar="DIR", help="the truth")
+    parser.add_argument("--ni", type=Path, metavar="DIR", help="the naive insertions, scored as a method, too")
+    parser.add_argument("--boxes", type=Path, metavar="PATH", help="the actor's boxes, for crops (see above)")
+    parser.add_argument("--flow", type=Path, metavar="DIR", help="exact flow (default: OpenCV's DIS on the truth)")
+    parser.add_argument("--perceptual", type=Path, metavar="DIR", help="backbones of LPIPS and DISTS (see README)")
+    parser.add_argument("--lpips", choices=["alex", "vgg", "squeeze"], default="alex", help="(default alex)")
+    parser.add_argument("--vfid", type=Path, metavar="FILE", help="feature network of vFID, TorchScript")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write scores.json, scores.csv and scores.md there")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        main(parser.parse_args(argv))
+    except (ValueError, OSError, av.FFmpegError) as error:
+        print("evaluate.py:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli())
