@@ -22,7 +22,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 Cache = dict[str, Tensor]  # {dotted layer name: its last kt - 1 input frames, [B, C, kt - 1, H, W]}
-ROWS = 32                  # of a band: fewer would cost time, more memory
+ROWS = 32                  # the fewest of a band: less would cost time, more memory
+ENOUGH = 20480             # below B * C * T * H of this, PyTorch's CPU takes a convolution that is many times slower
 
 
 class Spent(dict):
@@ -96,13 +97,15 @@ def normed_conv(norm: Callable[[Tensor, slice], Tensor], conv: CausalConv3d, x: 
     cached frames is ever held whole. Each band comes with the rows around it that the kernel sees, so the result is
     the same. The stride must be 1.
     """
-    H, halo = x.shape[3], conv.kernel_size[1] // 2
-    if not in_pieces(x):
+    (B, C, T, H), halo = x.shape[:4], conv.kernel_size[1] // 2
+    rows = max(ROWS, ENOUGH // (B * C * (T + conv.kernel_size[0] - 1)) + 1)
+    if not in_pieces(x) or rows >= H:
         y = conv(silu(norm(x, slice(0, H))), old, new)
         return y if onto is None else onto + y
     past, out, tail = old[conv.key] if old else None, onto, None
-    for a in range(0, H, ROWS):
-        b, kept = min(a + ROWS, H), {}
+    for a in range(0, H, rows):
+        b, kept = min(a + rows, H), {}
+        a = max(b - rows, 0)  # the last band as high as the others, over rows that are done
         lo, hi = max(a - halo, 0), min(b + halo, H)
         before = None if past is None else {conv.key: past[:, :, :, lo:hi]}
         y = conv(silu(norm(x[:, :, :, lo:hi], slice(lo, hi))), before, kept)[:, :, :, a - lo : b - lo]

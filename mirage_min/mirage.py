@@ -11,10 +11,12 @@ latents. A folder of Mirage holds what the two stages trained, beside the base t
     stage_h.safetensors    transformer LoRA, Harmonisation-LoRA          (metadata: the same, and t, window)
     prompt.safetensors     the text embedding of the fixed prompt
 
-    python -m mirage_min.mirage
+    python -m mirage_min.mirage [VIDEO [MODEL]]     # walks Figure 2 once: shapes, ranges, seconds
 """
 
 import json
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import product
 from pathlib import Path
@@ -288,22 +290,33 @@ class Mirage(nn.Module):
         self.requires_grad_(False)
 
 
-if __name__ == "__main__":
-    from .dit_cogvideox import CogVideoXDiTConfig
-    from .one_step import alpha_bar
-    from .vae_2d import AutoencoderKLConfig
-    from .vae_cogvideox import CogVideoXVAEConfig
+@torch.no_grad()
+def explain(mirage: Mirage, x_ni: Tensor) -> Tensor:
+    """Mirage.forward on x_ni [1, 3, T, H, W], a line for each stage: its output's shape and range, and its seconds."""
+    print(f"{'x_NI, the naive insertion':<40} {list(x_ni.shape)}  in [{x_ni.min():.2f}, {x_ni.max():.2f}]")
 
-    torch.manual_seed(0)
-    mirage = Mirage(
-        CogVideoXVAE(CogVideoXVAEConfig(block_out_channels=(16, 32, 32, 64), layers_per_block=1, norm_num_groups=8)),
-        CogVideoXDiT(CogVideoXDiTConfig(num_layers=2, num_attention_heads=2, text_embed_dim=16, max_text_seq_length=1)),
-        AutoencoderKL(AutoencoderKLConfig(block_out_channels=(16, 32, 32, 32), norm_num_groups=8)),
-        torch.zeros(1, 1, 16), alpha_bar(), window=3).eval()
-    x_ni = torch.rand(1, 3, 21, 64, 96) * 2 - 1
-    with torch.no_grad():
-        x_dr = mirage(x_ni)
-    streamed = torch.stack(list(mirage.stream(x_ni[0].unbind(1), window=7)), dim=1)
-    print(f"x_NI {list(x_ni.shape)} -> x_DR {list(x_dr.shape)}")
-    difference = (streamed - x_dr[0].clamp(-1, 1)).abs().max()
-    print(f"stream with one window for the whole clip: largest difference {difference:.1e}")
+    def stage(name: str, run, *args, **kwargs):
+        start = time.time()
+        out = run(*args, **kwargs)
+        for k, v in enumerate(out if isinstance(out, list) else [out]):
+            seconds = f"{time.time() - start:.2f} s" if k == 0 else ""
+            print(f"{name if k == 0 else '':<40} {list(v.shape)}  in [{v.min():.2f}, {v.max():.2f}]  {seconds}")
+        return out
+
+    x = stage("padded to whole groups and patches", mirage.pad, x_ni)
+    z_ni = stage("z_NI = E3D(x_NI)", mirage.vae.encode, x)
+    z_dr = stage(f"z_DR: the transformer, once, at t = {mirage.t}", mirage.denoise, z_ni)
+    mids = stage("z2D_mid: each frame alone, finest first", mirage.mids, x)
+    x_dr = stage("x_DR = D3D[z_DR, z2D_mid]", mirage.vae.decode, z_dr, inject=mids)
+    return x_dr[:, :, : x_ni.shape[2], : x_ni.shape[3], : x_ni.shape[4]]
+
+
+if __name__ == "__main__":
+    from .video import read_clip
+
+    home = Path(__file__).parents[1]
+    source, model = (sys.argv[1:] + [home / "assets/naive_insertion.mp4", home / "weights"][len(sys.argv) - 1 :])[:2]
+    mirage, x_ni = Mirage.from_pretrained(model), read_clip(source)[None, :, :17]
+    x_dr = explain(mirage, x_ni)
+    streamed = torch.stack(list(mirage.stream(iter(x_ni[0].unbind(1)), window=5)), dim=1)
+    print(f"the same as a stream, one window: largest difference {(streamed - x_dr[0].clamp(-1, 1)).abs().max():.1e}")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mirage_min import lora, weights
-from mirage_min.mirage import HARMONISATION, RECONSTRUCTION, TRANSFORMER, Mirage
+from mirage_min.mirage import HARMONISATION, RECONSTRUCTION, TRANSFORMER, Mirage, explain
 from mirage_min.one_step import alpha_bar, z0_from_v
 from tests import small
 
@@ -29,6 +29,14 @@ def test_the_forward_is_figure_2_written_out(mirage):
     frames = mirage.vae2d.mids(x[0].transpose(0, 1), count=2)
     wanted = mirage.vae.decode(z_dr, [f.transpose(0, 1)[None] for f in frames])
     assert torch.equal(mirage(x), wanted)
+
+
+def test_figure_2_walked_stage_by_stage_is_the_forward(mirage, capsys):
+    x = clip(3, 17, 20)
+    difference = (explain(mirage, x) - mirage(x)).abs().max()
+    assert difference <= 1e-5, f"largest difference {difference:.1e}, allowed 1e-5"
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7 and sum("[1, 4, 3, 4, 4]" in line for line in lines) == 2, lines
 
 
 def test_features_are_folded_back_into_time_in_order(mirage):
