@@ -15,6 +15,7 @@ piece by piece, and a cache may be `Spent` as it is read.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -98,15 +99,13 @@ def normed_conv(norm: Callable[[Tensor, slice], Tensor], conv: CausalConv3d, x: 
     the same. The stride must be 1.
     """
     (B, C, T, H), halo = x.shape[:4], conv.kernel_size[1] // 2
-    rows = max(ROWS, ENOUGH // (B * C * (T + conv.kernel_size[0] - 1)) + 1)
-    if not in_pieces(x) or rows >= H:
+    bands = H // max(ROWS, ENOUGH // (B * C * (T + conv.kernel_size[0] - 1)) + 1)
+    if not in_pieces(x) or bands < 2:
         y = conv(silu(norm(x, slice(0, H))), old, new)
         return y if onto is None else onto + y
     past, out, tail = old[conv.key] if old else None, onto, None
-    for a in range(0, H, rows):
-        b, kept = min(a + rows, H), {}
-        a = max(b - rows, 0)  # the last band as high as the others, over rows that are done
-        lo, hi = max(a - halo, 0), min(b + halo, H)
+    for a, b in pairwise(H * k // bands for k in range(bands + 1)):
+        lo, hi, kept = max(a - halo, 0), min(b + halo, H), {}
         before = None if past is None else {conv.key: past[:, :, :, lo:hi]}
         y = conv(silu(norm(x[:, :, :, lo:hi], slice(lo, hi))), before, kept)[:, :, :, a - lo : b - lo]
         end = kept[conv.key][:, :, :, a - lo : b - lo]

@@ -334,13 +334,13 @@ def _frames(latents: int) -> int:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    vae = CogVideoXVAE(CogVideoXVAEConfig(block_out_channels=(16, 32, 32, 64), layers_per_block=1, norm_num_groups=8))
+    vae = CogVideoXVAE(CogVideoXVAEConfig(layers_per_block=1))  # Mirage Table 5's channels, fewer layers
     for name, stage in [(f"Enc-{i + 1}", s) for i, s in enumerate(vae.encoder.down_blocks)] + [
             (f"Dec-{i + 1}", s) for i, s in enumerate(vae.decoder.up_blocks)]:
         stage.layers[0].register_forward_pre_hook(
             lambda m, a, name=name: print(f"  {name} input {list(a[0].shape[1:])}"))
     with torch.no_grad():
-        x = torch.rand(1, 3, 9, 64, 96) * 2 - 1
+        x = torch.rand(1, 3, 9, 32, 48) * 2 - 1
         print(f"x {list(x.shape)}")
         z = vae.encode(x)
         print(f"z {list(z.shape)}")
