@@ -373,6 +373,15 @@ def test_the_trained_model_takes_any_size_and_length(tmp_path, capsys, T, H, W):
 
 
 @needs_weights
+def test_the_trained_model_leaves_a_plain_grey_frame_about_as_grey(tmp_path, capsys):
+    source, target = encode(tmp_path / "in.mkv", [np.full((16, 16, 3), 128, np.uint8)], pix_fmt="yuv444p"), tmp_path / "o"
+    target.mkdir()
+    succeed(capsys, source, target, "--device", "cpu", "--overwrite")
+    shift = (read_clip(target) - read_clip(source)).mean() * 127.5
+    assert abs(shift) < 12, f"its mean moved by {shift:.1f} of 255, allowed 12"
+
+
+@needs_weights
 def test_the_trained_model_changes_the_demo_clip_and_keeps_its_scene(tmp_path, capsys):
     source, target = tmp_path / "in.mp4", tmp_path / "out.mp4"
     with Video(ROOT / "assets" / "naive_insertion.mp4") as clip:

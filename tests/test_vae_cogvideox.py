@@ -14,6 +14,8 @@ from tests.torchvision_stub import stub
 stub()
 from diffusers import AutoencoderKLCogVideoX  # noqa: E402
 
+from benchmarks.speed import Live  # noqa: E402
+
 CONFIGS = Path(__file__).parents[2] / "shared" / "checkpoint_configs"
 SMALL = dict(block_out_channels=(8, 16, 16, 24), layers_per_block=1, norm_num_groups=4, latent_channels=4,
              scaling_factor=0.7)
@@ -232,3 +234,17 @@ def test_in_bands_a_group_leaves_its_cache_alone_and_hands_out_the_same(pair, mo
         vae.decode_group(groups[1], spent)
     assert not spent and low.keys() == after.keys() and all(torch.equal(cache[key], before[key]) for key in before)
     assert torch.allclose(given, wanted) and all(torch.allclose(low[key], after[key]) for key in after)
+
+
+def test_without_gradients_the_official_network_holds_far_less_than_the_published_one():
+    """Bytes of tensors alive at once, counted on the meta device."""
+    with torch.device("meta"):
+        vae, reference = CogVideoXVAE(), AutoencoderKLCogVideoX(
+            down_block_types=["CogVideoXDownBlock3D"] * 4, up_block_types=["CogVideoXUpBlock3D"] * 4,
+            block_out_channels=(128, 256, 256, 512), layers_per_block=3)
+        z, held = torch.empty(1, 16, 3, 32, 32), []
+    for model in (vae, reference):
+        with torch.no_grad(), Live().ignore(model) as live:
+            model.decode(z)
+        held.append(live.peak / 2**20)
+    assert held[0] <= 0.6 * held[1], f"{held[0]:.0f} MiB, published {held[1]:.0f} MiB, allowed 0.6 of it"

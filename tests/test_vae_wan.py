@@ -17,6 +17,7 @@ stub()
 
 from diffusers import AutoencoderKLWan  # noqa: E402
 
+from benchmarks.speed import Live  # noqa: E402
 from mirage_min import causal_conv, lora, weights  # noqa: E402
 from mirage_min.vae_wan import WanVAE, WanVAEConfig  # noqa: E402
 
@@ -369,3 +370,15 @@ def test_in_bands_a_group_leaves_its_cache_alone_and_hands_out_the_same(saved, m
         vae.decode_group(groups[1], spent)
     assert not spent and low.keys() == after.keys() and all(torch.equal(cache[key], before[key]) for key in before)
     assert torch.allclose(given, wanted) and all(torch.allclose(low[key], after[key]) for key in after)
+
+
+def test_without_gradients_the_official_network_holds_far_less_than_the_published_one():
+    """Bytes of tensors alive at once, counted on the meta device."""
+    with torch.device("meta"):
+        vae, reference = WanVAE(), AutoencoderKLWan()
+        z, held = torch.empty(1, 16, 3, 32, 32), []
+    for model in (vae, reference):
+        with torch.no_grad(), Live().ignore(model) as live:
+            model.decode(z)
+        held.append(live.peak / 2**20)
+    assert held[0] <= 0.75 * held[1], f"{held[0]:.0f} MiB, published {held[1]:.0f} MiB, allowed 0.75 of it"
