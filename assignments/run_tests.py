@@ -49,7 +49,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     reseed(job["seed"])
     report = Report(job["seed"])
-    status = pytest.main(["-x", "-n", "0", "-p", "no:cacheprovider", *job["tests"]], plugins=[report])
+    status = pytest.main(["-x", "-o", "addopts=", "-p", "no:cacheprovider", *job["tests"]], plugins=[report])
     answer = {"nonce": job["nonce"], "status": int(status), "outcomes": report.outcomes, "message": report.message}
     with os.fdopen(int(sys.argv[1]), "w") as pipe:
         json.dump(answer, pipe)

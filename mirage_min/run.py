@@ -92,10 +92,12 @@ def override(recipe, settings: list[str]):
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 def rank() -> int:
+    """Which of the processes this is, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world() -> int:
+    """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 

@@ -146,5 +146,6 @@ def write_scene(folder: Path, seed: int, config: toy_world.WorldConfig) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
+    """One line of JSON, written whole or not at all."""
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(content) + "\n")

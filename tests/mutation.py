@@ -131,7 +131,8 @@ def copy_tree(folder: Path) -> Path:
 
 def run(tree: Path, tests: list[str], limit: float | None) -> tuple[int | None, str]:
     """Exit status (None: the time ran out) and the first failure."""
-    command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--tb=line", *tests]
+    command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--tb=line",
+               *tests]
     process = subprocess.Popen(command, cwd=tree, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                start_new_session=True)
     try:

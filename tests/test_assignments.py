@@ -312,7 +312,7 @@ def test_a_handout_raises_where_a_body_was_and_is_whole_elsewhere(handout):
         assert ast.dump(ours) == ast.dump(theirs), f"{name}: decorators, signature or docstring changed"
     assert not {"assignments", ".git", "__pycache__"} & {p.name for p in handout.rglob("*")}
     readme = (handout / "README.md").read_text(encoding="utf-8")
-    assert "pytest -x" in readme and all(f"`{name}`" in readme for name in FUNCTIONS)
+    assert "pytest -n 0 -x" in readme and all(f"`{name}`" in readme for name in FUNCTIONS)
 
 
 def test_no_line_of_a_solution_is_left_in_a_handout(handout):

@@ -374,7 +374,8 @@ def test_the_trained_model_takes_any_size_and_length(tmp_path, capsys, T, H, W):
 
 @needs_weights
 def test_the_trained_model_leaves_a_plain_grey_frame_about_as_grey(tmp_path, capsys):
-    source, target = encode(tmp_path / "in.mkv", [np.full((16, 16, 3), 128, np.uint8)], pix_fmt="yuv444p"), tmp_path / "o"
+    source = encode(tmp_path / "in.mkv", [np.full((16, 16, 3), 128, np.uint8)], pix_fmt="yuv444p")
+    target = tmp_path / "out"
     target.mkdir()
     succeed(capsys, source, target, "--device", "cpu", "--overwrite")
     shift = (read_clip(target) - read_clip(source)).mean() * 127.5
