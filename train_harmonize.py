@@ -172,7 +172,8 @@ def main(args, recipe: Recipe) -> None:
             mirage.save_stage(args.out / "stage_a.safetensors", [RECONSTRUCTION], about_a | about, fusion=True)
             weights.save_tensors(args.out / "prompt.safetensors", {"text": mirage.text})
         latents = (mirage.vae.legal_length(recipe.frames) - 1) // 4 + 1
-        window = min(max(latents, 3), 9)  # streaming shows the transformer as many latents as it was trained on
+        patch = getattr(mirage.dit.config, "patch_size_t", None) or 1
+        window = min(max(latents, 2 * patch + 1), 9)  # streaming shows as many latents as were trained on, if it can
         about |= {"t": str(mirage.t), "window": str(window)}
         mirage.save_stage(args.out / "stage_h.safetensors", [TRANSFORMER, HARMONISATION], about)
         print(f"stage H: {recipe.steps} steps -> {args.out / 'stage_h.safetensors'}")

@@ -38,9 +38,9 @@ def mirage(patch_size_t: int | None = None, **settings) -> Mirage:
     return model.requires_grad_(False).eval()
 
 
-def save_cogvideox(folder: Path) -> None:
-    """base/ and vae_2d/ in diffusers layout."""
-    vae, dit, vae2d = parts()
+def save_cogvideox(folder: Path, patch_size_t: int | None = 2) -> None:
+    """base/ and vae_2d/ in diffusers layout: CogVideoX1.5's kind, or with patch_size_t None 2b's."""
+    vae, dit, vae2d = parts(patch_size_t)
     vae.save_pretrained(folder / "base" / "vae"), dit.save_pretrained(folder / "base" / "transformer")
     vae2d.save_pretrained(folder / "vae_2d")
     (folder / "base" / "scheduler").mkdir()
