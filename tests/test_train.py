@@ -40,8 +40,8 @@ def save_inputs(folder: Path, save_base=small.save_cogvideox) -> None:
         weights.save_tensors(folder / "pairs" / f"{i}.safetensors", {"x_ni": x[0], "x_gt": x[1], "boxes": boxes})
 
 
-def stage_a(work: Path, out: Path, **settings) -> Path:
-    args = argparse.Namespace(data=work / "pairs", base=work / "base", vae2d=vae2d(work), prompt=None, val=None,
+def stage_a(work: Path, out: Path, prompt: Path | None = None, **settings) -> Path:
+    args = argparse.Namespace(data=work / "pairs", base=work / "base", vae2d=vae2d(work), prompt=prompt, val=None,
                               perceptual=work, real=None, out=out, run=out / "run", device="cpu")
     train_vae.main(args, train_vae.Recipe(**dict(
         steps=2, batch=1, frames=9, height=32, width=32, lr=1e-2, lpips="squeeze", rank=2, every=1, bf16=False)
@@ -342,3 +342,14 @@ def test_the_paper_recipes_are_the_papers():
         1_000, 49, 720, 1280, 4, 1, 1, 2e-4, 0.99, 0.1)
 
 
+def test_the_prompt_given_to_stage_a_is_kept_and_one_of_another_shape_is_refused(tmp_path):
+    save_inputs(tmp_path)
+    config = json.loads((tmp_path / "base" / "transformer" / "config.json").read_text())
+    L, D = config["max_text_seq_length"], config["text_embed_dim"]
+    weights.save_tensors(tmp_path / "prompt.safetensors", {"text": (text := torch.randn(1, L, D))}, {"text": "remove"})
+    out = stage_a(tmp_path, tmp_path / "out", tmp_path / "prompt.safetensors", steps=1)
+    kept, about = weights.load_tensors(out / "prompt.safetensors")
+    assert torch.equal(kept["text"], text) and about == {"text": "remove"}
+    weights.save_tensors(tmp_path / "long.safetensors", {"text": torch.randn(1, L + 1, D)})
+    with pytest.raises(ValueError, match=rf"takes a prompt of \[1, {L}, {D}\], given \[1, {L + 1}, {D}\]"):
+        stage_a(tmp_path, tmp_path / "out2", tmp_path / "long.safetensors", steps=1)
