@@ -7,10 +7,8 @@ scores, is kept under --runs and not made again, unless a setting changed; a run
 thing that is not finished (what the training scripts train, from their checkpoint). The result goes to --out: NAME.json
 with every number, and NAME.md.
 
-The minutes that each script names are estimates, from 0.8 seconds a step of stage A and 1 second of stage H with two
-clips at 96 x 144; the minutes that each part took are in its made.json.
-
-Seeds change what is drawn: adapters' first values, clips, crops. The bases are the same for all of them.
+Seeds change what is drawn: adapters' first values, clips, crops. The bases are the same for all of them, and so is the
+Mirage that several scripts score: it is trained once a seed. The minutes that each part took are in its made.json.
 """
 
 import argparse
@@ -69,9 +67,14 @@ def once(folder: Path, settings: dict, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-def settings_of(args, **more) -> dict:
-    """What a trained model and its predictions depend on."""
-    return {key: getattr(args, key) for key in ("steps", "clips", "data", "weights")} | more
+def trained_with(args, **more) -> dict:
+    """What a trained model depends on."""
+    return {key: getattr(args, key) for key in ("steps", "data", "weights")} | more
+
+
+def scored_on(args, **more) -> dict:
+    """What a model's predictions depend on."""
+    return trained_with(args, clips=args.clips, **more)
 
 
 def python(*argv, accepted: tuple[int, ...] = (0,)) -> None:
@@ -99,13 +102,24 @@ def stage_a(args, to: Path, seed: int, **settings) -> None:
            *(word for key, value in settings.items() for word in ("--set", f"{key}={value}")))
 
 
-def stage_h(args, to: Path, seed: int, data: Path | None = None, **settings) -> None:
-    """train_harmonize.py on what stage A left in `to`, with the Gram loss from the start, as in `train`; a stage H that
-    is there goes on."""
+def stage_h(args, start: Path, to: Path, seed: int, data: Path | None = None, **settings) -> None:
+    """train_harmonize.py from the folder `start`, with the Gram loss from the first step, as in `train`; where `start`
+    has a stage H, that one goes on."""
     settings = {"steps": args.steps, "seed": seed, "real": 0, "gram_from": 0} | settings
-    python("train_harmonize.py", "--data", data or args.data, "--mirage", to, "--perceptual", args.perceptual,
-           "--out", to, "--run", to / f"run_h_{settings.get('frames', 9)}", "--device", "cpu",
+    python("train_harmonize.py", "--data", data or args.data, "--mirage", start, "--perceptual", args.perceptual,
+           "--out", to, "--run", to / "run_h", "--device", "cpu",
            *(word for key, value in settings.items() for word in ("--set", f"{key}={value}")))
+
+
+def reconstruction(args, seed: int) -> Path:
+    """Stage A on toy clips, trained once for all scripts."""
+    return once(args.runs / "stage_a" / f"seed_{seed}", trained_with(args), lambda to: stage_a(args, to, seed))
+
+
+def harmonised(args, seed: int) -> Path:
+    """Stages A and H on toy clips: the Mirage of all scripts."""
+    start = reconstruction(args, seed)
+    return once(args.runs / "mirage" / f"seed_{seed}", trained_with(args), lambda to: stage_h(args, start, to, seed))
 
 
 # ---- training --------------------------------------------------------------------------------------------------------

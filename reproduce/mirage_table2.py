@@ -9,7 +9,6 @@
 
 All see z of x_GT; the 2D features and skips see x_NI. Same steps, batch, crops, loss (MSE + 0.1 LPIPS on SqueezeNet)
 and learning rate. Not the paper's: bases of 0.3 and 2.6 million parameters, 4 and 16 channels of latents, toy scenes.
-Three seeds of 300 steps: about 60 minutes on two quiet cores.
 """
 
 import torch
@@ -64,7 +63,7 @@ def three_d(args, seed: int):
 
 def injected(args, seed: int, folder):
     """Stage A, by the script that trains it."""
-    settings = common.settings_of(args, lr=LR)
+    settings = common.trained_with(args, lr=LR)
     mirage = Mirage.from_pretrained(common.once(folder, settings, lambda to: common.stage_a(args, to, seed, lr=LR)))
     return lambda x_ni, x_gt: mirage.vae.decode(mirage.vae.encode(x_gt), mirage.mids(x_ni))
 
@@ -89,7 +88,7 @@ def main(args) -> None:
                "3D VAE, 2D injection": lambda seed, to: injected(args, seed, to.parent / "model of stage A")}
     for seed in range(1, args.seeds + 1):
         folder = args.runs / "mirage_table2" / f"seed_{seed}"
-        results = {name: common.once(folder / name, common.settings_of(args),
+        results = {name: common.once(folder / name, common.scored_on(args),
                                      lambda to: common.predict(clips, to, make(seed, to)))
                    for name, make in methods.items()}
         seeds.append(common.evaluate(args, clips, results, folder / "scores"))
@@ -97,4 +96,4 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    main(common.arguments(__doc__, steps=300))
+    main(common.arguments(__doc__, steps=200))

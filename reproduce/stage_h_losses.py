@@ -1,0 +1,37 @@
+"""Stage H's losses: Mirage's own (Eq. 4), and with the MSE that the recipe `small` adds.
+
+    python -m reproduce.stage_h_losses --perceptual DIR
+
+    LPIPS + Gram          L_lpips + 0.1 L_gram, as in the paper
+    LPIPS + Gram + MSE    the same and 2 L_mse: the Mirage of the other tables
+
+Same steps, seeds, clips and stage A. The paper has no such table. LPIPS is SqueezeNet's, Gram on VGG's relu1_2 and
+relu2_2.
+"""
+
+from mirage_min.mirage import Mirage
+from reproduce import common
+
+
+def main(args) -> None:
+    clips, seeds = common.held_out(args), []
+
+    for seed in range(1, args.seeds + 1):
+        folder = args.runs / "stage_h_losses" / f"seed_{seed}"
+
+        def without_mse(to):
+            common.stage_h(args, common.reconstruction(args, seed), to, seed, mse=0)
+        models = {"LPIPS + Gram": common.once(folder / "model", common.trained_with(args), without_mse),
+                  "LPIPS + Gram + MSE": common.harmonised(args, seed)}
+
+        def harmonise(to, model):
+            mirage = Mirage.from_pretrained(model)
+            common.predict(clips, to, lambda x_ni, x_gt: mirage(x_ni))
+        results = {name: common.once(folder / name, common.scored_on(args), lambda to: harmonise(to, model))
+                   for name, model in models.items()}
+        seeds.append(common.evaluate(args, clips, results, folder / "scores"))
+    common.report("stage_h_losses", __doc__, args, {}, seeds)
+
+
+if __name__ == "__main__":
+    main(common.arguments(__doc__, steps=100))
