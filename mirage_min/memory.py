@@ -4,6 +4,8 @@ PyTorch's FakeTensors have a shape, a type, a device and a lifetime, and no stor
 encoders, transformer, ChopGrad, losses and every backward; a storage counts from the operation that makes it until
 nothing refers to it any more, and the estimate is the highest sum. To it come AdamW's two moments. Not counted is what
 single operations need while they run (cuDNN's workspaces, a few per cent) and what the allocator wastes.
+
+    python -m mirage_min.memory
 """
 
 import copy
@@ -110,3 +112,16 @@ def plan(models: nn.ModuleList, gradients: Callable, recipe, processes: int, dev
             less = needs(dataclasses.replace(recipe, **{key: value}))
             text += f"\n    --set {key}={value}: {less / GIB:.2f} GiB" + ", which fits" * (less <= there)
     return text
+
+
+if __name__ == "__main__":
+    def step(layers, x_ni, x_gt):
+        (layers(x_ni) - x_gt).square().sum().backward()
+
+    for width in (8, 16):
+        layers = nn.ModuleList([nn.Sequential(nn.Conv3d(3, width, 3, padding=1), nn.SiLU(), nn.Conv3d(width, 3, 1))])
+        for frames in (9, 33):
+            need = expected(layers, lambda layers, *x: step(layers[0], *x), (1, 3, frames, 480, 832), "cpu")
+            print(f"two convolutions, {width:2} channels, {frames:2} frames of 480 x 832: a step needs "
+                  f"{need / GIB:.2f} GiB; nothing was computed")
+    print(f"here are {available('cpu') / GIB:.1f} GiB")

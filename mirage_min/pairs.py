@@ -4,6 +4,8 @@ A folder of pairs holds `ni/NAME` and `gt/NAME` videos (files or image folders) 
 and build_pairs write them, `NAME.safetensors` with x_ni and x_gt as uint8 [3, T, H, W] and perhaps the actor's `boxes`
 [T, 4]. Which clip, crop and flip a sample is, is a function of its own generator alone: a run can be repeated, resumed,
 and shared among processes.
+
+    python -m mirage_min.pairs
 """
 
 import warnings
@@ -148,3 +150,22 @@ class Pairs:
         t, y, x = (int(torch.randint(n, (), generator=draws)) for n in (T - self.frames + 1, H - ch + 1, W - cw + 1))
         crop = from_bytes(self.real[:, t : t + self.frames, y : y + ch, x : x + cw]).transpose(0, 1)
         return F.interpolate(crop, size=(h, w), mode="bilinear", antialias=True).transpose(0, 1)
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    from .run import draws
+    from .toy_world import WorldConfig, make_clip, save_clip
+
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(2):
+            save_clip(make_clip(seed, WorldConfig(frames=3)), f"{folder}/{seed}.safetensors")
+        Path(folder, "broken.safetensors").write_bytes(b"no clip")
+        pairs = Pairs(folder, frames=2, size=(64, 96))
+        print("left out:", pairs.left_out)
+        for k in (0, 1, 0):  # clip k of step 5
+            x_ni, x_gt, names = pairs.batch([draws(seed=0, step=5, k=k)])
+            differ = ((x_ni - x_gt).abs() > 2 / 255).float().mean()
+            print(f"k {k}: {names[0]}, {list(x_ni.shape)}, mean {x_gt.mean():+.4f}; naive and truth differ by more than "
+                  f"1/255 in {differ:.0%} of the values")

@@ -11,6 +11,8 @@ happened, and on a CPU ends bit-equal.
 No process is wrapped in DDP: ChopGrad runs several backwards a step, under which DDP is silently wrong. Every clip's
 loss is weighted by its share of the whole batch, so gradients just add up: over groups and tiles of a clip, clips,
 accumulated pieces, and by one `reduce` over the processes.
+
+    python -m mirage_min.run
 """
 
 import argparse
@@ -224,3 +226,28 @@ def about(args, recipe, stage_a: dict[str, str] = {}) -> dict[str, str]:
         if name:
             names[key] = os.path.relpath(name, args.out) if Path(name).is_dir() else str(name)
     return names | {"step": str(recipe.steps), "recipe": json.dumps(dataclasses.asdict(recipe))}
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    @dataclasses.dataclass
+    class Recipe:
+        steps: int = 6
+        lr: float = 0.1
+
+    def train(folder: Path, killed_after: int) -> Tensor:
+        w = nn.Parameter(torch.zeros(3))
+        optimizer = torch.optim.AdamW([w], lr=Recipe.lr)
+        for step in range(resume(folder, {"w": w}, optimizer, Recipe()), killed_after):
+            optimizer.zero_grad()
+            (w - torch.randn(3, generator=draws(0, step))).square().sum().backward()
+            optimizer.step()
+            save(folder, step + 1, {"w": w}, optimizer, Recipe())
+        return w.detach()
+
+    with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b:
+        print("six steps:           ", train(Path(a), 6).tolist())
+        print("two, and then killed:", train(Path(b), 2).tolist())
+        print("the same command:    ", train(Path(b), 6).tolist())
+    print("factors on the learning rate:", [round(schedule(s, 2, 6, cosine=True), 2) for s in range(6)])

@@ -14,6 +14,8 @@ have it; `box` is in pixels. Objects move rigidly with their track: `reference` 
 is the frame at which scene.ply shows the object. A Gaussian belongs to the object whose id is its integer property
 `object_id`; in a file without that property, to the object in whose 3D box it lies at the object's reference frame.
 All other Gaussians stand still. Lens distortion is not modelled: undistort the images first.
+
+    python -m mirage_min.scene
 """
 
 import math
@@ -190,3 +192,20 @@ def rigid(value, where: str) -> Tensor:
         raise ValueError(f"{where}: wanted a rotation and a translation over 0 0 0 1, got a matrix of determinant "
                          f"{torch.linalg.det(R):.3g}: {R.tolist()}")
     return pose
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    from .toy_scene import write_scene
+    from .toy_world import WorldConfig
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_scene(Path(folder), 0, WorldConfig(frames=3, height=48, width=72))
+        scene = read_scene(Path(folder))
+    print(f"{len(scene.cameras)} cameras of {scene.cameras[0].width} x {scene.cameras[0].height}, "
+          f"{len(scene.still)} Gaussians stand still")
+    for i, track in scene.tracks.items():
+        print(f"object {i}: {track.category}, {[round(x, 1) for x in track.size[0].tolist()]} m, "
+              f"{len(scene.objects[i])} Gaussians, boxes {track.box.round().int().tolist()}")
+    print(f"without object 1, frame 0 has {len(scene.at(0, without=1))} Gaussians of {len(scene.at(0))}")

@@ -5,6 +5,8 @@ and shadow rays. From the same primary hits come the truth, lit by the scene's l
 shadow, and the naive insertion, in which the actor is lit by another light and darkens nothing.
 
 World: metres, x right, y down, z forward (OpenCV's axes), the ground at y = 0. Colours are linear RGB throughout.
+
+    python -m mirage_min.toy_render
 """
 
 import math
@@ -312,3 +314,25 @@ def box(alpha: Tensor) -> Tensor:
     if len(ys) == 0:
         return torch.zeros(4)
     return torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]).float()
+
+
+if __name__ == "__main__":
+    from PIL import Image
+
+    from .toy_world import WorldConfig, sample_scene
+
+    config = WorldConfig(frames=2)
+    scene = sample_scene(0, config)
+    hits = cast(scene, config, 0, 1)
+    for name, body in (("sky", -2), ("ground", -1), ("actor", 0)):
+        print(f"{name:6} {(hits.body == body).float().mean():5.1%} of the rays")
+    naive, truth, actor, shadow = frame(scene, config, 0)
+    for name, alpha in (("on the actor", actor), ("in its shadow", shadow)):
+        before, after = (v[:, alpha[0] > 0.5].mean() for v in (naive, truth))
+        print(f"linear light {name:13} {before:.3f} naive, {after:.3f} in truth")
+    depth, flow, visible = motion(scene, config)
+    near = (depth[0, 0] / depth[0, 0].clamp(max=60).max()).clamp(max=1).expand(3, -1, -1)
+    moved = (flow[:, 0].norm(dim=0) / 8).clamp(max=1).expand(3, -1, -1)
+    sheet = torch.cat([naive.clamp(0, 1) ** (1 / 2.2), truth.clamp(0, 1) ** (1 / 2.2), near, moved], dim=2)
+    Image.fromarray((sheet * 255).round().byte().permute(1, 2, 0).numpy()).save("toy_render.png")
+    print(f"{visible.mean():.0%} of frame 0 is still seen in frame 1; toy_render.png: naive | truth | depth | flow")

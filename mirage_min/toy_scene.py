@@ -6,6 +6,8 @@ noisy, anisotropic, with floaters, in the scene's light), in asset.ply as a gene
 its own size and orientation, its proportions a little off, in another light).
 
     python -m mirage_min.toy_world --scene example_scene
+
+    python -m mirage_min.toy_scene
 """
 
 import json
@@ -149,3 +151,12 @@ def write_json(path: Path, content: dict) -> None:
     """One line of JSON, written whole or not at all."""
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(content) + "\n")
+
+
+if __name__ == "__main__":
+    scene = toy_world.sample_scene(0, toy_world.WorldConfig(frames=3))
+    for name, make in (("reconstructed", reconstructed), ("generated", generated)):
+        g = make(scene, 0, 1, torch.Generator().manual_seed(0))
+        size = (g.means.amax(0) - g.means.amin(0)).tolist()  # with floaters, if it is reconstructed
+        print(f"the actor, {name:13}: {len(g):5} Gaussians, width, height, length {[round(s, 2) for s in size]}")
+    print(f"the actor itself:{'':32} {[round(s, 2) for s in scene.bodies[0].size.tolist()]} m")

@@ -1,4 +1,7 @@
-"""Watching a training run: a log, loss curves, pictures and the scores of held-out pairs, all in the run's folder."""
+"""Watching a training run: a log, loss curves, pictures and the scores of held-out pairs, all in the run's folder.
+
+    python -m mirage_min.watch
+"""
 
 import dataclasses
 import json
@@ -78,3 +81,17 @@ class Log:
                     scores.setdefault(f"val_psnr{part}", []).append(metrics.psnr(a, b).item())
                     scores.setdefault(f"val_lpips{part}", []).append(metrics.lpips(a, b, lpips).item())
             run.say(self(step, {k: sum(v) / len(v) for k, v in scores.items()}))
+
+
+if __name__ == "__main__":
+    from dataclasses import make_dataclass
+
+    from .toy_world import WorldConfig, make_clip
+
+    clip = make_clip(0, WorldConfig(frames=1))
+    shown = clip.x_ni[None], clip.x_gt[None]
+    log = Log(Path("watch"), make_dataclass("Recipe", [("steps", int, 100)])(), start=0)
+    for step in range(100):  # no training: terms that fall, and a picture that comes nearer
+        log(step, {"lpips": 0.3 / (1 + step) + 0.02, "mse": 0.1 * 0.95**step})
+    log.look(step, lambda x_ni, x_gt: x_ni.lerp(x_gt, 0.7), shown)
+    print("written:", *sorted(str(path) for path in log.folder.iterdir()))
