@@ -167,5 +167,5 @@ if __name__ == "__main__":
         for k in (0, 1, 0):  # clip k of step 5
             x_ni, x_gt, names = pairs.batch([draws(seed=0, step=5, k=k)])
             differ = ((x_ni - x_gt).abs() > 2 / 255).float().mean()
-            print(f"k {k}: {names[0]}, {list(x_ni.shape)}, mean {x_gt.mean():+.4f}; naive and truth differ by more than "
+            print(f"k {k}: {names[0]}, {list(x_ni.shape)}, mean {x_gt.mean():+.4f}; they differ by more than "
                   f"1/255 in {differ:.0%} of the values")
