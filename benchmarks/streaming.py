@@ -5,7 +5,8 @@
 1. Peak memory of infer.py, in a process of its own, above what it had when the model was loaded: 33, 330 and, with
    --long, 3,300 frames of noise at 64x96, the shipped model.
 2. Seams: the mean absolute difference between consecutive frames of the result, of 255, where two groups meet behind a
-   window's border and where they meet inside a window; on a static clip, a toy clip and, if given, a real clip.
+   window's border and where they meet inside a window, and the same frames where the whole clip is one window; on a
+   static clip, a toy clip and, if given, a real clip.
 3. The same clip with a window offset: frames put before it, and cut off again, move every border.
 4. Tiles: the largest and the mean difference to the untiled result, by the margin.
 """
@@ -82,6 +83,7 @@ def seams(mirage: Mirage, x: Tensor, window: int, offset: int) -> dict:
     T, (_, overlap) = x.shape[1], mirage.patch_and_overlap(window)
     step = window - overlap
     y, given = streamed(mirage, x, window=window), differences(x)
+    whole = differences(streamed(mirage, x, window=(T + 2) // 4 // 2 * 2 + 3))  # one window for all: no seams
     first_frame = {k: 4 * k - 3 for k in range(1, (T + 2) // 4 + 1)}       # of latent k
     shared = [k for k in first_frame if k >= step and k % step <= overlap]  # an overlap's latents and the one behind it
     at = [first_frame[k] for k in shared if first_frame[k] < T]
@@ -95,7 +97,8 @@ def seams(mirage: Mirage, x: Tensor, window: int, offset: int) -> dict:
     difference = (moved - y).abs() * 127.5
     return {"frames": T, "window": window, "overlap": overlap, "across_windows": mean(differences(y), at),
             "inside_windows": mean(differences(y), inside), "input_across_windows": mean(given, at),
-            "input_inside_windows": mean(given, inside), "borders": len(at), "offset": offset,
+            "input_inside_windows": mean(given, inside), "one_window_across_windows": mean(whole, at),
+            "one_window_inside_windows": mean(whole, inside), "borders": len(at), "offset": offset,
             "offset_mean": float(difference.mean()), "offset_p99": float(difference.flatten()[::7].quantile(0.99)),
             "offset_largest": float(difference.max())}
 
@@ -123,10 +126,12 @@ Made by `{command}`; more digits in [streaming.json](streaming.json). The shippe
 ## Seams
 
 Mean absolute difference of a frame to the one before, of 255, with windows of {window} latents: where the latents of
-two windows are blended, and at the decoder's group borders inside windows. In brackets: the same of the input.
+two windows are blended, and at the decoder's group borders inside windows. In brackets: the same of the input. These
+are different frames, and the clip moves more in some than in others; "one window" is the same frames when the whole
+clip is one window, so that nothing meets there.
 
-| clip | frames | across windows | inside windows |
-|---|---|---|---|
+| clip | frames | across windows | one window | inside windows | one window |
+|---|---|---|---|---|---|
 {seams}
 
 ## Another window offset
@@ -154,8 +159,9 @@ def report(result: dict) -> str:
     seams, first = result["seams"].items(), next(iter(result["seams"].values()))
     tables = {
         "memory": [f"| {T} | {mib:.1f} |" for T, mib in result["memory"].items()],
-        "seams": [f"| {name} | {s['frames']} | {s['across_windows']:.2f} ({s['input_across_windows']:.2f}) | "
-                  f"{s['inside_windows']:.2f} ({s['input_inside_windows']:.2f}) |" for name, s in seams],
+        "seams": [f"| {name} | {s['frames']} | " + " | ".join(
+            f"{s[f'{where}_windows']:.2f} ({s[f'input_{where}_windows']:.2f}) | {s[f'one_window_{where}_windows']:.2f}"
+            for where in ("across", "inside")) + " |" for name, s in seams],
         "offsets": [f"| {name} | {s['offset_mean']:.2f} | {s['offset_p99']:.1f} | {s['offset_largest']:.0f} |"
                     for name, s in seams],
         "tiles": [f"| {name} | {r['tiles']}x{r['tiles']} | {r['margin']} | {r['mean']:.2f} | {r['largest']:.0f} |"

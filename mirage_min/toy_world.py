@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from . import weights
 from .toy_render import Body, Light, Part, Scene, box, frame, intrinsics, motion
-from .video import write_clip
+from .video import from_bytes, to_bytes, to_uint8, write_clip
 
 
 @dataclass
@@ -92,65 +92,77 @@ def car(length: float, width: float, height: float) -> list[Part]:
 
 # ---- sampling --------------------------------------------------------------------------------------------------------
 
-def sample_scene(seed: int, config: WorldConfig = WorldConfig()) -> Scene:
-    """The scene of a seed; the same at every size."""
-    draws = torch.Generator().manual_seed(seed)
+PAINTS = [(0.62, 0.60, 0.58), (0.55, 0.06, 0.05), (0.07, 0.16, 0.45), (0.30, 0.32, 0.34), (0.70, 0.66, 0.52),
+          (0.08, 0.30, 0.16), (0.62, 0.36, 0.06), (0.10, 0.10, 0.11)]
 
-    def u(a=0.0, b=1.0) -> float:
-        return a + (b - a) * float(torch.rand((), generator=draws))
 
-    def pick(*values):
-        return values[int(u(0, len(values) - 1e-6))]
+class Draws:
+    """The random numbers of a scene, drawn in the order in which it is built."""
 
+    def __init__(self, seed: int):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, low: float = 0.0, high: float = 1.0) -> float:
+        return low + (high - low) * float(torch.rand((), generator=self.generator))
+
+    def pick(self, *values):
+        return values[int(self(0, len(values) - 1e-6))]
+
+    def paint(self) -> Tensor:
+        return (torch.tensor(self.pick(*PAINTS)) * self(0.85, 1.15)).clamp(0, 0.9)
+
+
+def standing(config: WorldConfig, x, z, yaw, speed=0.0, turn=0.0) -> Tensor:
+    """[T, 4, 4] of something that starts at (x, 0, z), heading `yaw` from +z, and drives on."""
     T, dt = config.frames, 1 / config.fps
-    time = torch.arange(T) * dt
+    pose, angle = torch.eye(4).repeat(T, 1, 1), yaw + turn * (torch.arange(T) * dt)
+    pose[:, 0, 0], pose[:, 0, 2], pose[:, 2, 0], pose[:, 2, 2] = angle.cos(), angle.sin(), -angle.sin(), angle.cos()
+    pose[:, 0, 3] = x + torch.cumsum(speed * dt * angle.sin(), 0)
+    pose[:, 2, 3] = z + torch.cumsum(speed * dt * angle.cos(), 0)
+    return pose
 
-    def standing(x, z, yaw, speed=0.0, turn=0.0) -> Tensor:
-        """[T, 4, 4] of something that starts at (x, 0, z), heading `yaw` from +z, and drives on."""
-        pose = torch.eye(4).repeat(T, 1, 1)
-        angle = yaw + turn * time
-        pose[:, 0, 0], pose[:, 0, 2], pose[:, 2, 0], pose[:, 2, 2] = angle.cos(), angle.sin(), -angle.sin(), angle.cos()
-        pose[:, 0, 3] = x + torch.cumsum(speed * dt * angle.sin(), 0)
-        pose[:, 2, 3] = z + torch.cumsum(speed * dt * angle.cos(), 0)
-        return pose
 
-    # the ego car: drives forward at some speed, a little turn and pitch
+def ego(u: Draws, config: WorldConfig) -> tuple[Tensor, float]:
+    """The camera's path [T, 4, 4]: forward at some speed, with a little turn and pitch; and the speed."""
     speed, turn = u(2, 12), u(-0.06, 0.06)
-    c2w = standing(u(-0.4, 0.4), 0.0, u(-0.05, 0.05), speed, turn)
-    pitch = torch.eye(4)
+    c2w, pitch = standing(config, u(-0.4, 0.4), 0.0, u(-0.05, 0.05), speed, turn), torch.eye(4)
     p = u(0.06, 0.16)
     pitch[1, 1], pitch[1, 2], pitch[2, 1], pitch[2, 2] = math.cos(p), math.sin(p), -math.sin(p), math.cos(p)
     c2w = c2w @ pitch
     c2w[:, 1, 3] = -u(1.5, 2.0)
+    return c2w, speed
 
-    # the actor: ahead in this lane or a neighbouring one, seen from behind, ahead or the side
-    kind = pick("ahead", "ahead", "beside", "oncoming", "crossing")
+
+def actor_and_traffic(u: Draws, config: WorldConfig, c2w: Tensor, speed: float) -> list[Body]:
+    """The actor, ahead in this lane or a neighbouring one, seen from behind, ahead or the side; other vehicles, parked
+    or driving, not where it is. Where the ego car would run into the actor, its path is slowed down in place."""
+    kind = u.pick("ahead", "ahead", "beside", "oncoming", "crossing")
     length, width, height = u(4.0, 4.9), u(1.75, 1.95), u(1.45, 1.85)
     z = u(7.5, 12.0)
     x, yaw, own = {"ahead": (u(-1.2, 1.2), u(-0.5, 0.5), speed + u(-1.0, 2.0)),
-                   "beside": (pick(-1, 1) * u(2.0, 3.4), u(-0.5, 0.5), speed + u(-1.0, 2.0)),
+                   "beside": (u.pick(-1, 1) * u(2.0, 3.4), u(-0.5, 0.5), speed + u(-1.0, 2.0)),
                    "oncoming": (-u(2.0, 3.4), math.pi + u(-0.4, 0.4), u(0.0, 1.0)),
-                   "crossing": (u(-2.0, 2.0), pick(-1, 1) * math.pi / 2 + u(-0.4, 0.4), u(0.0, 2.0))}[kind]
-    if kind in ("oncoming", "crossing"):  # the ego car must not run into it
+                   "crossing": (u(-2.0, 2.0), u.pick(-1, 1) * math.pi / 2 + u(-0.4, 0.4), u(0.0, 2.0))}[kind]
+    if kind in ("oncoming", "crossing"):
         c2w[:, 2, 3] *= 0.25
         z = u(8.5, 13.0)
-    paints = [(0.62, 0.60, 0.58), (0.55, 0.06, 0.05), (0.07, 0.16, 0.45), (0.30, 0.32, 0.34), (0.70, 0.66, 0.52),
-              (0.08, 0.30, 0.16), (0.62, 0.36, 0.06), (0.10, 0.10, 0.11)]
-
-    def paint() -> Tensor:
-        return (torch.tensor(pick(*paints)) * u(0.85, 1.15)).clamp(0, 0.9)
-
-    actor = Body(car(length, width, height), paint(), standing(x, z, yaw, own), torch.tensor([width, height, length]))
-    bodies = [actor]
-    for _ in range(int(u(1, 4))):  # other vehicles, parked or driving, not where the actor is
-        side = pick(-1, 1)
+    bodies = [Body(car(length, width, height), u.paint(), standing(config, x, z, yaw, own),
+                   torch.tensor([width, height, length]))]
+    for _ in range(int(u(1, 4))):
+        side = u.pick(-1, 1)
         bx, bz = side * u(3.4, 6.5), u(4, 45)
         if abs(bz - z) < 6.5 and abs(bx - x) < 4.2:
             bz += 14
         size = (u(4.0, 5.2), u(1.75, 2.0), u(1.4, 2.1))
-        bodies.append(Body(car(*size), paint(), standing(bx, bz, pick(0, math.pi) + u(-0.1, 0.1), u(0, 6)),
+        bodies.append(Body(car(*size), u.paint(), standing(config, bx, bz, u.pick(0, math.pi) + u(-0.1, 0.1), u(0, 6)),
                            torch.tensor([size[1], size[2], size[0]])))
-    for side in (-1, 1):  # buildings and poles on both sides
+    return bodies
+
+
+def roadside(u: Draws, config: WorldConfig) -> list[Body]:
+    """Buildings, poles and trees on both sides."""
+    bodies = []
+    for side in (-1, 1):
         at = u(-4, 8)
         while at < 75:
             depth, front, tall = u(8, 16), u(9.5, 15), u(3.5, 8)
@@ -158,7 +170,7 @@ def sample_scene(seed: int, config: WorldConfig = WorldConfig()) -> Scene:
             color = torch.tensor([u(0.25, 0.6)] * 3) * torch.tensor([u(0.9, 1.1), 1.0, u(0.8, 1.05)])
             if u() < 0.6:
                 wall = prism(x0, x1, -tall, 0.0, at, at + depth, paint="wall")
-                bodies.append(Body([wall], color, standing(0, 0, 0), None))
+                bodies.append(Body([wall], color, standing(config, 0, 0, 0), None))
             at += depth + u(0.5, 8)
         for _ in range(int(u(1, 4))):
             px, pz, tall = side * u(5.2, 7.5), u(5, 40), u(3.5, 6)
@@ -166,24 +178,32 @@ def sample_scene(seed: int, config: WorldConfig = WorldConfig()) -> Scene:
             if u() < 0.6:  # a tree
                 r = u(0.9, 1.5)
                 parts.append(prism(-r, r, -tall - r, -tall * 0.55, -r, r, (0.55, 0.55, 0.0), "leaves"))
-            bodies.append(Body(parts, torch.tensor([0.22, 0.18, 0.14]), standing(px, pz, u(0, 3)), None))
+            bodies.append(Body(parts, torch.tensor([0.22, 0.18, 0.14]), standing(config, px, pz, u(0, 3)), None))
+    return bodies
 
-    def light(low, high, sun, sky, tint, exposure) -> Light:
-        elevation, azimuth = math.radians(u(low, high)), u(-math.pi, math.pi)
-        while math.cos(azimuth) < -0.75:  # a sun right behind would hide the shadow behind the actor
-            azimuth = u(-math.pi, math.pi)
-        to_sun = torch.tensor([math.cos(elevation) * math.sin(azimuth), -math.sin(elevation),
-                               math.cos(elevation) * math.cos(azimuth)])
-        warm = u(-tint, tint)
-        return Light(to_sun, torch.tensor([1.0 + warm, 0.96, 0.86 - warm]) * u(*sun),
-                     torch.tensor([0.80, 0.92, 1.10]) * u(*sky), u(*exposure))
 
+def light(u: Draws, elevation: tuple, sun: tuple, sky: tuple, tint: float, exposure: tuple) -> Light:
+    """A sun at an elevation (degrees) and a sky, drawn from these ranges; `tint` is how warm or cold it may be."""
+    high, azimuth = math.radians(u(*elevation)), u(-math.pi, math.pi)
+    while math.cos(azimuth) < -0.75:  # a sun right behind would hide the shadow behind the actor
+        azimuth = u(-math.pi, math.pi)
+    to_sun = torch.tensor([math.cos(high) * math.sin(azimuth), -math.sin(high), math.cos(high) * math.cos(azimuth)])
+    warm = u(-tint, tint)
+    return Light(to_sun, torch.tensor([1.0 + warm, 0.96, 0.86 - warm]) * u(*sun),
+                 torch.tensor([0.80, 0.92, 1.10]) * u(*sky), u(*exposure))
+
+
+def sample_scene(seed: int, config: WorldConfig = WorldConfig()) -> Scene:
+    """The scene of a seed; the same at every size."""
+    u = Draws(seed)
+    c2w, speed = ego(u, config)
+    bodies = actor_and_traffic(u, config, c2w, speed) + roadside(u, config)
     overcast = u() < 0.07
     sun, sky = ((0.10, 0.25), (0.75, 0.95)) if overcast else ((1.7, 2.2), (0.38, 0.52))
-    scene = light(24, 48, sun, sky, 0.05, (0.95, 1.1))
-    naive = light(35, 75, (0.3, 1.6), (0.5, 1.1), 0.12, (0.75, 1.35))
+    scene = light(u, (24, 48), sun, sky, 0.05, (0.95, 1.1))
+    naive = light(u, (35, 75), (0.3, 1.6), (0.5, 1.1), 0.12, (0.75, 1.35))
     road = {"half": u(5.0, 5.8), "lane": u(3.2, 3.7), "tone": u(0.16, 0.24),
-            "verge": pick((0.20, 0.26, 0.10), (0.34, 0.32, 0.28)), "dash": u(2.5, 4.0), "phase": u(0, 8)}
+            "verge": u.pick((0.20, 0.26, 0.10), (0.34, 0.32, 0.28)), "dash": u(2.5, 4.0), "phase": u(0, 8)}
     return Scene(bodies, scene, naive, c2w, road, seed)
 
 
@@ -214,7 +234,7 @@ def save_clip(clip: Clip, path: str | Path) -> None:
     """One safetensors: videos and masks as uint8, what else there is as it is."""
     tensors = {f.name: getattr(clip, f.name) for f in fields(Clip) if getattr(clip, f.name) is not None}
     for name in ("x_ni", "x_gt"):
-        tensors[name] = ((tensors[name] + 1) * 127.5).round().to(torch.uint8)
+        tensors[name] = to_bytes(tensors[name])
     for name in ("actor", "shadow"):
         tensors[name] = (tensors[name] * 255).round().to(torch.uint8)
     weights.save_tensors(path, tensors)
@@ -224,7 +244,7 @@ def load_clip(path: str | Path) -> Clip:
     """The inverse of save_clip, to the precision of uint8."""
     tensors, _ = weights.load_tensors(path)
     for name in ("x_ni", "x_gt"):
-        tensors[name] = tensors[name].float() / 127.5 - 1
+        tensors[name] = from_bytes(tensors[name])
     for name in ("actor", "shadow"):
         tensors[name] = tensors[name].float() / 255
     return Clip(**tensors)
@@ -257,7 +277,7 @@ def demonstrate() -> None:
     for f in fields(Clip):
         print(f"{f.name:8} {list(getattr(clip, f.name).shape)}")
     picture = torch.cat([clip.x_ni[:, 4], clip.x_gt[:, 4]], dim=2)     # [3, H, 2W]
-    Image.fromarray(((picture + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()).save("toy_world.png")
+    Image.fromarray(to_uint8(picture)).save("toy_world.png")
     print("toy_world.png: naive insertion | truth")
 
 
