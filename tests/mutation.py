@@ -6,33 +6,46 @@
 
 A mistake is one changed expression: a sign (a + b for a - b, a for -a), a scale (a / b for a * b, twice a number), a
 dropped term (a for a + b), an index (i + 1 for i), an axis (another dim), a bound (<= for <). The sample is fixed:
-drawn by seed 0 from all places in the order of the files, so it changes only where the package does. Each is planted in
-a temporary copy of the tree, and the tests named for its file run until the first fails. Left alone: error messages,
-demonstrations, default values, annotations, and the bare numbers of toy_*.py, which are taste (how long a car is).
-Before the first mistake of a file its tests have to pass, and their time sets the limit: ten times as long, a minute at
-least. What takes longer is listed by itself, for it may be an endless loop or a busy machine. Which survivors mean the
-same as the original is for a reader to decide.
+drawn by seed 0 from all places in the order of the files, so it changes only where the package does. Left alone: error
+messages, what stands under `__main__`, default values, annotations, and the bare numbers of toy_*.py, which are taste
+(how long a car is).
+
+Each is planted in a temporary copy of the tree, and the test file of its concept runs there, the fastest tests first,
+until one fails. That is a fork of a process which has torch, diffusers and pytest loaded, but nothing of this project.
+Left out are SLOW, the tests that kill runs. Before the first mistake of a concept its tests have to pass, and the
+processor time they take sets the limit: four times as much and a minute. Whoever exceeds it or the memory is in an
+endless loop or near one, and is listed by itself. Which survivors mean the same as the original is for a reader to
+decide: docs/mutation.md.
 """
 
 import argparse
 import ast
 import copy
+import importlib
 import json
+import multiprocessing
 import os
 import random
+import resource
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = {  # {concept: its test files}, where one is not called like the other
-    "toy_render": ["toy_world"], "scene": ["pairs"], "splat": ["splat", "align"], "decode": ["video"], "run": ["train"],
-    "toy_scene": ["pairs", "align"], "vae_wan": ["vae_wan"], "pairs": ["pairs", "train"],
+TESTS = {  # {concept: its test file}, where one is not called like the other
+    "toy_render": "toy_world", "scene": "build_pairs", "toy_scene": "build_pairs", "decode": "video", "run": "train",
+    "memory": "train", "watch": "train",
 }
+SLOW = "not killed"  # names of tests, as for pytest's -k
+MEMORY = 10 * 2**30  # bytes of address space: some mistakes ask for all there is
+LOADED = ("scipy.linalg", "skimage.metrics", "einops", "safetensors.torch", "PIL.Image", "av", "tqdm", "tests.torchvision_stub",
+          "diffusers.models.autoencoders.autoencoder_kl_wan",
+          "diffusers.models.autoencoders.autoencoder_kl_cogvideox", "diffusers.models.transformers.transformer_wan",
+          "diffusers.models.transformers.cogvideox_transformer_3d", "diffusers.loaders", "peft")
 DIMS = ("dim", "dims", "start_dim")
 
 
@@ -114,9 +127,9 @@ def sample(count: int) -> list[dict]:
     return random.Random(0).sample(every, min(300, len(every)))[:count]
 
 
-def tests_of(file: str) -> list[str]:
-    names = TESTS.get(Path(file).stem, [Path(file).stem])
-    return [f"tests/test_{n}.py" for n in names if (ROOT / "tests" / f"test_{n}.py").is_file()]
+def tests_of(file: str) -> str:
+    concept = Path(file).stem
+    return f"tests/test_{TESTS.get(concept, concept)}.py"
 
 
 def copy_tree(folder: Path) -> Path:
@@ -129,37 +142,87 @@ def copy_tree(folder: Path) -> Path:
     return tree
 
 
-def run(tree: Path, tests: list[str], limit: float | None) -> tuple[int | None, str]:
-    """Exit status (None: the time ran out) and the first failure."""
-    command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--tb=line",
-               *tests]
-    process = subprocess.Popen(command, cwd=tree, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               start_new_session=True)
+def load() -> None:
+    """Import what all tests share, so that a fork need not."""
+    sys.path.insert(0, str(ROOT))
+    for name in LOADED:
+        try:
+            module = importlib.import_module(name)
+            getattr(module, "stub", lambda: None)()
+        except ImportError:
+            print(f"without {name}: the tests that need it are skipped")
+    kept.extend(sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "tests")
+    sys.path.remove(str(ROOT))
+
+
+kept = []  # torchvision_stub, whose operators live as long as it does
+
+
+class Watch:
+    """A plugin of pytest: the fastest tests first, by the seconds of an earlier run; notes seconds and the failure."""
+
+    def __init__(self, seconds: dict[str, float]):
+        self.known, self.seconds, self.failed = seconds, {}, None
+
+    def pytest_collection_modifyitems(self, items):
+        items.sort(key=lambda item: self.known.get(item.nodeid, 0.0))
+
+    def pytest_runtest_logreport(self, report):
+        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
+        if report.failed:
+            self.failed = self.failed or report.nodeid
+
+    def pytest_collectreport(self, report):
+        if report.failed:
+            self.failed = self.failed or f"{report.nodeid} cannot be imported"
+
+
+def child(tree: Path, tests: str, known: dict[str, float], limit: float | None, pipe) -> None:
+    """Run the tests in this process and send (exit status, first failure, {test: seconds}, processor seconds)."""
+    os.setsid()
+    os.chdir(tree)
+    sys.path[0] = str(tree)
+    silent = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silent, 1)
+    os.dup2(silent, 2)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    if limit:
+        resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit) + 5))
+    sys.dont_write_bytecode = limit is not None  # of the tests only the first run's, which has no mistake
+    watch = Watch(known)
+    status = pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--tb=no", "-k", SLOW, tests], [watch])
+    pipe.send((int(status), watch.failed, watch.seconds, sum(os.times()[:2])))
+    os._exit(0)
+
+
+def run(tree: Path, tests: str, known: dict[str, float], limit: float | None):
+    """What `child` sends; exit status None where the time ran out."""
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=child, args=(tree, tests, known, limit, theirs))
+    process.start()
+    theirs.close()
     try:
-        output, _ = process.communicate(timeout=limit)
-    except BaseException as stop:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        if isinstance(stop, subprocess.TimeoutExpired):
-            return None, f"not done after {limit:.0f} seconds"
-        raise
-    failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return process.returncode, failed[0][:160] if failed else f"exit status {process.returncode}"
+        # a process that waits for ever uses no processor time
+        return ours.recv() if ours.poll(20 * limit if limit else None) else (None, "waits for ever", {}, 0.0)
+    except EOFError:  # it was ended
+        return None, f"ended after {limit:.0f} seconds of processor time, or crashed", {}, 0.0
+    finally:
+        if process.is_alive():
+            process.join(5)
+        process.kill()
+        process.join()
 
 
-def try_one(tree: Path, mutant: dict, limits: dict[str, float]) -> dict:
-    """The mutant with its outcome ("caught", "SURVIVES", "too long", or "untested": no test file), why, and seconds."""
+def try_one(tree: Path, mutant: dict, clean: dict[str, tuple]) -> dict:
+    """The mutant with its outcome ("caught", "SURVIVES" or "too long"), why, and seconds."""
     path, tests, start = tree / "mirage_min" / mutant["file"], tests_of(mutant["file"]), time.time()
-    if not tests:
-        return mutant | {"outcome": "untested", "why": "no test file"}
-    if str(tests) not in limits:
-        status, why = run(tree, tests, None)
-        if status != 0:
-            sys.exit(f"{tests} fail without any mistake: {why}")
-        limits[str(tests)] = max(60.0, 10 * (time.time() - start))
+    if tests not in clean:
+        clean[tests] = run(tree, tests, {}, None)
+        if clean[tests][0] != 0:
+            sys.exit(f"{tests} fails without any mistake: {clean[tests][1]}")
     whole, (a, b) = path.read_bytes(), mutant["span"]
     path.write_bytes(whole[:a] + mutant["new"].encode() + whole[b:])
-    status, why = run(tree, tests, limits[str(tests)])
+    status, why, _, _ = run(tree, tests, clean[tests][2], 60 + 4 * clean[tests][3])
     path.write_bytes(whole)
     outcome = "too long" if status is None else "SURVIVES" if status == 0 else "caught"
     return mutant | {"outcome": outcome, "why": why, "seconds": round(time.time() - start, 1)}
@@ -170,18 +233,19 @@ def main(args: argparse.Namespace) -> None:
     done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     wanted = sample(args.count)
     known = {json.dumps([d[k] for k in ("file", "span", "old", "new")]): d for d in done}
-    results, limits = [], {}
+    results, clean = [], {}
+    load()
     with tempfile.TemporaryDirectory() as folder, args.out.open("a") as log:
         tree = copy_tree(Path(folder))
         for k, mutant in enumerate(wanted):
             result = known.get(json.dumps([mutant[key] for key in ("file", "span", "old", "new")]))
             if result is None:
-                result = try_one(tree, mutant, limits)
+                result = try_one(tree, mutant, clean)
                 log.write(json.dumps(result) + "\n")
                 log.flush()
                 print(f"{k + 1}/{len(wanted)} {describe(result)}", flush=True)
             results.append(result)
-    for outcome in ("caught", "too long", "untested", "SURVIVES"):
+    for outcome in ("caught", "too long", "SURVIVES"):
         found = [r for r in results if r["outcome"] == outcome]
         print(f"{outcome}: {len(found)} of {len(results)}")
         for result in found if outcome != "caught" else []:
