@@ -28,7 +28,8 @@ ENOUGH = 20480             # below B * C * T * H of this, PyTorch's CPU takes a 
 
 
 class Spent(dict):
-    """A cache that loses an entry as it is read, its last to the last layer: a loop that goes on holds one, not two."""
+    """A cache that loses an entry as it is read, and whoever reads it may write over it: a loop that goes on holds one
+    cache, not two."""
 
     __getitem__ = dict.pop
 
@@ -103,7 +104,8 @@ def normed_conv(norm: Callable[[Tensor, slice], Tensor], conv: CausalConv3d, x: 
     if not in_pieces(x) or bands < 2:
         y = conv(silu(norm(x, slice(0, H))), old, new)
         return y if onto is None else onto + y
-    past, out, tail = old[conv.key] if old else None, onto, None
+    past, out = old[conv.key] if old else None, onto
+    tail, last = past if isinstance(old, Spent) else None, None  # the new end may take the old one's place
     for a, b in pairwise(H * k // bands for k in range(bands + 1)):
         lo, hi, kept = max(a - halo, 0), min(b + halo, H), {}
         before = None if past is None else {conv.key: past[:, :, :, lo:hi]}
@@ -112,7 +114,12 @@ def normed_conv(norm: Callable[[Tensor, slice], Tensor], conv: CausalConv3d, x: 
         out = _rows_of(y, H).zero_() if out is None else out
         tail = _rows_of(end, H) if tail is None else tail
         out[:, :, :, a:b] += y
-        tail[:, :, :, a:b] = end
+        if a > 0:
+            tail[:, :, :, a - halo : a] = last
+        tail[:, :, :, a : b - halo], last = end[:, :, :, : b - a - halo], end[:, :, :, b - a - halo :].clone()
+        # `last` waits: the next band still needs the old rows there
+        del y, end, kept  # or they would be held until the next ones are made
+    tail[:, :, :, H - halo :] = last
     new[conv.key] = tail
     return out
 
