@@ -283,10 +283,11 @@ def length_part(args) -> dict:
 
 def large(device: str) -> Mirage:
     """Mirage on CogVideoX1.5-5B with random weights, in bfloat16."""
+    table = alpha_bar()  # not on the device: on "meta" it would have no values to pick one from
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
         model = Mirage(CogVideoXVAE(CogVideoXVAEConfig(**COG_1_5_VAE)), CogVideoXDiT(CogVideoXDiTConfig(**COG_1_5_DIT)),
-                       AutoencoderKL(AutoencoderKLConfig(**SD_VAE)), torch.zeros(1, 226, 4096), alpha_bar())
+                       AutoencoderKL(AutoencoderKLConfig(**SD_VAE)), torch.zeros(1, 226, 4096), table)
     torch.set_default_dtype(torch.float32)
     return model.to(torch.bfloat16).eval().requires_grad_(False)
 
