@@ -9,6 +9,7 @@
 
 The paper: Wan 2.1, 9 x 480 x 832, then 1,000 steps at 49 x 720 x 1280 in 4 x 4 tiles. Here it is the small CogVideoX
 and recipe `small`. ChopGrad's figures 3, 5, 6 and 13 come from benchmarks/chopgrad_locality.py and chopgrad_memory.py.
+chopgrad_table4.png shows three frames of the first held-out clip.
 """
 
 import argparse
@@ -44,6 +45,7 @@ def main(args) -> None:
         results = {name: common.once(folder / name, common.scored_on(few), lambda to: harmonise(to, model))
                    for name, model in models.items()}
         seeds.append(common.evaluate(args, clips, results, folder / "scores"))
+    common.picture(args.out / "chopgrad_table4.png", clips, results, (0, 16, 32))
     common.report("chopgrad_table4", __doc__, args, {"full frame": PAPER}, seeds)
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -200,6 +201,25 @@ def predict(clips: Path, to: Path, model: Callable[[Tensor, Tensor], Tensor]) ->
         tensors = weights.load_tensors(path)[0]
         x_ni, x_gt = (from_bytes(tensors[key][None]) for key in ("x_ni", "x_gt"))
         weights.save_tensors(to / path.name, {"x_dr": to_bytes(model(x_ni, x_gt)[0]).contiguous()})
+
+
+def picture(path: Path, clips: Path, results: dict[str, Path], frames: tuple[int, ...]) -> None:
+    """These frames of the first clip: naive insertion, each method, truth."""
+    name = min(clips.glob("*.safetensors")).name
+    truth = weights.load_tensors(clips / name)[0]
+    columns = {"naive insertion": truth["x_ni"]}
+    columns |= {method: weights.load_tensors(folder / name)[0]["x_dr"] for method, folder in results.items()}
+    columns["ground truth"] = truth["x_gt"]
+    H, W = truth["x_gt"].shape[-2:]
+    figure = Figure(figsize=(3 * len(columns), 3 * len(frames) * H / W + 0.3), layout="constrained")
+    for row, t in zip(figure.subplots(len(frames), len(columns), squeeze=False), frames):
+        for axis, (method, x) in zip(row, columns.items()):
+            axis.imshow(rearrange(x[:, t], "c h w -> h w c"))
+            axis.set_title(f"{method}, frame {t}", fontsize=8)
+            axis.set_axis_off()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with weights.whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=80)
 
 
 def evaluate(args, clips: Path, results: dict[str, Path], to: Path, exact: bool = True) -> dict:

@@ -6,7 +6,7 @@
     LPIPS + Gram + MSE    the same and 2 L_mse: the Mirage of the other tables
 
 Same steps, seeds, clips and stage A. The paper has no such table. LPIPS is SqueezeNet's, Gram on VGG's relu1_2 and
-relu2_2.
+relu2_2. stage_h_losses.png shows two frames of the first held-out clip.
 """
 
 from mirage_min.mirage import Mirage
@@ -30,6 +30,7 @@ def main(args) -> None:
         results = {name: common.once(folder / name, common.scored_on(args), lambda to: harmonise(to, model))
                    for name, model in models.items()}
         seeds.append(common.evaluate(args, clips, results, folder / "scores"))
+    common.picture(args.out / "stage_h_losses.png", clips, results, (0, 8))
     common.report("stage_h_losses", __doc__, args, {}, seeds)
 
 
