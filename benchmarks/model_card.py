@@ -44,19 +44,21 @@ def toy_figures(mirage: Mirage, clip: Clip, lpips: Lpips | None) -> tuple[dict[s
     x_dr = torch.stack(list(mirage.stream(iter(clip.x_ni.unbind(1)))), dim=1)[None]
     ys, xs = crop_box(clip)
     around = F.max_pool3d((clip.actor + clip.shadow > 0.02).float(), (1, 9, 9), 1, (0, 4, 4))[None] == 0
-    inside = clip.actor[None] > 0.5
+    inside, seen = clip.actor[None] > 0.5, clip.visible[None]
+    behind = seen * (around[:, :, :-1] & around[:, :, 1:])  # what is seen twice, both times outside actor and shadow
     out = {}
+    for name, x in (("naive", x_ni), ("ours", x_dr), ("truth", x_gt)):
+        out |= {f"warp_{name}": metrics.warp_error(x, clip.flow[None], seen).item(),
+                f"warp_background_{name}": metrics.warp_error(x, clip.flow[None], behind).item()}
     for name, x in (("naive", x_ni), ("ours", x_dr)):
         out |= {f"crop_psnr_{name}": metrics.psnr(x[..., ys, xs], x_gt[..., ys, xs]).item(),
                 f"actor_psnr_{name}": metrics.psnr(x, x_gt, inside).item(),
                 f"shadow_psnr_{name}": metrics.psnr(x, x_gt, clip.shadow[None] > 0.5).item(),
-                f"full_psnr_{name}": metrics.psnr(x, x_gt).item(),
-                f"warp_{name}": metrics.warp_error(x, clip.flow[None], clip.visible[None]).item()}
+                f"full_psnr_{name}": metrics.psnr(x, x_gt).item()}
         if lpips is not None:
             out |= {f"crop_lpips_{name}": metrics.lpips(x[..., ys, xs], x_gt[..., ys, xs], lpips).item(),
                     f"full_lpips_{name}": metrics.lpips(x, x_gt, lpips).item()}
     out["background_psnr_ours"] = metrics.psnr(x_dr, x_ni, around).item()
-    out["warp_truth"] = metrics.warp_error(x_gt, clip.flow[None], clip.visible[None]).item()
     return out, x_dr
 
 

@@ -236,13 +236,13 @@ def infer_part(args) -> dict:
     import infer
     from benchmarks.streaming import noise
 
+    infer.steady_heap()
     rows, load = {}, Mirage.from_pretrained
     model = load(ROOT / "weights")
     infer.Mirage = SimpleNamespace(from_pretrained=lambda *path, **settings: model)
     for H, W in ((272, 480), (540, 960)):
         with tempfile.TemporaryDirectory() as folder, stopwatch(model) as spent:
             clip = noise(Path(folder, "in.mp4"), args.frames, H, W)
-            infer.steady_heap()
             total = timed(lambda: infer.cli([str(clip), f"{folder}/out.mp4", "--device", "cpu"]))[0]
         spent["reading, writing, the rest"] = total - sum(spent.values())
         rows[f"{W}x{H}"] = {"frames": args.frames, "fps": args.frames / total, "share": {
