@@ -96,4 +96,4 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    main(common.arguments(__doc__, steps=200))
+    main(common.arguments(__doc__, steps=100))

@@ -4,7 +4,8 @@
 
 The paper trains R3D2 with and without aligned data. Here it is Mirage's stage H, on pairs that build_pairs.py made of
 the same scenes of Gaussians with --align none, coarse and full; all three are scored on the same held-out pairs,
-aligned in full. Stage A is that of the other tables. The scenes are toy_world's own reconstructions, 9 frames long.
+aligned in full. Stage A is that of the other tables, stage H has 3/5 of --steps, for the pairs are few. The scenes are
+toy_world's own reconstructions, 9 frames long.
 """
 
 from pathlib import Path
@@ -35,14 +36,15 @@ def main(args) -> None:
     training = scenes(args, "scenes", 0, 2 if few else TRAINING)
     held_out = scenes(args, "scenes_held_out", 1_000_000, 1 if few else HELD_OUT)
     clips, seeds = pairs(args, held_out, "full", "held_out"), []
-    settings = common.trained_with(args, scenes=[len(training), len(held_out)])
+    steps = max(1, args.steps * 3 // 5)
+    settings = common.trained_with(args, steps_h=steps, scenes=[len(training), len(held_out)])
     for seed in range(1, args.seeds + 1):
         folder, results = args.runs / "mirage_table3" / f"seed_{seed}", {}
         for align in ("none", "coarse", "full"):
             data = pairs(args, training, align, f"pairs_{align}")
 
             def make(to):
-                common.stage_h(args, common.reconstruction(args, seed), to, seed, data)
+                common.stage_h(args, common.reconstruction(args, seed), to, seed, data, steps=steps)
 
             def harmonise(to):
                 mirage = Mirage.from_pretrained(common.once(folder / f"model {align}", settings, make))
