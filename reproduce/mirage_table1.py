@@ -4,7 +4,7 @@
 
     R3D2       its recipe on the small 2D VAE: each frame alone, one step at t = 199, skip connections from zero,
                LPIPS + 0.5 Gram. Its transformer, of the same shape as ours, first learns z_GT from z_NI in the 2D
-               latents, as the 3D base did (train_base.py one_step): once for all seeds, 40 times the steps of the
+               latents, as the 3D base did (train_base.py one_step): once for all seeds, 20 times the steps of the
                pixel stage, 18 frames each
     Mirage     stages A and H by their scripts
 
@@ -56,7 +56,7 @@ def prior(args) -> CogVideoXDiT:
     config = CogVideoXDiT.from_pretrained(args.weights / "base", "transformer").config
     torch.manual_seed(0)
     dit = CogVideoXDiT(replace(config, in_channels=channels, out_channels=channels))
-    long = argparse.Namespace(**vars(args) | {"steps": 40 * args.steps})
+    long = argparse.Namespace(**vars(args) | {"steps": 20 * args.steps})
 
     def make(to):
         torch.nn.init.zeros_(dit.proj_out.weight)  # starts at z0 = √ᾱ z
