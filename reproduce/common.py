@@ -13,6 +13,7 @@ Mirage that several scripts score: it is trained once a seed. The minutes that e
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 import subprocess
@@ -254,8 +255,8 @@ def report(name: str, doc: str, args, paper: dict[str, dict[str, dict[str, float
         for method in rows[0]:
             cells = []
             for metric in metrics:
-                values = [row[method][metric] for row in rows if row[method][metric] is not None]
-                spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+                values = [float(row[method][metric]) for row in rows if row[method][metric] is not None]
+                spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 and max(values) < math.inf else ""
                 ours = f"{statistics.mean(values):.3f}{spread}" if values else "–"
                 known = theirs.get(method, {}).get(metric)
                 cells.append(f"{ours} ({known})" if known else ours)

@@ -45,7 +45,7 @@ def test_the_papers_order_is_counted_by_pairs_of_methods(ours, wanted):
 def test_a_report_holds_means_deviations_the_papers_numbers_and_the_command(tmp_path, capsys):
     def seed(a, b):
         absent = dict.fromkeys(common.BETTER)
-        scores = {"x": absent | {"PSNR": a}, "y": absent | {"PSNR": b}}
+        scores = {"x": absent | {"PSNR": a}, "y": absent | {"PSNR": b}, "naive": absent | {"PSNR": "inf"}}
         return {"mean": {region: scores for region in common.REGIONS}, "remarks": {"LPIPS": "absent: no weights"}}
     args = Namespace(steps=5, seeds=2, clips=3, out=tmp_path)
     common.report("mirage_table9", "A table.\n\nMore.", args, {"full frame": {"x": {"PSNR": 20}, "y": {"PSNR": 25}}},
@@ -53,6 +53,7 @@ def test_a_report_holds_means_deviations_the_papers_numbers_and_the_command(tmp_
     text = (tmp_path / "mirage_table9.md").read_text()
     assert "`python -m reproduce.mirage_table9 --steps 5 --seeds 2 --clips 3 --perceptual DIR`" in text
     assert "| x | 12.000 ± 2.828 (20) |" in text and "| y | 12.500 ± 0.707 (25) |" in text
+    assert "| naive | inf |" in text, "evaluate.py's JSON has a string where two videos are equal"
     assert "PSNR: pairs of methods in the paper's order, seed by seed: 1 of 1, 0 of 1" in text
     assert "LPIPS: absent: no weights" in text and "| LPIPS |" not in text
     kept = json.loads((tmp_path / "mirage_table9.json").read_text())["seeds"]
