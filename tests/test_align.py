@@ -7,7 +7,19 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.alignment import errors, measure, trial
-from mirage_min.align import apply_fine, axes, coarse_3d, fine_2d, iou, move_boxes, points, umeyama
+from mirage_min.align import (
+    apply_fine,
+    axes,
+    coarse_3d,
+    fine_2d,
+    iou,
+    long_axis,
+    middle,
+    move_boxes,
+    points,
+    umeyama,
+    upright,
+)
 from mirage_min.splat import Gaussians, rotations
 from mirage_min.toy_render import project
 from mirage_min.toy_world import WorldConfig, intrinsics, sample_scene
@@ -62,6 +74,18 @@ def test_umeyama_refuses_sets_that_are_no_pairs():
         umeyama(normal(4, 3), normal(5, 3))
 
 
+@pytest.mark.parametrize("degrees", [0, 20, -35, 80])
+def test_the_long_axis_is_that_of_the_second_moments_wherever_the_points_lie(degrees):
+    """By trying: the level direction, to a tenth of a degree, along which the weighted points extend most."""
+    x = normal(400, 3) * torch.tensor([3.0, 1, 5]) @ upright(math.radians(degrees)).T + torch.tensor([40.0, -70, 9])
+    w = normal(400, seed=1).abs()
+    angles = torch.arange(-900, 900).double().mul(math.pi / 1800)
+    along = (x - middle(x)[0])[:, :2] @ torch.stack([angles.cos(), angles.sin()])
+    best = angles[(w[:, None] * along.square()).sum(0).argmax()].item()
+    off = (long_axis(x, w) - best + math.pi / 2) % math.pi - math.pi / 2
+    assert abs(off) < math.radians(0.1), f"the direction is {math.degrees(off):.2f} degrees off the best"
+
+
 # ---- coarse ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("case, trials, allowed", [
@@ -99,6 +123,16 @@ def test_a_clump_of_something_else_does_not_pull():
         assert max(found) < 1.5, f"seed {seed}: centre (%), yaw (degrees), scale (%) {found}, allowed 1.5"
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_an_object_that_lacks_its_front_third_is_aligned_by_the_rest(seed):
+    known = trial("clean", seed)
+    s, R, t = known["truth"]
+    along = (known["obj"].means - t) @ R[:, 2]
+    rest = known["obj"].select(along <= along.quantile(0.65))
+    found = errors(coarse_3d(known["asset"], rest, known["heading"]), known)
+    assert max(found) < 2, f"seed {seed}: centre (%), yaw (degrees), scale (%) {found}, allowed 2"
+
+
 def test_the_heading_decides_between_front_and_rear():
     """A box without front or rear follows the heading, whichever it is."""
     draws = torch.Generator().manual_seed(0)
@@ -113,6 +147,32 @@ def test_the_heading_decides_between_front_and_rear():
         front = Q @ torch.tensor([0.0, 0, 1])
         assert (front * sign - torch.tensor([0.5, 0, 0.5]).sqrt()).abs().max() < 1e-2, f"{sign}: front {front.tolist()}"
         assert abs(s - 2) < 0.02
+
+
+def test_what_is_taller_than_long_is_aligned_too():
+    """A post .06 wide, 2.4 high and .2 long."""
+    x = 2 * torch.rand(500, 3, generator=torch.Generator().manual_seed(0)) - 1
+    known = trial("copies", 0)
+    asset = known["asset"].select(torch.arange(500))
+    asset.means = x / x.abs().amax(1, keepdim=True) * torch.tensor([0.03, 1.2, 0.1])
+    R, t = axes((0, -1, 0), (0.6, 0, 0.8)) @ axes((0, -1, 0), (0, 0, 1)).T, torch.tensor([5.0, 1, 9])
+    s, Q, u = coarse_3d(asset, asset.transformed(0.7, R, t), heading=(0.7, 0, 0.7))
+    off = abs(s / 0.7 - 1), (Q - R).abs().max(), (u - t).abs().max()
+    assert max(off) < 1e-2, f"scale, rotation and place are {[f'{v:.1e}' for v in off]} off"
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_asset_askew_in_its_own_coordinates_and_a_heading_80_degrees_off_are_aligned(sign):
+    def turn(degrees):
+        half = math.radians(degrees) / 2
+        return rotations(torch.tensor([[math.cos(half), 0, math.sin(half), 0]]))[0]
+    known = trial("copies", 1)
+    s, R, t = known["truth"]
+    wanted = R @ turn(-60 * sign)  # the asset is turned by 60 degrees
+    heading = turn(80 * sign) @ wanted @ torch.tensor([0.0, 0, 1])
+    found, Q, u = coarse_3d(known["asset"].transformed(1, turn(60 * sign), torch.zeros(3)), known["obj"], heading)
+    off = abs(found / s - 1), (Q - wanted).abs().max(), (u - t).abs().max()
+    assert max(off) < 1e-2, f"scale, rotation and place are {[f'{v:.1e}' for v in off]} off"
 
 
 def test_without_a_heading_the_shape_decides():

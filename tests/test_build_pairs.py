@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import build_pairs
-from mirage_min import align, scene, splat, toy_scene, toy_world, weights
+from mirage_min import align, scene, splat, toy_render, toy_scene, toy_world, weights
 from mirage_min.pairs import Pairs
 from mirage_min.video import read_clip, to_bytes, write_clip
 
@@ -119,6 +119,53 @@ def test_the_fine_stage_as_a_camera_is_the_warp_of_the_rendered_layer(scenes):
     assert error < 0.2 * moved_by, f"differs by {error:.4f}, allowed a fifth of what the map changes, {moved_by:.4f}"
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("t", [0, T - 1])
+def test_the_streets_gaussians_show_the_street_without_its_vehicles(scenes, t):
+    """Rendered by the scene folder's own camera, against the toy world with all vehicles taken away."""
+    config = toy_world.WorldConfig(T, H, W)
+    world = toy_world.sample_scene(SEEDS[0], config)
+    world.bodies = [body for body in world.bodies if body.size is None]
+    wanted = toy_render.frame(world, config, t)[1].clamp(0, 1) ** (1 / 2.2)
+    street = scene.read_scene(scenes / "s0")
+    shown, alpha, _ = splat.render(street.still, street.cameras[t])
+    psnr = -10 * (shown - wanted).square().mean().log10()
+    assert alpha.min() > 0.9 and psnr > 24, f"frame {t}: PSNR {psnr:.1f} dB, wanted 24; alpha from {alpha.min():.2f}"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_gaussian_of_the_street_lies_flat_and_covers_a_third_of_a_pixel_in_its_camera(seed):
+    """Seen from where it came from, a circle of .35 pixels, to which the renderer adds its low-pass; but thin across
+    the road, or where it is sky along the ray."""
+    config = toy_world.WorldConfig(T, H, W)
+    world = toy_world.sample_scene(seed, config)
+    camera = splat.Camera(toy_render.intrinsics(config), torch.linalg.inv(world.c2w[1]), W, H)
+    street, eye = toy_scene.street(world, config, 1), world.c2w[1, :3, 3]
+    splats, _ = splat.project(street, camera)
+    covariance = splats[:, [2, 3, 3, 4]].view(-1, 2, 2).inverse()
+    off = (covariance - (0.35**2 + splat.LOW_PASS) * torch.eye(2)).abs().max()
+    assert len(splats) == H * W and off < 0.015, f"{len(splats)} Gaussians, a covariance {off:.3f} square pixels off"
+    thin, away = splat.rotations(street.quats)[:, :, 2], street.means - eye
+    road = (street.means[:, 1].abs() < 1e-3) & (away.norm(dim=1) < 30)
+    sky = (away @ world.c2w[1, :3, 2] - 200).abs() < 1e-2
+    for name, part, wanted in (("road", road, torch.tensor([0.0, 1, 0]).expand_as(away)), ("sky", sky, away)):
+        cosine = torch.cosine_similarity(thin[part], wanted[part]).abs().min()
+        assert part.sum() > H * W / 10 and cosine > 0.999, f"{part.sum()} of the {name}, cosines from {cosine:.4f}"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_reconstruction_has_floaters_on_every_side_of_its_object(seed):
+    world, draws = toy_world.sample_scene(seed, toy_world.WorldConfig(T, H, W)), torch.Generator().manual_seed(seed)
+    found = toy_scene.reconstructed(world, 0, 0, draws)
+    thin = found.logit_opacities.sigmoid() < 0.5
+    low, high = found.means[~thin].amin(0), found.means[~thin].amax(0)
+    place = (found.means[thin] - low) / (high - low)  # 0 to 1 within the object's box
+    assert thin.sum() == (~thin).sum() // 20
+    assert (place.amin(0) > -0.301).all() and (place.amax(0) < 1.301).all(), "a floater is too far away"
+    assert (place.amin(0) < -0.2).all() and (place.amax(0) > 1.2).all(), f"from {place.amin(0)} to {place.amax(0)}"
+
+
 def test_the_assets_axes_are_named_by_where_they_point():
     """In the actor's frame forward is +x, left +y, up +z."""
     assert torch.equal(build_pairs.axes("FLU"), torch.eye(3))
@@ -175,6 +222,16 @@ def test_an_objects_gaussians_move_with_its_track(scenes):
         assert difference < 1e-3, f"frame {t}: {difference:.1e} m, allowed 1e-3"
         assert not (street.at(t, without=1).ids == 1).any()
         assert torch.equal(whole.means[whole.ids == 0], raw.means[raw.ids == 0]), "the street must stand still"
+
+
+@pytest.mark.parametrize("frames, reference, wanted", [((3, 1), None, 1), ((2,), None, 2), ((0, 2, 3), 3, 3)])
+def test_a_track_refers_to_its_first_frame_unless_it_names_another(tmp_path, frames, reference, wanted):
+    entries = [{"frame": t, "pose": torch.eye(4).tolist(), "size": [4, 2, 1], "box": [t, 0, 9, 9]} for t in frames]
+    item = {"id": 7, "frames": entries} | ({} if reference is None else {"reference": reference})
+    (tmp_path / "tracks.json").write_text(json.dumps({"objects": [item]}))
+    track = scene.read_tracks(tmp_path / "tracks.json", 4)[7]
+    assert track.reference == wanted
+    assert track.visible.nonzero().flatten().tolist() == sorted(frames) and track.box[frames[0], 0] == frames[0]
 
 
 def test_without_object_ids_the_gaussians_in_the_3d_box_are_the_objects(scenes, copy):

@@ -22,7 +22,8 @@ pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # autograd warns,
 both = pytest.mark.parametrize("name", ["cogvideox", "wan"])
 ALL = slice(None)
 LATENTS = {"cogvideox": 9, "wan": 5, "diffusers cogvideox": 5, "diffusers wan": 4}  # 4, 5, 2 and 4 groups
-WHOLE, UNEVEN = ([(0, 3)], [(0, 2)]), ([(0, 1), (1, 3)], [(0, 1), (1, 2)])  # 3 x 2 cells in tiles (1, 1) and (2, 2)
+# 3 x 2 cells in tiles (1, 1), (2, 2) and (3, 1); with a margin of 1 the context of the last of these begins at cell 1
+WHOLE, UNEVEN, THREE = ([(0, 3)], [(0, 2)]), ([(0, 1), (1, 3)], [(0, 1), (1, 2)]), ([(0, 1), (1, 2), (2, 3)], [(0, 2)])
 
 
 @once
@@ -152,12 +153,12 @@ def loss_by_group(vae, x, loss_fn, F: int) -> Tensor:
 
 
 @both
-@pytest.mark.parametrize("margin", [0, 1])
-def test_uneven_tiles_are_decodes_of_their_own(name, margin):
+@pytest.mark.parametrize("tiles, borders, margin", [((2, 2), UNEVEN, 0), ((2, 2), UNEVEN, 1), ((3, 1), THREE, 1)])
+def test_tiles_with_their_margins_are_decodes_of_their_own(name, tiles, borders, margin):
     vae = small(name)
     case = clip(vae, 5 if name == "cogvideox" else 3)
-    want = spec(vae, *case, 1, UNEVEN, margin)
-    check(run(vae, *case, d_trunc=1, tiles=(2, 2), margin=margin, checkpoint=margin == 1), want)
+    want = spec(vae, *case, 1, borders, margin)
+    check(run(vae, *case, d_trunc=1, tiles=tiles, margin=margin, checkpoint=margin == 1), want)
 
 
 @both

@@ -1,6 +1,8 @@
 """The metrics against scikit-image, scipy, loops and closed forms."""
 
 import math
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -84,8 +86,9 @@ def test_metrics_name_the_shapes_they_refuse():
             metric(x, y[:, :, :1])
     with pytest.raises(ValueError, match=r"mask \[1, 1, 2, 12, 12\], got \[1, 12, 12\]"):
         psnr(x, y, torch.ones(1, 12, 12))
-    with pytest.raises(ValueError, match="11×11"):
-        ssim(x[..., :8], y[..., :8])
+    for where in ((..., slice(8)), (..., slice(8), slice(None))):
+        with pytest.raises(ValueError, match="11×11"):
+            ssim(x[where], y[where])
     with pytest.raises(ValueError, match="wanted T ≥ 2"):
         warp_error(x[:, :, :1], torch.zeros(1, 2, 0, 12, 12), torch.zeros(1, 1, 0, 12, 12))
 
@@ -117,6 +120,8 @@ def test_warp_equals_bilinear_interpolation_in_loops():
     x, flow = torch.rand(1, 2, H, W, dtype=torch.float64), 2 * torch.randn(1, 2, H, W, dtype=torch.float64)
     flow[0, :, 0, 0] = 0
     flow[0, :, 1, 1] = torch.tensor([W - 2.0, H - 2.0])  # exactly the last pixel
+    for k, (u, v) in enumerate([(W - 0.6, 1.0), (1.0, H - 0.6), (W, 1.0), (1.0, H), (-0.4, 1.0), (1.0, -0.4)]):
+        flow[0, :, 2, k] = torch.tensor([u - k, v - 2.0])  # half a pixel and one beyond each border: outside
     y, inside = warp(x, flow)
     for i in range(H):
         for j in range(W):
@@ -263,6 +268,25 @@ def test_short_clips_are_played_to_and_fro_for_the_feature_network():
 def test_a_network_that_gives_no_feature_for_each_clip_is_refused():
     with pytest.raises(ValueError, match=r"wanted features \[2, d\] of 2 clips, the network gave \[2, 3, 1\]"):
         clip_features(lambda v: v[:, :, :1, 0, 0], torch.zeros(2, 3, 12, 4, 4))
+
+
+def test_dis_is_shown_the_luma_in_bytes_and_the_frames_in_pairs(monkeypatch):
+    seen = []
+
+    def calc(a, b, start):
+        seen.append((a, b))
+        return np.stack([np.full(a.shape, len(seen)), np.full(a.shape, -len(seen))], axis=-1).astype(np.float32)
+    monkeypatch.setitem(sys.modules, "cv2", SimpleNamespace(
+        DISOPTICAL_FLOW_PRESET_MEDIUM=1, DISOpticalFlow_create=lambda preset: SimpleNamespace(calc=calc)))
+    x, _ = videos(2, 3, 12, 15)
+    flow = flow_dis(x)
+    for b, t in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        for given, frame in zip(seen[2 * b + t], (t, t + 1)):
+            rgb = np.clip(255 * images(x, b, frame), 0, 255)
+            wanted = 0.299 * rgb[..., 0] + 0.587 * rgb[..., 1] + 0.114 * rgb[..., 2]  # ITU-R BT.601
+            difference = np.abs(given - wanted).max()
+            assert given.dtype == np.uint8 and difference <= 0.501, f"grey of frame {frame} is {difference:.2f} off"
+        assert flow[b, :, t].flatten(1).unique(dim=1).flatten().tolist() == [2 * b + t + 1, -(2 * b + t + 1)]
 
 
 def test_dis_flow_finds_a_translation_in_both_directions():

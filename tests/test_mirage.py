@@ -94,6 +94,17 @@ def test_windows_overlap_and_fall_on_whole_temporal_patches():
     assert torch.allclose(out, z)
 
 
+def test_a_window_is_denoised_as_soon_as_its_last_latent_is_there(mirage):
+    """Windows of 4 that share 1 begin at latents 0, 3, 6 and 9 and are full with 4, 7, 10; the last with the 12th."""
+    taken = []
+
+    def pieces():
+        for _ in range(6):
+            taken.append(2)
+            yield torch.zeros(1, 4, 2, 4, 6)
+    assert [(sum(taken), z.shape[2]) for z in mirage._windows(pieces(), 4)] == [(4, 3), (8, 3), (10, 3), (12, 3)]
+
+
 def test_blended_weights_rise_and_sum_to_one():
     tail, new = torch.zeros(1, 1, 3, 1, 1), torch.ones(1, 1, 5, 1, 1)
     assert torch.allclose(Mirage._blend(tail, new).flatten(), torch.tensor([0.25, 0.5, 0.75, 1.0, 1.0]))

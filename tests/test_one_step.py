@@ -128,6 +128,14 @@ def test_published_cogvideox_schedules_are_read(name, shift):
     assert torch.equal(one_step.schedule_from_config(json.loads(file.read_text())), one_step.alpha_bar(shift))
 
 
+def test_a_schedule_is_read_with_all_the_fields_that_diffusers_writes(tmp_path):
+    published()(prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=1.7).save_config(tmp_path)
+    config = json.loads((tmp_path / "scheduler_config.json").read_text())
+    assert len(config) > 12 and torch.equal(one_step.schedule_from_config(config), one_step.alpha_bar(1.7))
+    with pytest.raises(ValueError, match="unknown fields .'sharpness'"):
+        one_step.schedule_from_config(config | {"sharpness": 1})
+
+
 def test_published_wan_schedule_is_a_flow():
     file = CONFIGS / "wan2.1.scheduler.diffusers.json"
     if not file.exists():

@@ -50,6 +50,34 @@ def test_a_sample_is_a_function_of_its_generator_whatever_else_is_in_the_batch(t
     assert not torch.equal(whole[0], other[0]) and not torch.equal(whole[0][0], whole[0][1])
 
 
+def test_a_crop_of_the_real_video_has_its_proportions_a_random_scale_and_a_random_place(tmp_path):
+    """A video that is a ramp along x, y and t in its three colours: slopes and values of a crop say what was cut."""
+    T, H, W, h, w = 7, 90, 120, 24, 40
+    t, y, x = torch.meshgrid(torch.arange(T) / T, torch.arange(H) / H, torch.arange(W) / W, indexing="ij")
+    (tmp_path / "real").mkdir()
+    for k, frame in enumerate((255 * torch.stack([x, y, t], dim=-1)).round().byte().numpy()):
+        Image.fromarray(frame).save(tmp_path / "real" / f"{k}.png")
+    save(tmp_path / "a.safetensors", H=h, W=w)
+    pairs, scales, places, starts = Pairs(tmp_path, 3, (h, w), tmp_path / "real", real_frames=5), [], [], set()
+    for step in range(60):
+        crop, same, names = pairs.batch([run.draws(0, step)], real=1.0)
+        assert crop.shape == (1, 3, 3, h, w) and torch.equal(crop, same) and names == ["the real video"]
+        value = (crop[0] + 1) / 2
+        columns, rows = value[0, 0].mean(0), value[1, 0].mean(1)
+        wide, high = (columns[-6] - columns[5]).abs().item() / (w - 11) * W, (rows[-6] - rows[5]).item() / (h - 11) * H
+        assert abs(wide - high) < 0.06, f"a pixel is cut from {wide:.3f} x {high:.3f}"
+        scales.append(1 / wide)
+        if wide < 0.7 * W / w:  # where there is a choice of places
+            places.append((value[0].min() / (1 - wide * w / W), value[1].min() / (1 - high * h / H)))
+        starts.add(round(value[2, 0].mean().item() * T))
+    least, found = max(h / H, w / W), torch.tensor(scales)
+    message = f"scales {sorted(scales)}, wanted from {least:.2f} to .8"
+    assert least - 0.02 < found.min() < least + 0.05 and 0.72 < found.max() < 0.83, message
+    for side in torch.tensor(places).T:
+        assert side.min() < 0.15 and 0.85 < side.max() < 1.05, f"where pieces begin, of where they can: {side.tolist()}"
+    assert starts == {0, 1, 2}, f"of the first 5 frames pieces of 3 begin at {starts}"
+
+
 def test_what_is_broken_mismatched_or_too_small_is_named_and_left_out(tmp_path):
     save(tmp_path / "good.safetensors", boxes=torch.zeros(12, 4), mask=torch.zeros(12, 20, 28))
     save(tmp_path / "short.safetensors", T=8)

@@ -1,14 +1,18 @@
 """Toy scenes: what is known about them agrees with what they show (flow, depth, masks, boxes, shadows, light)."""
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from mirage_min import toy_render, toy_world
 from mirage_min.toy_world import WorldConfig, make_clip, sample_scene
 
+CARD = Path(__file__).parents[1] / "docs" / "model_card.png"
 CONFIG = WorldConfig(frames=3, height=48, width=72)
 SEEDS = (0, 1, 3)
 
@@ -84,6 +88,17 @@ def test_the_actors_pose_gives_its_flow(clips, seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_the_sky_is_so_far_that_only_the_cameras_turn_moves_it(clips, seed):
+    """The ray of a pixel, turned from one camera into the next: K R_1ᵀ R_0 K⁻¹ p."""
+    c = clips[seed]
+    ys, xs = c.depth[0, 0].isinf().nonzero(as_tuple=True)
+    point = torch.stack([xs + 0.5, ys + 0.5, torch.ones(len(xs))])
+    pixel = c.K @ c.c2w[1, :3, :3].T @ c.c2w[0, :3, :3] @ torch.linalg.inv(c.K) @ point
+    difference = (pixel[:2] / pixel[2:] - point[:2] - c.flow[:, 0, ys, xs]).abs().max()
+    assert len(xs) > 50 and difference < 0.02, f"{len(xs)} pixels of sky, {difference:.3f} pixels off, allowed 0.02"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_naive_and_true_differ_on_the_actor_and_its_shadow_alone(clips, seed):
     c = clips[seed]
     changed = (c.x_ni - c.x_gt).abs().amax(0, keepdim=True)
@@ -134,6 +149,40 @@ def test_a_seed_is_a_clip_and_another_seed_another(clips):
     again = make_clip(0, CONFIG)
     assert torch.equal(again.x_gt, clips[0].x_gt) and torch.equal(again.flow, clips[0].flow)
     assert not torch.equal(again.x_gt, clips[1].x_gt)
+
+
+@pytest.mark.parametrize("k", range(8))
+def test_the_scenes_are_those_that_the_small_model_was_measured_on(k):
+    """docs/model_card.png shows naive | ours | truth of the held-out clips, at twice their size, two to a row.
+
+    The weights were trained on this world, and the README's numbers are of it: its cars, lights and textures must stay.
+    """
+    sheet = torch.from_numpy(np.array(Image.open(CARD))).permute(2, 0, 1).float()
+    row, column = divmod(k, 2)
+    shown = sheet[:, 192 * row : 192 * row + 192, 864 * column : 864 * column + 864].split(288, dim=2)
+    config, seed = WorldConfig(), 1_000_000 + k
+    if k == 0:  # one as a whole clip, with its noise: only rounding is left. The others without
+        clip, allowed = make_clip(seed, config, extras=False), 0.51
+        naive, truth = (clip.x_ni[:, 4] + 1) / 2, (clip.x_gt[:, 4] + 1) / 2
+    else:
+        naive, truth, _, _ = toy_render.frame(sample_scene(seed, config), config, 4)
+        naive, truth, allowed = naive.clamp(0, 1) ** (1 / 2.2), truth.clamp(0, 1) ** (1 / 2.2), 2.0
+    for name, frame, picture in (("naive", naive, shown[0]), ("truth", truth, shown[2])):
+        large = F.interpolate(255 * frame[None], scale_factor=2, mode="bilinear")[0]
+        off = (large - picture).abs().amax(0)[1:-1, 1:-1]  # at its border a picture was mixed with the next
+        share = (off > allowed).float().mean().item()
+        assert share < 2e-4, f"scene {k}, {name}: {share:.2%} differ by over {allowed} of 255, the most {off.max():.1f}"
+
+
+def test_the_demonstrations_picture_is_the_middle_of_a_clip_naive_beside_true(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    toy_world.demonstrate()
+    shown = torch.from_numpy(np.array(Image.open("toy_world.png"))).permute(2, 0, 1)
+    clip = make_clip(0)
+    wanted = 127.5 * (torch.cat([clip.x_ni[:, 4], clip.x_gt[:, 4]], dim=2) + 1)
+    difference = (shown - wanted).abs().max()
+    assert shown.shape == wanted.shape and difference <= 0.501, f"largest difference {difference:.1f} of 255"
+    assert f"x_ni     {list(clip.x_ni.shape)}" in capsys.readouterr().out
 
 
 def test_the_same_scene_at_twice_the_size_is_the_same_picture(clips):

@@ -58,6 +58,17 @@ def their_mids(vae, x):
     return seen
 
 
+@torch.no_grad()
+def test_norms_of_hardly_any_contrast_are_the_published_ones(pair):
+    """Where the variance is that of the norms' epsilon, which decides then."""
+    theirs, ours = pair()
+    norms = {name: layer for name, layer in theirs.named_modules() if isinstance(layer, torch.nn.GroupNorm)}
+    assert len(norms) > 20
+    for name, norm in norms.items():
+        x = 1e-3 * torch.randn(1, norm.num_channels, 5, 7, dtype=torch.float64)
+        assert_equal_in_float64(name, ours.get_submodule(name)(x), norm(x))
+
+
 @pytest.mark.parametrize(("N", "H", "W"), SIZES)
 @torch.no_grad()
 def test_encode_decode_and_mids_equal_the_published_ones_in_float64(pair, N, H, W):

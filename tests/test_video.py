@@ -3,6 +3,7 @@
 import time
 from dataclasses import replace
 from fractions import Fraction
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from av.stream import Disposition
 from PIL import Image
 
+from mirage_min.decode import hidden
 from mirage_min.video import Format, Video, read_clip, to_float, to_uint8, write_clip, writing
 from tests.media import HEIGHT, RATE, WIDTH, break_frame, encode, packets_of, picture, pictures, yuv_frame
 
@@ -310,6 +312,17 @@ def test_a_reference_frame_that_vp8_never_shows_is_not_missed(tmp_path):
     source.write_bytes(data)
     frames, times, video = read(source)
     assert len(frames) == 7 and not video.broken and Fraction(5, RATE) not in [t for t, _ in times]
+
+
+@pytest.mark.parametrize("codec, first, discarded, wanted", [
+    ("vp8", 0b1_001_0, False, False), ("vp8", 0b0_001_1, False, True), ("vp8", 0b1_000_1, True, True),
+    ("vp9", 0b0_001_1, False, False)])
+def test_the_fifth_bit_of_a_vp8_frame_says_that_it_is_for_showing(codec, first, discarded, wanted):
+    """RFC 6386, 9.1: one bit that no key frame has, three of the version, then show_frame; not so in other codecs."""
+    class Packet(bytes):
+        is_discard, stream, size = discarded, SimpleNamespace(name=codec), 4
+    for rest in (0, 255):
+        assert hidden(Packet([first, rest, rest, rest])) == wanted, f"{codec}, {first:05b}, then {rest}"
 
 
 def test_a_broken_image_is_named_and_repeated_on_request(tmp_path):

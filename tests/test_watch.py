@@ -1,0 +1,52 @@
+"""Watching a run: a line a step that a killed run's successor goes on from, and a picture of what it makes."""
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mirage_min import watch
+
+
+@dataclass
+class Recipe:
+    steps: int = 4
+
+
+def steps(folder) -> list[dict]:
+    """The log as anyone would read it: JSON, a line each, the last one ended too."""
+    text = (folder / "log.jsonl").read_text()
+    assert text == "" or text.endswith("\n")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_every_step_is_a_line_and_a_run_that_goes_on_forgets_those_after_its_checkpoint(tmp_path):
+    log = watch.Log(tmp_path, Recipe(), 0)
+    assert steps(tmp_path) == [] and json.loads((tmp_path / "settings.json").read_text()) == {"steps": 4}
+    for step in range(4):
+        assert log(step, {"mse": torch.tensor(0.25 * step), "gram": 0.5}) == {
+            "mse": f"{0.25 * step:.4f}", "gram": "0.5000"}
+        assert [line["step"] for line in steps(tmp_path)] == list(range(step + 1))
+    assert steps(tmp_path)[3]["mse"] == 0.75 and steps(tmp_path)[3]["gram"] == 0.5
+    whole = (tmp_path / "log.jsonl").read_text()
+    (tmp_path / "log.jsonl").write_text(whole + '{"step": 4, "mse')  # killed while it wrote
+    (tmp_path / "step_9.png.tmp").write_text("half a picture")
+    again = watch.Log(tmp_path, Recipe(), 2)                         # the checkpoint was that of two steps
+    assert steps(tmp_path) == [json.loads(line) for line in whole.splitlines()[:2]]
+    assert not list(tmp_path.glob("*.tmp"))
+    again(2, {"mse": 1.0})
+    assert [line["step"] for line in steps(tmp_path)] == [0, 1, 2]
+
+
+def test_a_picture_is_the_middle_frame_of_naive_now_and_truth_side_by_side(tmp_path):
+    torch.manual_seed(0)
+    ni, gt = 2 * torch.rand(2, 1, 3, 5, 8, 12) - 1
+    log = watch.Log(tmp_path, Recipe(), 0)
+    log(6, {"mse": 0.1})
+    log.look(6, lambda x, y: (x + y) / 2, (ni, gt))
+    shown = torch.from_numpy(np.array(Image.open(tmp_path / "step_7.png"))).permute(2, 0, 1)
+    wanted = (torch.cat([ni, (ni + gt) / 2, gt], dim=4)[0, :, 2] + 1) * 127.5
+    difference = (shown - wanted).abs().max()
+    assert shown.shape == (3, 8, 36) and difference <= 0.501, f"largest difference {difference} of 255"
