@@ -201,13 +201,13 @@ def cli(argv: list[str] | None = None) -> int:
 def steady_heap() -> None:
     """Memory that does not grow with the video, for less time; to be called before the first large tensor is made.
 
-    glibc hands back every block of 1 MiB or more: kept, they would fragment its heap, which grows for the first 100
+    glibc hands back every block of 256 KiB or more: kept, they would fragment its heap, which grows for the first 100
     frames. Pages of 2 MiB then make asking for them again cheap (Linux; PyTorch looks for this variable).
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
+        libc.mallopt(-3, 2**18)  # M_MMAP_THRESHOLD
 
 
 def interrupt(number: int, _) -> None:

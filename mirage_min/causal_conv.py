@@ -97,7 +97,7 @@ def normed_conv(norm: Callable[[Tensor, slice], Tensor], conv: CausalConv3d, x: 
 
     Where `in_pieces`, it goes by bands of rows and adds to `onto` in place: neither norm(x) nor its copy behind the
     cached frames is ever held whole. Each band comes with the rows around it that the kernel sees, so the result is
-    the same. The stride must be 1.
+    the same. The stride must be 1, the kernel longer than one frame and the bands higher than what it sees around them.
     """
     (B, C, T, H), halo = x.shape[:4], conv.kernel_size[1] // 2
     bands = H // max(ROWS, ENOUGH // (B * C * (T + conv.kernel_size[0] - 1)) + 1)
