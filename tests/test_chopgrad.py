@@ -153,7 +153,8 @@ def loss_by_group(vae, x, loss_fn, F: int) -> Tensor:
 
 
 @both
-@pytest.mark.parametrize("tiles, borders, margin", [((2, 2), UNEVEN, 0), ((2, 2), UNEVEN, 1), ((3, 1), THREE, 1)])
+@pytest.mark.parametrize("tiles, borders, margin", [((2, 2), UNEVEN, 0), ((2, 2), UNEVEN, 1), ((3, 1), THREE, 1)],
+                         ids=["no margin", "margin", "three with margins"])
 def test_tiles_with_their_margins_are_decodes_of_their_own(name, tiles, borders, margin):
     vae = small(name)
     case = clip(vae, 5 if name == "cogvideox" else 3)
