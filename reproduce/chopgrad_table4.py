@@ -14,7 +14,6 @@ chopgrad_table4.png shows three frames of the first held-out clip.
 
 import argparse
 
-from mirage_min.mirage import Mirage
 from reproduce import common
 
 PAPER = {"Mirage (hires inference)": {"PSNR": 27.30, "SSIM": 0.8912, "LPIPS": 0.2067, "DISTS": 0.0740},
@@ -38,12 +37,7 @@ def main(args) -> None:
                                common.stage_h(args, short, to, seed + 100, data, **settings))
         models = {"Mirage (hires inference)": short, "Mirage, trained on": trained_on("Mirage, trained on"),
                   "ChopGrad": trained_on("ChopGrad", training, frames=FRAMES, height=H, width=W, batch=1, tiles=2)}
-
-        def harmonise(to, model):
-            mirage = Mirage.from_pretrained(model)
-            common.predict(clips, to, lambda x_ni, x_gt: mirage(x_ni))
-        results = {name: common.once(folder / name, common.scored_on(few), lambda to: harmonise(to, model))
-                   for name, model in models.items()}
+        results = common.harmonise(clips, folder, models, common.scored_on(few))
         seeds.append(common.evaluate(args, clips, results, folder / "scores"))
     common.picture(args.out / "chopgrad_table4.png", clips, results, (0, 16, 32))
     common.report("chopgrad_table4", __doc__, args, {"full frame": PAPER}, seeds)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mirage_min import run, weights
+from mirage_min.mirage import Mirage
 from mirage_min.pairs import Pairs
 from mirage_min.perceptual import Features, Lpips, gram_loss
 from mirage_min.vae_2d import AutoencoderKL
@@ -202,6 +203,14 @@ def predict(clips: Path, to: Path, model: Callable[[Tensor, Tensor], Tensor]) ->
         tensors = weights.load_tensors(path)[0]
         x_ni, x_gt = (from_bytes(tensors[key][None]) for key in ("x_ni", "x_gt"))
         weights.save_tensors(to / path.name, {"x_dr": to_bytes(model(x_ni, x_gt)[0]).contiguous()})
+
+
+def harmonise(clips: Path, folder: Path, models: dict[str, Path], settings: dict) -> dict[str, Path]:
+    """What each trained Mirage makes of the clips, kept under `folder` -> {method: where}."""
+    def make(to: Path, model: Path) -> None:
+        mirage = Mirage.from_pretrained(model)
+        predict(clips, to, lambda x_ni, x_gt: mirage(x_ni))
+    return {name: once(folder / name, settings, lambda to: make(to, model)) for name, model in models.items()}
 
 
 def picture(path: Path, clips: Path, results: dict[str, Path], frames: tuple[int, ...]) -> None:

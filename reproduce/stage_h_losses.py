@@ -9,13 +9,11 @@ Same steps, seeds, clips and stage A. The paper has no such table. LPIPS is Sque
 relu2_2. stage_h_losses.png shows two frames of the first held-out clip.
 """
 
-from mirage_min.mirage import Mirage
 from reproduce import common
 
 
 def main(args) -> None:
     clips, seeds = common.held_out(args), []
-
     for seed in range(1, args.seeds + 1):
         folder = args.runs / "stage_h_losses" / f"seed_{seed}"
 
@@ -23,12 +21,7 @@ def main(args) -> None:
             common.stage_h(args, common.reconstruction(args, seed), to, seed, mse=0)
         models = {"LPIPS + Gram": common.once(folder / "model", common.trained_with(args), without_mse),
                   "LPIPS + Gram + MSE": common.harmonised(args, seed)}
-
-        def harmonise(to, model):
-            mirage = Mirage.from_pretrained(model)
-            common.predict(clips, to, lambda x_ni, x_gt: mirage(x_ni))
-        results = {name: common.once(folder / name, common.scored_on(args), lambda to: harmonise(to, model))
-                   for name, model in models.items()}
+        results = common.harmonise(clips, folder, models, common.scored_on(args))
         seeds.append(common.evaluate(args, clips, results, folder / "scores"))
     common.picture(args.out / "stage_h_losses.png", clips, results, (0, 8))
     common.report("stage_h_losses", __doc__, args, {}, seeds)
