@@ -16,7 +16,6 @@ things are left out: gradients, the working memory of single operations, and the
 import argparse
 import json
 import time
-from collections import Counter
 from pathlib import Path
 
 import matplotlib
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mirage_min import chopgrad
+from mirage_min.memory import Held
 from mirage_min.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
 from mirage_min.vae_wan import WanVAE, WanVAEConfig
 
@@ -33,40 +33,6 @@ from matplotlib import pyplot as plt  # noqa: E402  (the backend comes first)
 LENGTHS, TIMED = range(9, 98, 8), (33, 65, 97)  # frames
 FIRST = {"CogVideoX": (9, 8), "Wan": (5, 4)}  # (a, b): from a + b * d_trunc frames on, d_trunc + 1 full groups are held
 GIB = 2**30
-
-
-class Held:
-    """Counts the bytes that autograd holds while it is entered: `now`, and their highest value `peak`."""
-
-    def __init__(self, module: nn.Module):
-        self.parameters = {p.untyped_storage()._cdata for p in module.parameters()}
-        self.times, self.now, self.peak = Counter(), 0, 0
-
-    def __enter__(self):
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: Saved(self, t), lambda saved: saved.tensor)
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self.hooks.__exit__(*error)
-
-
-class Saved:
-    """One tensor in the hands of autograd; counted until autograd lets go of it."""
-
-    def __init__(self, held: Held, tensor: Tensor):
-        self.held, self.tensor = held, tensor.detach()
-        storage = tensor.untyped_storage()
-        self.key, self.bytes = storage._cdata, 0 if storage._cdata in held.parameters else storage.nbytes()
-        held.times[self.key] += 1
-        if held.times[self.key] == 1:
-            held.now += self.bytes
-            held.peak = max(held.peak, held.now)
-
-    def __del__(self):
-        self.held.times[self.key] -= 1
-        if self.held.times[self.key] == 0:
-            self.held.now -= self.bytes
 
 
 def small(name: str) -> nn.Module:

@@ -18,7 +18,6 @@ import gc
 import json
 import re
 import time
-import weakref
 from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,11 +25,10 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from mirage_min.dit_cogvideox import CogVideoXDiT, CogVideoXDiTConfig
+from mirage_min.memory import Live
 from mirage_min.mirage import Mirage
 from mirage_min.one_step import alpha_bar
 from mirage_min.vae_2d import AutoencoderKL, AutoencoderKLConfig
@@ -46,32 +44,6 @@ COG_1_5_DIT = dict(num_attention_heads=48, num_layers=42, sample_width=300, samp
 SD_VAE = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2)
 GPU_SIZES = [(9, 512, 768), (49, 480, 832), (49, 720, 1280), (49, 1080, 1920)]  # frames, rows, columns
 H200_BF16 = 989e12  # dense operations a second, as NVIDIA states them
-
-
-class Live(TorchDispatchMode):
-    """Counts the bytes of the tensors that it sees made while it is entered: `now`, and their highest value `peak`."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive, self.now, self.peak, self.before = {}, 0, 0, set()
-
-    def ignore(self, module: nn.Module) -> "Live":
-        self.before |= {p.untyped_storage()._cdata for p in (*module.parameters(), *module.buffers())}
-        return self
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        out = operation(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            key = t.untyped_storage()._cdata if isinstance(t, Tensor) else None
-            if key is not None and key not in self.alive and key not in self.before:
-                self.alive[key] = t.untyped_storage().nbytes()
-                self.now += self.alive[key]
-                weakref.finalize(t.untyped_storage(), self.freed, key)
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def freed(self, key: int) -> None:
-        self.now -= self.alive.pop(key)
 
 
 def official_vaes(device: str) -> dict[str, tuple]:
@@ -114,7 +86,7 @@ def bytes_part(args) -> dict:
     rows = {}
     for name, pair in official_vaes("meta").items():
         for (side, what), call in calls(pair, *args.size or (17, 480, 832), "meta").items():
-            with Live().ignore(pair[0]).ignore(pair[1]) as live:
+            with Live(*pair) as live:
                 call()
             rows[f"{name} {what} {side}"] = live.peak / GIB
         for what in ("encode", "decode"):

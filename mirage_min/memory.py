@@ -3,7 +3,8 @@
 PyTorch's FakeTensors have a shape, a type, a device and a lifetime, and no storage. The whole step runs on them:
 encoders, transformer, ChopGrad, losses and every backward; a storage counts from the operation that makes it until
 nothing refers to it any more, and the estimate is the highest sum. To it come AdamW's two moments. Not counted is what
-single operations need while they run (cuDNN's workspaces, a few per cent) and what the allocator wastes.
+single operations need while they run (cuDNN's workspaces, a few per cent) and what the allocator wastes. Of the sum it
+says how much are parameters, moments and activations that autograd holds for backward; the rest lives in passing.
 
     python -m mirage_min.memory
 """
@@ -12,7 +13,7 @@ import copy
 import dataclasses
 import os
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,11 +34,15 @@ LESS = {  # what can be changed in a recipe, in the order in which it is cheapes
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of all storages made while it is entered and still referred to: `now`, and their `peak`."""
+    """Counts the bytes of all storages met while it is entered and still referred to: `now`, and their `peak`.
 
-    def __init__(self):
+    The modules' parameters and buffers do not count.
+    """
+
+    def __init__(self, *modules: nn.Module):
         super().__init__()
-        self.now, self.peak, self.known = 0, 0, set()
+        self.now, self.peak = 0, 0
+        self.known = {t.untyped_storage()._cdata for m in modules for t in (*m.parameters(), *m.buffers())}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -58,8 +63,48 @@ class Live(TorchDispatchMode):
         weakref.finalize(storage, drop)
 
 
-def expected(models: nn.ModuleList, step: Callable, size: tuple[int, ...], device: str) -> int:
-    """Bytes of `step(models, x_ni, x_gt)` at its worst moment, for clips [B, 3, T, H, W], AdamW's moments included."""
+class Held:
+    """Counts the bytes that autograd holds for backward while it is entered: `now`, and their `peak`.
+
+    Every storage counts once, for as long as it is held; those of the module's parameters do not count.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.parameters = {p.untyped_storage()._cdata for p in module.parameters()}
+        self.times, self.now, self.peak = Counter(), 0, 0
+
+    def __enter__(self):
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: Saved(self, t), lambda saved: saved.tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.hooks.__exit__(*error)
+
+
+class Saved:
+    """One tensor in the hands of autograd; counted until autograd lets go of it."""
+
+    def __init__(self, held: Held, tensor: Tensor):
+        self.held, self.tensor = held, tensor.detach()
+        storage = tensor.untyped_storage()
+        self.key, self.bytes = storage._cdata, 0 if storage._cdata in held.parameters else storage.nbytes()
+        held.times[self.key] += 1
+        if held.times[self.key] == 1:
+            held.now += self.bytes
+            held.peak = max(held.peak, held.now)
+
+    def __del__(self):
+        self.held.times[self.key] -= 1
+        if self.held.times[self.key] == 0:
+            self.held.now -= self.bytes
+
+
+def expected(models: nn.ModuleList, step: Callable, size: tuple[int, ...], device: str) -> dict[str, int]:
+    """Bytes of `step(models, x_ni, x_gt)` at its worst moment, for clips [B, 3, T, H, W], by what they are.
+
+    parameters (with buffers); moments, AdamW's; backward, what autograd holds for it at most; passing, all else.
+    """
     fake, live = FakeTensorMode(allow_non_fake_inputs=True), Live()
     try:
         with fake, live:
@@ -67,12 +112,14 @@ def expected(models: nn.ModuleList, step: Callable, size: tuple[int, ...], devic
                     for p in models.parameters()}
             memo |= {id(b): torch.empty_like(b, device=device) for b in models.buffers()}
         fakes = copy.deepcopy(models, memo)  # deepcopy takes every tensor from the memo: nothing is copied
-        with fake, live:
+        with fake, live, Held(fakes) as held:
             step(fakes, *torch.empty(2, *size, device=device))
     finally:
         for table in TABLES:  # or the fake ones would be found there later
             table.cache_clear()
-    return live.peak + sum(2 * p.nbytes for p in models.parameters() if p.requires_grad)
+    parts = {"parameters": sum(t.nbytes for t in (*models.parameters(), *models.buffers())),
+             "moments": sum(2 * p.nbytes for p in models.parameters() if p.requires_grad), "backward": held.peak}
+    return parts | {"passing": live.peak + parts["moments"] - sum(parts.values())}
 
 
 def available(device: str) -> int:
@@ -92,24 +139,25 @@ def plan(models: nn.ModuleList, gradients: Callable, recipe, processes: int, dev
 
     The first of the models is the Mirage.
     """
-    def needs(r) -> int:
+    def needs(r) -> dict[str, int]:
         def step(models, *clips):
             gradients(models, r, *(models[0].pad(x) for x in clips), defaultdict(float))
         size = (max(1, r.batch // (processes * r.accumulate)), 3, r.frames, r.height, r.width)
-        bytes = expected(models, step, size, device)
+        parts = expected(models, step, size, device)
         if getattr(r, "shard", False):
             frozen = sum(p.nbytes for p in models[0].dit.parameters() if not p.requires_grad)
-            bytes -= frozen - frozen // processes
-        return bytes
+            parts["parameters"] -= frozen - frozen // processes
+        return parts
 
-    need, there = needs(recipe), available(device)
-    text = f"a step needs about {need / GIB:.2f} GiB, and {device} has {there / GIB:.2f}"
+    parts, there = needs(recipe), available(device)
+    need, shares = sum(parts.values()), ", ".join(f"{name} {n / GIB:.2f}" for name, n in parts.items())
+    text = f"a step needs about {need / GIB:.2f} GiB ({shares}), and {device} has {there / GIB:.2f}"
     if need <= there:
         return text
     text += ": it will not fit. Single settings make of it"
     for key, change in LESS.items():
         if hasattr(recipe, key) and (value := change(recipe, processes)) != getattr(recipe, key):
-            less = needs(dataclasses.replace(recipe, **{key: value}))
+            less = sum(needs(dataclasses.replace(recipe, **{key: value})).values())
             text += f"\n    --set {key}={value}: {less / GIB:.2f} GiB" + ", which fits" * (less <= there)
     return text
 
@@ -121,7 +169,8 @@ if __name__ == "__main__":
     for width in (8, 16):
         layers = nn.ModuleList([nn.Sequential(nn.Conv3d(3, width, 3, padding=1), nn.SiLU(), nn.Conv3d(width, 3, 1))])
         for frames in (9, 33):
-            need = expected(layers, lambda layers, *x: step(layers[0], *x), (1, 3, frames, 480, 832), "cpu")
+            parts = expected(layers, lambda layers, *x: step(layers[0], *x), (1, 3, frames, 480, 832), "cpu")
             print(f"two convolutions, {width:2} channels, {frames:2} frames of 480 x 832: a step needs "
-                  f"{need / GIB:.2f} GiB; nothing was computed")
+                  f"{sum(parts.values()) / GIB:.2f} GiB, {parts['backward'] / GIB:.2f} of them for backward; "
+                  "nothing was computed")
     print(f"here are {available('cpu') / GIB:.1f} GiB")

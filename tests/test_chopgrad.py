@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.chopgrad_memory import Held, passes
+from benchmarks.chopgrad_memory import passes
 from mirage_min import chopgrad, injection
+from mirage_min.memory import Held
 from mirage_min.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
 from mirage_min.vae_wan import WanVAE, WanVAEConfig
 from tests.torchvision_stub import stub

@@ -65,9 +65,25 @@ def test_a_step_needs_parameters_moments_and_what_is_alive_at_its_worst_moment(s
         b = x.new_empty(2 * MIB // 4)
         del a
         return b, x.new_empty(MIB // 4)
-    found = memory.expected(models, step, (1, 3, 4, 8, 8), "cpu") / MIB
-    wanted = 1 + 4 + 2 + 2 * 3 * 4 * 64 * 4 / MIB + max(size + 2, 2 + 1)
-    assert found == pytest.approx(wanted, abs=1e-3), f"{wanted} MiB by hand, {found}"
+    parts = {name: n / MIB for name, n in memory.expected(models, step, (1, 3, 4, 8, 8), "cpu").items()}
+    wanted = {"parameters": 1 + 4, "moments": 2, "backward": 0,
+              "passing": 2 * 3 * 4 * 64 * 4 / MIB + max(size + 2, 2 + 1)}
+    assert parts == pytest.approx(wanted, abs=1e-3), f"{wanted} MiB by hand, {parts}"
+
+
+def test_what_autograd_holds_for_backward_is_counted_once_at_its_worst_moment_and_without_parameters():
+    models, sizes = nn.ModuleList([Model()]), []
+
+    def step(models, x, y):
+        w = models[0].trained[: MIB // 8]
+        for times in (3, 1):  # the second piece holds less: the first one's peak stays
+            a = w
+            for _ in range(times):
+                a = a.exp()  # holds its result: half a MiB
+            (a * a).sum().backward()  # holds a once more, which is counted already
+            sizes.append(times / 2)
+    parts = memory.expected(models, step, (1, 3, 4, 8, 8), "cpu")
+    assert parts["backward"] / MIB == max(sizes) == 1.5, f"{parts['backward']:,} bytes, {max(sizes)} MiB by hand"
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -81,7 +97,7 @@ def test_the_ways_out_are_named_in_order_with_their_values_what_they_need_and_wh
               "checkpoint_dit=True": by_hand(B, dit=True)}
     wanted |= {"shard=True": by_hand(B, processes=n, shard=True)} if n > 1 else {}
     wanted |= {"tiles=4": by_hand(B, tiles=4), "d_trunc=0": by_hand(B, d=0), "frames=9": by_hand(B, 9)}
-    assert f"about {by_hand(B) / 1024:.2f} GiB" in first and f"has {free / 1024:.2f}" in first, first
+    assert f"about {by_hand(B) / 1024:.2f} GiB (parameters 0." in first and f"has {free / 1024:.2f}" in first, first
     assert [line.split()[1].rstrip(":") for line in lines] == list(wanted), lines
     for line, (name, need) in zip(lines, wanted.items()):
         assert f"{name}: {need / 1024:.2f} GiB" in line and line.endswith(", which fits") == (need <= free), line
@@ -90,7 +106,8 @@ def test_the_ways_out_are_named_in_order_with_their_values_what_they_need_and_wh
 def test_a_step_that_fits_is_said_to_need_so_much_and_no_way_out_is_named(monkeypatch):
     monkeypatch.setattr(memory, "available", lambda device: 2**30)
     assert memory.plan(nn.ModuleList([Model()]), gradients, Recipe(), 1, "cpu") == (
-        f"a step needs about {by_hand() / 1024:.2f} GiB, and cpu has 1.00")
+        f"a step needs about {by_hand() / 1024:.2f} GiB (parameters 0.00, moments 0.00, backward 0.00, passing "
+        f"{(by_hand() - 7) / 1024:.2f}), and cpu has 1.00")
 
 
 def test_what_is_available_is_the_systems_free_memory_divided_among_the_processes_of_a_machine(monkeypatch):
