@@ -68,7 +68,8 @@ class Log:
                 if points:
                     axes.plot(*zip(*points), label=term)
             axes.set(xlabel="step", yscale="log")
-            axes.legend()
+            if axes.lines:  # none before the first line of the log
+                axes.legend()
             with weights.whole_file(self.folder / "losses.png") as temporary:
                 figure.savefig(temporary, format="png", dpi=100)
         if val is not None:

@@ -33,3 +33,13 @@ def test_clips_of_neighbouring_steps_and_seeds_have_random_numbers_of_their_own(
     again = [tuple(torch.rand(2, generator=run.draws(seed, step, k)).tolist())
              for seed in range(3) for step in range(20) for k in range(8)]
     assert first == again and len(set(first)) == len(first)
+
+
+def test_the_learning_rate_rises_evenly_to_the_whole_and_falls_as_half_a_cosine_to_nothing():
+    rates = [run.schedule(step, 4, 10, cosine=True) for step in range(11)]
+    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+    assert rates[7] == pytest.approx(0.5) and rates[10] == pytest.approx(0)
+    assert all(rates[4 + k] + rates[10 - k] == pytest.approx(1) for k in range(7))
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert [run.schedule(step, 4, 10, cosine=False) for step in (3, 4, 9)] == [1, 1, 1]
+    assert run.schedule(0, 0, 10, cosine=True) == 1

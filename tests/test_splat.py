@@ -350,6 +350,22 @@ def test_a_bad_file_is_refused_in_one_line_that_names_file_and_field(tmp_path, c
     assert "\n" not in str(error.value)
 
 
+def test_any_number_of_harmonics_that_is_no_degrees_is_refused_by_the_first_that_is_missing(tmp_path):
+    """3 ((degree + 1)² - 1) of them are whole; with one more or fewer the colours of the rest would be wrong."""
+    whole = [3 * ((degree + 1) ** 2 - 1) for degree in range(4)]
+    for rest in range(whole[-1] + 1):
+        names = [*"xyz", *(f"f_dc_{i}" for i in range(3)), *(f"f_rest_{i}" for i in range(rest)), "opacity",
+                 *(f"scale_{i}" for i in range(3)), *(f"rot_{i}" for i in range(4))]
+        lines = "".join(f"property float {name}\n" for name in names)
+        header = f"ply\nformat binary_little_endian 1.0\nelement vertex 2\n{lines}end_header\n"
+        (tmp_path / "a.ply").write_bytes(header.encode() + np.ones((2, len(names)), np.float32).tobytes())
+        if rest in whole:
+            assert list(load_ply(tmp_path / "a.ply").sh.shape) == [2, 1 + rest // 3, 3]
+        else:
+            with pytest.raises(ValueError, match=f"wanted one property f_rest_{rest}, got 0"):
+                load_ply(tmp_path / "a.ply")
+
+
 def test_a_missing_file_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="nowhere.ply: no such file"):
         load_ply(tmp_path / "nowhere.ply")

@@ -4,7 +4,9 @@ import json
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from mirage_min import watch
@@ -50,3 +52,19 @@ def test_a_picture_is_the_middle_frame_of_naive_now_and_truth_side_by_side(tmp_p
     wanted = (torch.cat([ni, (ni + gt) / 2, gt], dim=4)[0, :, 2] + 1) * 127.5
     difference = (shown - wanted).abs().max()
     assert shown.shape == (3, 8, 36) and difference <= 0.501, f"largest difference {difference} of 255"
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_the_curves_are_the_positive_values_of_each_term_and_none_before_the_first_line(tmp_path, monkeypatch):
+    """A weight that grows from 0 and a score that is taken now and then, as they would dive on a logarithmic axis."""
+    figures, pair = [], torch.zeros(2, 1, 3, 1, 8, 12)
+    monkeypatch.setattr(watch, "Figure", lambda **settings: figures.append(Figure(**settings)) or figures[-1])
+    log = watch.Log(tmp_path, Recipe(), 0)
+    log.look(0, lambda x, y: x, pair)
+    for step, terms in enumerate(({"mse": 0.5, "gram": 0.0}, {"mse": 0.25, "gram": 0.125}, {"mse": 1.0, "psnr": 20})):
+        log(step, terms)
+    log.look(2, lambda x, y: x, pair)
+    before, after = ({line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
+                     for figure in figures)
+    assert before == {} and after == {"mse": [[0, 0.5], [1, 0.25], [2, 1]], "gram": [[1, 0.125]], "psnr": [[2, 20]]}
+    assert (tmp_path / "losses.png").read_bytes()[1:4] == b"PNG"
