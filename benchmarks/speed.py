@@ -231,6 +231,9 @@ def length_part(args) -> dict:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    import infer
+
+    infer.steady_heap()
     model = Mirage.from_pretrained(ROOT / "weights")
     streamed(model, 9, 64, 96)
     frames = [T for T in (9, 33, 97, 297, 1001) if T <= max(args.frames, 33)]

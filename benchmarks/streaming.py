@@ -4,10 +4,11 @@
 
 1. Peak memory of infer.py, in a process of its own, above what it had when the model was loaded: 33, 330 and, with
    --long, 3,300 frames of noise at 64x96, the shipped model.
-2. Seams: the mean absolute difference between consecutive frames of the result, of 255, where two groups meet behind a
-   window's border and where they meet inside a window, and the same frames where the whole clip is one window; on a
-   static clip, a toy clip and, if given, a real clip.
-3. The same clip with a window offset: frames put before it, and cut off again, move every border.
+2. Seams: the mean absolute difference between consecutive frames of the result, of 255, where two groups meet at a
+   window's border and where they meet inside a window; on a static clip, a toy clip and, if given, a real clip. A clip
+   moves more in some frames than in others, so every frame is seen in both places: copies of the first frame put before
+   the clip, and cut off again, move the windows and not the groups.
+3. How far the results of two such offsets differ.
 4. Tiles: the largest and the mean difference to the untiled result, by the margin.
 """
 
@@ -16,6 +17,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from itertools import islice
 from pathlib import Path
 
@@ -78,27 +80,27 @@ def differences(x: Tensor) -> Tensor:
     return x.diff(dim=1).abs().mean(dim=(0, 2, 3)) * 127.5
 
 
-def seams(mirage: Mirage, x: Tensor, window: int, offset: int) -> dict:
+def seams(mirage: Mirage, x: Tensor, window: int) -> dict:
     """Part 2 and 3 for one clip."""
     T, (_, overlap) = x.shape[1], mirage.patch_and_overlap(window)
-    step = window - overlap
-    y, given = streamed(mirage, x, window=window), differences(x)
-    whole = differences(streamed(mirage, x, window=(T + 2) // 4 // 2 * 2 + 3))  # one window for all: no seams
-    first_frame = {k: 4 * k - 3 for k in range(1, (T + 2) // 4 + 1)}       # of latent k
-    shared = [k for k in first_frame if k >= step and k % step <= overlap]  # an overlap's latents and the one behind it
-    at = [first_frame[k] for k in shared if first_frame[k] < T]
-    groups = mirage.vae.encode_groups(mirage.vae.legal_length(T))
-    inside = [g.start for g in groups if 0 < g.start < T and g.start not in at]
-
-    def mean(d: Tensor, frames: list[int]) -> float:
-        return float(d[[t - 1 for t in frames]].mean())
-
-    moved = streamed(mirage, torch.cat([x[:, :1]] * offset + [x], dim=1), window=window)[:, offset:]
-    difference = (moved - y).abs() * 127.5
-    return {"frames": T, "window": window, "overlap": overlap, "across_windows": mean(differences(y), at),
-            "inside_windows": mean(differences(y), inside), "input_across_windows": mean(given, at),
-            "input_inside_windows": mean(given, inside), "one_window_across_windows": mean(whole, at),
-            "one_window_inside_windows": mean(whole, inside), "borders": len(at), "offset": offset,
+    step, length = window - overlap, 8  # a latent is four frames, a group of the decoder two latents
+    groups = [g.start for g in mirage.vae.encode_groups(mirage.vae.legal_length(T)) if 0 < g.start < T]
+    across, inside, results = defaultdict(list), defaultdict(list), []
+    for offset in range(0, step * length, length):  # after `step` of them the windows lie as at first
+        y = streamed(mirage, torch.cat([x[:, :1]] * offset + [x], dim=1), window=window)[:, offset:]
+        d = differences(y)
+        for t in groups:
+            k = (t + offset + 3) // 4  # the latent that begins with frame t
+            # An overlap's latents and the one behind it follow on one that was made otherwise.
+            where = across if k >= step and k % step <= overlap else inside
+            where[t].append(d[t - 1])
+        results.append(y)
+    both = sorted(across.keys() & inside.keys())
+    difference = (results[1] - results[0]).abs() * 127.5
+    return {"frames": T, "window": window, "overlap": overlap, "borders": len(both), "offsets": len(results),
+            "input": float(differences(x)[[t - 1 for t in both]].mean()),
+            **{name: float(torch.stack([torch.stack(found[t]).mean() for t in both]).mean())
+               for name, found in (("across", across), ("inside", inside))},
             "offset_mean": float(difference.mean()), "offset_p99": float(difference.flatten()[::7].quantile(0.99)),
             "offset_largest": float(difference.max())}
 
@@ -125,23 +127,23 @@ Made by `{command}`; more digits in [streaming.json](streaming.json). The shippe
 
 ## Seams
 
-Mean absolute difference of a frame to the one before, of 255, with windows of {window} latents: where the latents of
-two windows are blended, and at the decoder's group borders inside windows. In brackets: the same of the input. These
-are different frames, and the clip moves more in some than in others; "one window" is the same frames when the whole
-clip is one window, so that nothing meets there.
+Mean absolute difference of a frame to the one before, of 255, with windows of {window} latents: where two of the
+decoder's groups meet at a border of windows, whose latents are blended, and where they meet inside a window. A clip
+moves more in some frames than in others; so it is put through {offsets} times, with more and more copies of its first
+frame before it, until the windows have lain everywhere: both columns are of the same frames.
 
-| clip | frames | across windows | one window | inside windows | one window |
+| clip | frames | at borders of windows | inside windows | ratio | the input there |
 |---|---|---|---|---|---|
 {seams}
 
 ## Another window offset
 
-The same clip with its first frame put before it {offset} times, which moves every border; the difference of the two
-results, of 255. Zero is not to be had: every window sees other neighbours, and the clip has another beginning.
+The same clip with its first frame put before it 8 times, which moves every border; the difference of the two results,
+of 255. Zero is not to be had: every window sees other neighbours, and the clip has another beginning.
 
 | clip | mean | 99 % are below | largest |
 |---|---|---|---|
-{offsets}
+{differences}
 
 ## Tiles
 
@@ -159,23 +161,24 @@ def report(result: dict) -> str:
     seams, first = result["seams"].items(), next(iter(result["seams"].values()))
     tables = {
         "memory": [f"| {T} | {mib:.1f} |" for T, mib in result["memory"].items()],
-        "seams": [f"| {name} | {s['frames']} | " + " | ".join(
-            f"{s[f'{where}_windows']:.2f} ({s[f'input_{where}_windows']:.2f}) | {s[f'one_window_{where}_windows']:.2f}"
-            for where in ("across", "inside")) + " |" for name, s in seams],
-        "offsets": [f"| {name} | {s['offset_mean']:.2f} | {s['offset_p99']:.1f} | {s['offset_largest']:.0f} |"
-                    for name, s in seams],
+        "seams": [f"| {name} | {s['frames']} | {s['across']:.3f} | {s['inside']:.3f} | {s['across'] / s['inside']:.3f} "
+                  f"| {s['input']:.3f} |" for name, s in seams],
+        "differences": [f"| {name} | {s['offset_mean']:.2f} | {s['offset_p99']:.1f} | {s['offset_largest']:.0f} |"
+                        for name, s in seams],
         "tiles": [f"| {name} | {r['tiles']}x{r['tiles']} | {r['margin']} | {r['mean']:.2f} | {r['largest']:.0f} |"
                   for name, rows in result["tiles"].items() for r in rows]}
-    return REPORT.format(command=result["command"], window=first["window"], offset=first["offset"],
+    return REPORT.format(command=result["command"], window=first["window"], offsets=first["offsets"],
                          **{name: "\n".join(lines) for name, lines in tables.items()})
 
 
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
-    command = " ".join(["python -m benchmarks.streaming", *("--real REAL" if args.real else "").split(),
-                        *["--long"] * args.long])
-    result = {"torch": torch.__version__, "threads": args.threads, "command": command}
-    result["memory"] = {} if args.no_memory else {T: peak(T) for T in (33, 330, *([3300] if args.long else []))}
+    if args.no_memory:
+        memory = json.loads((args.out / "streaming.json").read_text())["memory"]
+    else:
+        memory = {str(T): peak(T) for T in (33, 330, *[3300] * args.long)}
+    command = "python -m benchmarks.streaming" + " --real REAL" * bool(args.real) + " --long" * ("3300" in memory)
+    result = {"torch": torch.__version__, "threads": args.threads, "command": command, "memory": memory}
     mirage = Mirage.from_pretrained(ROOT / "weights")
     toy = make_clip(1_000_000, WorldConfig(frames=args.frames)).x_ni
     clips = {"static": toy[:, :1].expand(-1, args.frames, -1, -1), "toy": toy}
@@ -184,8 +187,7 @@ def main(args: argparse.Namespace) -> None:
             x = torch.stack(list(islice(video, args.frames)), dim=1)
         clips["real"] = torch.nn.functional.interpolate(x.movedim(1, 0), (136, 240), mode="bilinear", antialias=True
                                                         ).movedim(0, 1)
-    # A latent is four frames, a group of the decoder two latents: 8 frames move the borders and not the groups.
-    result["seams"] = {name: seams(mirage, x, args.window, offset=8) for name, x in clips.items()}
+    result["seams"] = {name: seams(mirage, x, args.window) for name, x in clips.items()}
     result["tiles"] = {name: tiled(mirage, x[:, :9], 2, [0, 1, 2, 4]) for name, x in clips.items() if name != "static"}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "streaming.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -197,7 +199,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--real", type=Path, help="a real clip; it is shrunk to 136x240")
     parser.add_argument("--long", action="store_true", help="measure the memory of 3,300 frames too")
-    parser.add_argument("--no-memory", action="store_true", help="leave part 1 out")
+    parser.add_argument("--no-memory", action="store_true", help="leave part 1 as it is")
     parser.add_argument("--frames", type=int, default=97, help="of the clips for seams")
     parser.add_argument("--window", type=int, default=9, help="latents; in smaller ones all groups border on two")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder for streaming.md and streaming.json")
