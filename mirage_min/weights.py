@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 CONFIG, WEIGHTS, INDEX = "config.json", "diffusion_pytorch_model.safetensors", "*.safetensors.index.json"
@@ -229,8 +229,8 @@ def check_match(wanted: dict[str, tuple], given: dict[str, tuple], file: str, co
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write named tensors and a {str: str} note to one safetensors file, whole or not at all."""
-    with whole_file(Path(path)) as temporary:
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary, metadata)
+    with whole_file(Path(path)) as temporary:  # save_file would hide the file from all other users, whatever the umask
+        temporary.write_bytes(save({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, metadata))
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -8,6 +8,7 @@ import http.server
 import json
 import os
 import shutil
+import stat
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -422,10 +423,11 @@ def test_what_is_added_to_a_model_stays_out_of_its_checkpoint(model, tmp_path):
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(folder, monkeypatch):
     before = (folder / FILE).read_bytes()
 
-    def full(tensors, path, metadata):
-        Path(path).write_bytes(b"half")
+    def full(path, content):
+        with open(path, "wb") as file:
+            file.write(content[: len(content) // 2])
         raise OSError("no space left on device")
-    monkeypatch.setattr(weights, "save_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="no space"):
         AutoencoderKL(CONFIG).save_pretrained(folder)
     assert (folder / FILE).read_bytes() == before
@@ -447,3 +449,14 @@ def test_tensors_and_their_metadata_come_back(tmp_path):
     assert all(torch.equal(again[key], tensors[key]) and again[key].dtype == tensors[key].dtype for key in tensors)
     weights.save_tensors(tmp_path / "y.safetensors", tensors)
     assert weights.load_tensors(tmp_path / "y.safetensors")[1] == {}
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600)])
+def test_what_is_saved_is_as_open_to_others_as_the_umask_says(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        weights.save_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)})
+    finally:
+        os.umask(before)
+    found = stat.S_IMODE((tmp_path / "x.safetensors").stat().st_mode)
+    assert found == mode, f"wanted {mode:o}, got {found:o}"
