@@ -4,8 +4,12 @@ import json
 from argparse import Namespace
 
 import pytest
+import torch
 
+from mirage_min import weights
+from mirage_min.vae_2d import AutoencoderKL, AutoencoderKLConfig
 from reproduce import common
+from reproduce.mirage_table1 import drift
 
 
 def test_what_was_made_is_kept_until_a_setting_changes(tmp_path):
@@ -58,3 +62,41 @@ def test_a_report_holds_means_deviations_the_papers_numbers_and_the_command(tmp_
     assert "LPIPS: absent: no weights" in text and "| LPIPS |" not in text
     kept = json.loads((tmp_path / "mirage_table9.json").read_text())["seeds"]
     assert kept[1]["mean"]["full frame"]["x"]["PSNR"] == 14
+
+
+def test_the_drift_is_how_the_actors_colour_strays_from_its_own_mean_distance_to_the_truth(tmp_path):
+    clips, made, shape = tmp_path / "clips", tmp_path / "made", (3, 6, 8, 8)
+    for folder in (clips, made):
+        folder.mkdir()
+    truth, actor = torch.full(shape, 100, dtype=torch.uint8), torch.zeros(1, *shape[1:], dtype=torch.uint8)
+    actor[:, :4, 2:5, 3:7] = 255  # hidden in the last two frames
+    constant, flicker = truth + 30, truth.clone()
+    flicker[0, 0:4:2, 2:5, 3:7] += 10          # red is 10 too much in every other frame: 5 to either side of the mean
+    flicker[:, 4:] = 0                         # where there is no actor nothing counts
+    flicker[:, :, 0] = 255                     # nor beside it
+    for name, x, wanted in (("constant", constant, 0), ("flicker", flicker, 5)):
+        weights.save_tensors(clips / "1.safetensors", {"x_gt": truth, "actor": actor})
+        weights.save_tensors(made / "1.safetensors", {"x_dr": x})
+        assert drift(clips, made, "x_dr") == pytest.approx(wanted, abs=1e-4), name
+
+
+def test_the_baselines_skips_start_at_nothing_each_takes_part_and_a_frame_sees_only_itself():
+    torch.manual_seed(0)
+    vae = AutoencoderKL(AutoencoderKLConfig(block_out_channels=(8, 16, 16), norm_num_groups=4))
+    model, x = common.SkipVAE(vae).double(), torch.rand(1, 3, 2, 16, 24, dtype=torch.float64) * 2 - 1
+
+    @torch.no_grad()
+    def through(x):
+        return common.framewise(lambda frames: model.decode(vae.encode(frames), vae.mids(frames)), x)
+    with torch.no_grad():
+        plain = torch.stack([vae.decode(vae.encode(frame)) for frame in x.unbind(2)], dim=2)
+    before = through(x)
+    assert torch.allclose(before, plain, atol=1e-12), f"largest difference {(before - plain).abs().max():.1e}"
+    for skip in model.skips:
+        torch.nn.init.normal_(skip.weight)
+        after = through(x)
+        assert (after - before).abs().max() > 1e-3, "a skip that changes nothing"
+        before = after
+    other = x.clone()
+    other[:, :, 1] = 0
+    assert torch.allclose(through(other)[:, :, 0], before[:, :, 0], atol=1e-12)
