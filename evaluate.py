@@ -29,7 +29,7 @@ import math
 import re
 import sys
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -270,6 +270,7 @@ def main(args) -> None:
         flows[name] = exact(args.flow / f"{name}.safetensors", T, H, W) if args.flow and T > 1 else dis
 
     scores, features = {CROPS: defaultdict(dict), FULL: defaultdict(dict)}, defaultdict(list)
+    equal = Counter()  # frames of a region and method that are the truth's own
     for name in tqdm(shapes, desc="scoring", unit="video", leave=False, disable=None):
         views = [({CROPS: crop} if crop else {}) | {FULL: (slice(None), slice(None))} for crop in crops[name]]
         flow = None if "E*warp" in absent else flows[name]
@@ -277,6 +278,7 @@ def main(args) -> None:
         values, clips = score(paths, views, flow, distances, network, args.device)
         for (region, method), row in values.items():
             scores[region][method][name] = {metric: mean(v) for metric, v in row.items()}
+            equal[region, method] += row["PSNR"].count(math.inf)
             if region == FULL and name in speeds.get(method, {}):
                 scores[region][method][name]["frames/s"] = speeds[method][name]
         for key, found in clips.items():
@@ -289,6 +291,8 @@ def main(args) -> None:
                "LPIPS": args.lpips, "E*warp": f"×10³, along the truth's flow: {args.flow or 'OpenCV DIS'}",
                "vFID": str(args.vfid)}
     remarks |= {metric: f"absent: {why}" for metric, why in absent.items()} | add_vfid(means, features)
+    remarks |= {f"PSNR, {region}, {method}": f"inf in {n} frames, which equal the truth"
+                for (region, method), n in equal.items() if n}
     text = markdown(means) + "".join(f"* {what}: {remark}\n" for what, remark in remarks.items())
     print(text, end="")
     if args.out:

@@ -199,6 +199,7 @@ def test_files_and_folders_and_clips_are_compared_with_each_other_and_an_equal_v
     found = json.loads((tmp_path / "out" / "scores.json").read_text(), parse_constant=lambda constant: 1 / 0)
     row = found["mean"][evaluate.FULL]["png"]
     assert status == 0 and row["PSNR"] == "inf" and abs(row["SSIM"] - 1) < 1e-6 and row["LPIPS"] is None
+    assert f"* PSNR, full frame, png: inf in {len(NAMES) * T} frames, which equal the truth" in out
     assert "**" not in out, "one method has no rival to be better than"
     assert list(found["mean"]) == [evaluate.FULL], "without boxes there are no crops"
 
