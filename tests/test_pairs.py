@@ -73,6 +73,8 @@ def test_a_crop_of_the_real_video_has_its_proportions_a_random_scale_and_a_rando
     least, found = max(h / H, w / W), torch.tensor(scales)
     message = f"scales {sorted(scales)}, wanted from {least:.2f} to .8"
     assert least - 0.02 < found.min() < least + 0.05 and 0.72 < found.max() < 0.83, message
+    middle, wanted = found.log().mean().exp().item(), (least * 0.8) ** 0.5
+    assert abs(middle / wanted - 1) < 0.05, f"geometric mean of the scales {middle:.3f}, wanted {wanted:.3f}"
     for side in torch.tensor(places).T:
         assert side.min() < 0.15 and 0.85 < side.max() < 1.05, f"where pieces begin, of where they can: {side.tolist()}"
     assert starts == {0, 1, 2}, f"of the first 5 frames pieces of 3 begin at {starts}"
