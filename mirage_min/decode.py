@@ -43,7 +43,8 @@ class File:
         # In these each packet promises a frame at its time: one that never comes was broken, even if the decoder does
         # not say so (HEVC's does not). In others (where fields may come apart, say) only what the decoder says counts.
         promising = name.startswith(("mov,", "matroska"))
-        timed = name != "avi"  # which has no times of its own: the numbers are in order of decoding
+        # AVI counts the frames, left-out ones too, in the order of decoding: which need not be that of showing.
+        timed = name != "avi" or not self.stream.codec_context.codec.reorder
         origin = round(clock_start(self.container) / self.time_base)
 
         def shown_at(pts: int | None) -> int | None:

@@ -183,6 +183,13 @@ def test_times_that_are_not_stored_rise_evenly(tmp_path):
         assert [t for t, _ in read(source)[1]] == [Fraction(t, rate) for t in range(12)], name
 
 
+@pytest.mark.parametrize("codec, pix_fmt", [("mjpeg", "yuvj420p"), ("ffv1", "yuv420p")])
+def test_an_avi_that_leaves_frames_out_keeps_the_times_of_the_others(tmp_path, codec, pix_fmt):
+    pts = [0, 1, 2, 5, 6, 9]  # as cameras do that cannot keep up: a chunk of no bytes in place of a frame
+    source = encode(tmp_path / "in.avi", pictures(6), codec, pix_fmt, pts=pts)
+    assert [t for t, _ in read(copy(source, tmp_path / "out.mp4"))[1]] == [Fraction(t, RATE) for t in pts]
+
+
 @pytest.mark.parametrize("codec, tolerance", [("aac", 1e-3), ("mp2", 0.03)])  # encoded as AAC: which starts 21 ms early
 def test_a_broadcast_stream_starts_at_zero_and_in_time_with_its_sound(tmp_path, codec, tolerance):
     source = encode(tmp_path / "in.ts", pictures(20), sound=codec, start=1000)
