@@ -1,10 +1,13 @@
-"""Videos for the tests, made on the spot: whatever a camera, an editor or a bad disk may do to one."""
+"""Videos for the tests, made on the spot: whatever a camera, an editor or a bad disk may do to one; and their reading."""
 
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
+import torch
+
+from mirage_min.video import Video, writing
 
 RATE = 10  # frames a second
 # Not smaller than 64 x 64, where the x265 of PyAV's wheels writes beyond its memory.
@@ -101,3 +104,31 @@ def yuv_frame(colour: tuple[int, int, int], matrix: tuple[float, float], full: b
     for plane, level in zip(frame.planes, levels, strict=True):
         plane.update(bytes([min(255, round(level))]) * plane.buffer_size)
     return frame
+
+
+def bytes_of(x):
+    """[3, T, H, W] in [-1, 1] -> float [T, H, W, 3], 0 to 255."""
+    return ((x + 1) * 127.5).permute(1, 2, 3, 0).double().round(decimals=3).numpy()
+
+
+def read(path, **settings):
+    """A video -> its frames [T, H, W, 3], 0 to 255, their times and durations in seconds, and the closed Video."""
+    with Video(path, **settings) as video:
+        frames = bytes_of(torch.stack(list(video), dim=1))
+        times = [(pts * video.format.time_base, duration * video.format.time_base) for pts, duration in video.times]
+    return frames, times, video
+
+
+def copy(source, target, sound=True, **settings):
+    """Read one file and write another, frame by frame."""
+    with Video(source) as video, writing(target, video.format, sound=source if sound else None, **settings) as out:
+        for frame in video:
+            out.write(frame, *video.times.popleft())
+    return target
+
+
+def assert_close(frames, wanted, tolerance):
+    wanted = np.stack(wanted).astype(float)
+    assert frames.shape == wanted.shape
+    difference = np.abs(frames - wanted).max()
+    assert difference <= tolerance, f"largest difference {difference:.2f} of 255, tolerance {tolerance}"
