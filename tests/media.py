@@ -1,4 +1,4 @@
-"""Videos for the tests, made on the spot: whatever a camera, an editor or a bad disk may do to one; and their reading."""
+"""Videos for the tests, made on the spot: whatever a camera, an editor or a bad disk may do to one."""
 
 from fractions import Fraction
 from pathlib import Path
