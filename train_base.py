@@ -133,13 +133,15 @@ class Latents:
 
     def __init__(self, pairs: Pairs, vae: CogVideoXVAE, recipe: Recipe, file: Path):
         if not file.exists():
-            z = []
+            z = None  # one tensor from the first clip on: many small ones, kept between large ones, hold the heap open
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
                 for i in tqdm(range(len(pairs)), desc="encoding", unit="clip"):
                     x = torch.stack(pairs.read(i, lambda n: 0))                          # [NI and GT, 3, T, H, W]
-                    z += [vae.encode(x).half(), vae.encode(x.flip(-1)).half()]           # [2, 16, F, h, w]
+                    both = torch.stack([vae.encode(x), vae.encode(x.flip(-1))]).half()   # [2, 2, 16, F, h, w]
+                    z = both.new_empty(2 * len(pairs), *both.shape[1:]) if z is None else z
+                    z[2 * i : 2 * i + 2] = both
             file.parent.mkdir(parents=True, exist_ok=True)
-            run.weights.save_tensors(file, {"z": torch.stack(z)})
+            run.weights.save_tensors(file, {"z": z})
         self.z = run.weights.load_tensors(file)[0]["z"]                                  # [2 N, 2, 16, F, h, w]
 
     def batch(self, draws, real):
@@ -181,12 +183,13 @@ def main(args, recipe: Recipe) -> None:
             group["lr"] = recipe.lr * run.schedule(step, recipe.warmup, recipe.steps, cosine=True)
         optimizer.zero_grad()
         sum(terms.values()).backward()
+        terms = {name: value.detach() for name, value in terms.items()}
         norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
         run.check_finite(step, terms, norm, batch[2] if pixels else [])
         optimizer.step()
 
         if step % 20 == 0:
-            bar.set_postfix(log(step, {k: v.detach() for k, v in terms.items()}))
+            bar.set_postfix(log(step, terms))
         if (step + 1) % recipe.every == 0 or step + 1 == recipe.steps:
             run.save(folder, step + 1, params, optimizer, recipe)
     if args.stage == "prior":

@@ -62,10 +62,14 @@ def toy_figures(mirage: Mirage, clip: Clip, lpips: Lpips | None) -> tuple[dict[s
     return out, x_dr
 
 
-def real_figures(mirage: Mirage, path: Path, size: tuple[int, int], first: int, last: int) -> dict[str, float]:
-    """PSNR to the input and the shift of each channel's mean (of 255), over frames first..last."""
+def real_clip(path: Path, size: tuple[int, int], first: int, last: int) -> torch.Tensor:
+    """Frames first..last of a video, made smaller: [3, T, H, W] in [-1, 1]."""
     x = read_clip(path)[:, first : last + 1]
-    x = F.interpolate(x.transpose(0, 1), size=size, mode="bilinear", antialias=True).transpose(0, 1).clamp(-1, 1)
+    return F.interpolate(x.transpose(0, 1), size=size, mode="bilinear", antialias=True).transpose(0, 1).clamp(-1, 1)
+
+
+def real_figures(mirage: Mirage, x: torch.Tensor) -> dict[str, float]:
+    """PSNR to the input x [3, T, H, W] and the shift of each channel's mean (of 255)."""
     start = time.time()
     y = torch.stack(list(mirage.stream(iter(x.unbind(1)))), dim=1)
     shift = ((y - x).mean(dim=(1, 2, 3)) * 127.5).tolist()
@@ -74,6 +78,20 @@ def real_figures(mirage: Mirage, path: Path, size: tuple[int, int], first: int, 
             "difference_in": ((x[:, 1:] - x[:, :-1]).abs().mean() * 127.5).item(),
             "difference_out": ((y[:, 1:] - y[:, :-1]).abs().mean() * 127.5).item(),
             "frames_per_second": x.shape[1] / (time.time() - start)}
+
+
+def blank_figures(mirage: Mirage, x: torch.Tensor) -> dict[str, float]:
+    """The mean change, of 255, of x [3, T, H, W] in the dark, of black bars around it, and of frames of one colour."""
+    edge = x.shape[2] // 6
+    bars = torch.full_like(x, -1)
+    bars[:, :, edge:-edge] = x[:, :, edge:-edge]
+    inputs = {"dark": (x + 1) * 0.1 - 1, "bars": bars} | {
+        name: torch.full_like(x, level) for name, level in (("black", -1.0), ("grey", 0.0), ("white", 1.0))}
+    changes = {}
+    for name, v in inputs.items():
+        change = (torch.stack(list(mirage.stream(iter(v.unbind(1)))), dim=1) - v).abs() * 127.5
+        changes[name] = (change[:, :, :edge] if name == "bars" else change).mean().item()
+    return changes
 
 
 def main(args) -> None:
@@ -91,7 +109,8 @@ def main(args) -> None:
     card |= {"clips": args.clips, "crop_gain": card["crop_psnr_ours"] - card["crop_psnr_naive"],
              "warp_ours_over_truth": card["warp_ours"] / card["warp_truth"]}
     if args.real:
-        card["real"] = real_figures(mirage, args.real, (272, 480), 150, 220)
+        x = real_clip(args.real, (272, 480), 150, 220)
+        card["real"], card["blank"] = real_figures(mirage, x), blank_figures(mirage, x[:, :9])
     args.out.mkdir(exist_ok=True)
     (args.out / "model_card.json").write_text(json.dumps(card, indent=2) + "\n")
     sheet = torch.cat([torch.cat(pictures[i : i + 2], dim=2) for i in range(0, len(pictures) - 1, 2)], dim=1)
