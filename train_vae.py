@@ -48,7 +48,7 @@ class Recipe:
     checkpoint_decoder: bool = False
     real: float = 0.0       # share of clips from the real video
     real_frames: int = 0    # use only so many of its frames; 0: all
-    blank: float = 0.0      # DEVIATION: share of clips that fade to one colour or have bars of it (pairs.blanked)
+    fade: float = 0.0       # DEVIATION: share of clips that fade to one colour, for evenly lit or dark frames
     init: str = ""          # a stage_a.safetensors to go on from; "": new fusion blocks and a new LoRA
     bf16: bool = True
     seed: int = 1
@@ -116,7 +116,7 @@ def main(args, recipe: Recipe) -> None:
     log = watch.Log(args.run, recipe, start)
 
     def batch(step: int, clips: range):
-        x_ni, x_gt, names = data.batch([run.draws(recipe.seed, step, k) for k in clips], recipe.real, recipe.blank)
+        x_ni, x_gt, names = data.batch([run.draws(recipe.seed, step, k) for k in clips], recipe.real, recipe.fade)
         return mirage.pad(x_ni.to(args.device)), mirage.pad(x_gt.to(args.device)), names
 
     @torch.no_grad()

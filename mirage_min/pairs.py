@@ -44,14 +44,14 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.names)
 
-    def batch(self, draws: list[torch.Generator], real: float = 0.0, blank: float = 0.0
+    def batch(self, draws: list[torch.Generator], real: float = 0.0, fade: float = 0.0
               ) -> tuple[Tensor, Tensor, list[str]]:
         """A sample for each generator: x_ni, x_gt [n, 3, frames, h, w] in [-1, 1], names; a share of `real` ones, and a
-        share of all that go `blank`."""
-        x_ni, x_gt, names = zip(*(self._sample(generator, real, blank) for generator in draws))
+        share of all that `fade`."""
+        x_ni, x_gt, names = zip(*(self._sample(generator, real, fade) for generator in draws))
         return torch.stack(x_ni), torch.stack(x_gt), list(names)
 
-    def _sample(self, draws: torch.Generator, real: float, blank: float) -> tuple[Tensor, Tensor, str]:
+    def _sample(self, draws: torch.Generator, real: float, fade: float) -> tuple[Tensor, Tensor, str]:
         def integer(high: int) -> int:
             return int(torch.randint(high, (), generator=draws))
 
@@ -69,7 +69,7 @@ class Pairs:
             else:
                 raise ValueError(f"{self.folder}: a hundred pairs in a row cannot be read")
         x, y = (x.flip(-1), y.flip(-1)) if integer(2) else (x, y)
-        return (*blanked((x, y), draws), name) if blank and torch.rand((), generator=draws) < blank else (x, y, name)
+        return (*faded((x, y), draws), name) if fade and torch.rand((), generator=draws) < fade else (x, y, name)
 
     def read(self, i: int, integer) -> tuple[Tensor, Tensor]:
         """One pair, each [3, frames, h, w] in [-1, 1]; `integer(n)` draws where to cut. A broken clip: ValueError."""
@@ -158,22 +158,16 @@ class Pairs:
         return F.interpolate(crop, size=(h, w), mode="bilinear", antialias=True).transpose(0, 1)
 
 
-def blanked(clips: tuple[Tensor, Tensor], draws: torch.Generator) -> list[Tensor]:
-    """Clips [3, T, h, w] in [-1, 1] on their way to or from one colour, often black or white, or with bars of it.
+def faded(clips: tuple[Tensor, Tensor], draws: torch.Generator) -> list[Tensor]:
+    """Clips [3, T, h, w] in [-1, 1] on their way to or from one colour, often black or white, some all the way.
 
-    As in titles, tunnels, fog and night, and in letterboxes. Where all is even, norms leave a decoder little to tell a
-    black frame from a grey one by, and without such clips it does not learn to.
+    As in titles, tunnels, fog and night. Where all is even, norms over a frame leave a decoder little to tell a black
+    one from a grey one by, and without such clips it does not learn to.
     """
-    T, h, w = clips[0].shape[1:]
     colour = 3 * torch.rand((), generator=draws) - 1.5 + 0.3 * torch.randn(3, generator=draws)
-    if torch.rand((), generator=draws) < 0.6:
-        ends = (1.5 * torch.rand(2, generator=draws)).clamp(max=1).tolist()
-        share = torch.linspace(*ends, T)[:, None, None]                                      # of the colour, [T, 1, 1]
-    else:
-        top, bottom, left, right = (0.6 * torch.rand(4, generator=draws) - 0.3).clamp(min=0).tolist()
-        share = torch.ones(1, h, w)
-        share[:, round(top * h) : h - round(bottom * h), round(left * w) : w - round(right * w)] = 0
-    return [torch.lerp(x, colour.clamp(-1, 1)[:, None, None, None], share) for x in clips]
+    ends = (1.5 * torch.rand(2, generator=draws)).clamp(max=1).tolist()
+    w = torch.linspace(*ends, clips[0].shape[1])[:, None, None]
+    return [torch.lerp(x, colour.clamp(-1, 1)[:, None, None, None], w) for x in clips]
 
 
 if __name__ == "__main__":

@@ -137,13 +137,13 @@ def test_stage_a_goes_on_from_another_with_the_scales_that_it_was_trained_at(wor
 
 
 @pytest.mark.parametrize("train", [stage_a, stage_h])
-def test_both_stages_see_clips_that_go_blank_where_they_are_asked_to(work, trained, tmp_path, monkeypatch, train):
+def test_both_stages_see_clips_that_fade_where_they_are_asked_to(work, trained, tmp_path, monkeypatch, train):
     seen = []
-    monkeypatch.setattr(pairs, "blanked", lambda clips, draws: seen.append(len(clips)) or clips)
+    monkeypatch.setattr(pairs, "faded", lambda clips, draws: seen.append(len(clips)) or clips)
     source = {} if train is stage_a else {"mirage": trained}
     train(work, tmp_path / "0", steps=0, **source)
     assert not seen
-    train(work, tmp_path / "1", steps=2, blank=1.0, **source)
+    train(work, tmp_path / "1", steps=2, fade=1.0, **source)
     assert seen == [2] * 3, "the clip of the pictures and those of two steps"
 
 
