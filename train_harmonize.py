@@ -60,7 +60,6 @@ class Recipe:
     shard: bool = False     # the frozen transformer's weights divided among the processes (FSDP2)
     real: float = 0.0       # share of clips from the real video
     real_frames: int = 0    # use only so many of its frames; 0: all
-    fade: float = 0.0       # DEVIATION: share of clips that fade to one colour, for evenly lit or dark frames
     bf16: bool = True
     seed: int = 2
     every: int = 200        # steps between checkpoints, pictures and validations
@@ -137,7 +136,7 @@ def main(args, recipe: Recipe) -> None:
     log = watch.Log(args.run, recipe, start)
 
     def batch(step: int, clips: range):
-        x_ni, x_gt, names = data.batch([run.draws(recipe.seed, step, k) for k in clips], recipe.real, recipe.fade)
+        x_ni, x_gt, names = data.batch([run.draws(recipe.seed, step, k) for k in clips], recipe.real)
         return mirage.pad(x_ni.to(args.device)), mirage.pad(x_gt.to(args.device)), names
 
     @torch.no_grad()

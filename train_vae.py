@@ -48,8 +48,6 @@ class Recipe:
     checkpoint_decoder: bool = False
     real: float = 0.0       # share of clips from the real video
     real_frames: int = 0    # use only so many of its frames; 0: all
-    fade: float = 0.0       # DEVIATION: share of clips that fade to one colour, for evenly lit or dark frames
-    init: str = ""          # a stage_a.safetensors to go on from; "": new fusion blocks and a new LoRA
     bf16: bool = True
     seed: int = 1
     every: int = 200        # steps between checkpoints, pictures and validations
@@ -95,17 +93,14 @@ def main(args, recipe: Recipe) -> None:
         run.say("left out:", pair)
     prompt, about_prompt = weights.load_tensors(args.prompt) if args.prompt else ({}, {"text": "none: zeros"})
     mirage = Mirage.from_base(args.base, args.vae2d, prompt.get("text"))
-    if recipe.init:
-        mirage.load_stage(*weights.load_tensors(Path(recipe.init)))
-    else:
-        mirage.add_lora(RECONSTRUCTION, recipe.rank, recipe.alpha)
+    mirage.add_lora(RECONSTRUCTION, recipe.rank, recipe.alpha)
     mirage.dit = None  # takes no part: its memory is better used
     models = nn.ModuleList([mirage, Lpips(Features(recipe.lpips, args.perceptual))])
 
     # what is trained
     params = {f"fusion.{n}": p.requires_grad_() for n, p in mirage.vae.fusion.named_parameters()}
-    params |= {f"{RECONSTRUCTION}.{n}.{m}": p.requires_grad_()
-               for n, _, a in lora.adapters(mirage.vae.decoder, RECONSTRUCTION) for m, p in a.named_parameters()}
+    params |= {f"{RECONSTRUCTION}.{n}.{m}": p for n, _, a in lora.adapters(mirage.vae.decoder, RECONSTRUCTION)
+               for m, p in a.named_parameters()}
     run.say(f"stage A: {recipe}\ntrained: {run.count(params)}")
     run.say(memory.plan(models, gradients, recipe, run.world(), args.device))
     models.to(args.device)
@@ -116,7 +111,7 @@ def main(args, recipe: Recipe) -> None:
     log = watch.Log(args.run, recipe, start)
 
     def batch(step: int, clips: range):
-        x_ni, x_gt, names = data.batch([run.draws(recipe.seed, step, k) for k in clips], recipe.real, recipe.fade)
+        x_ni, x_gt, names = data.batch([run.draws(recipe.seed, step, k) for k in clips], recipe.real)
         return mirage.pad(x_ni.to(args.device)), mirage.pad(x_gt.to(args.device)), names
 
     @torch.no_grad()
@@ -127,8 +122,7 @@ def main(args, recipe: Recipe) -> None:
         return mirage.vae.decode(mirage.vae.encode(x_gt), mirage.mids(x_ni))[:, :, :T, :H, :W]
 
     x_ni, x_gt, _ = shown = batch(0, range(1))
-    if start == 0 and not recipe.init:
-        # the two streams' scales: measured once, on the untrained decoder, and kept with the fusion blocks
+    if start == 0:  # the two streams' scales: measured once, on the untrained decoder, and kept with the fusion blocks
         with torch.no_grad(), torch.autocast(x_gt.device.type, torch.bfloat16, enabled=recipe.bf16):
             scales = injection.measure_scales(mirage.vae, mirage.vae.encode(x_gt), mirage.mids(x_ni))
         run.say("std of (decoder stream, 2D features), finest first:", scales)

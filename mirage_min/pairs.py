@@ -44,14 +44,12 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.names)
 
-    def batch(self, draws: list[torch.Generator], real: float = 0.0, fade: float = 0.0
-              ) -> tuple[Tensor, Tensor, list[str]]:
-        """A sample for each generator: x_ni, x_gt [n, 3, frames, h, w] in [-1, 1], names; a share of `real` ones, and a
-        share of all that `fade`."""
-        x_ni, x_gt, names = zip(*(self._sample(generator, real, fade) for generator in draws))
+    def batch(self, draws: list[torch.Generator], real: float = 0.0) -> tuple[Tensor, Tensor, list[str]]:
+        """A sample for each generator: x_ni, x_gt [n, 3, frames, h, w] in [-1, 1], names; a share of `real` ones."""
+        x_ni, x_gt, names = zip(*(self._sample(generator, real) for generator in draws))
         return torch.stack(x_ni), torch.stack(x_gt), list(names)
 
-    def _sample(self, draws: torch.Generator, real: float, fade: float) -> tuple[Tensor, Tensor, str]:
+    def _sample(self, draws: torch.Generator, real: float) -> tuple[Tensor, Tensor, str]:
         def integer(high: int) -> int:
             return int(torch.randint(high, (), generator=draws))
 
@@ -68,8 +66,7 @@ class Pairs:
                     warnings.warn(f"left out, another is drawn: {error}")
             else:
                 raise ValueError(f"{self.folder}: a hundred pairs in a row cannot be read")
-        x, y = (x.flip(-1), y.flip(-1)) if integer(2) else (x, y)
-        return (*faded((x, y), draws), name) if fade and torch.rand((), generator=draws) < fade else (x, y, name)
+        return (x.flip(-1), y.flip(-1), name) if integer(2) else (x, y, name)
 
     def read(self, i: int, integer) -> tuple[Tensor, Tensor]:
         """One pair, each [3, frames, h, w] in [-1, 1]; `integer(n)` draws where to cut. A broken clip: ValueError."""
@@ -156,18 +153,6 @@ class Pairs:
         t, y, x = (int(torch.randint(n, (), generator=draws)) for n in (T - self.frames + 1, H - ch + 1, W - cw + 1))
         crop = from_bytes(self.real[:, t : t + self.frames, y : y + ch, x : x + cw]).transpose(0, 1)
         return F.interpolate(crop, size=(h, w), mode="bilinear", antialias=True).transpose(0, 1)
-
-
-def faded(clips: tuple[Tensor, Tensor], draws: torch.Generator) -> list[Tensor]:
-    """Clips [3, T, h, w] in [-1, 1] on their way to or from one colour, often black or white, some all the way.
-
-    As in titles, tunnels, fog and night. Where all is even, norms over a frame leave a decoder little to tell a black
-    one from a grey one by, and without such clips it does not learn to.
-    """
-    colour = 3 * torch.rand((), generator=draws) - 1.5 + 0.3 * torch.randn(3, generator=draws)
-    ends = (1.5 * torch.rand(2, generator=draws)).clamp(max=1).tolist()
-    w = torch.linspace(*ends, clips[0].shape[1])[:, None, None]
-    return [torch.lerp(x, colour.clamp(-1, 1)[:, None, None, None], w) for x in clips]
 
 
 if __name__ == "__main__":

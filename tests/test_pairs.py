@@ -80,41 +80,6 @@ def test_a_crop_of_the_real_video_has_its_proportions_a_random_scale_and_a_rando
     assert starts == {0, 1, 2}, f"of the first 5 frames pieces of 3 begin at {starts}"
 
 
-def test_a_pair_that_fades_is_mixed_with_one_colour_alike_and_some_reach_it(tmp_path):
-    save(tmp_path / "a.safetensors", H=8, W=8)
-    pairs, ends, levels = Pairs(tmp_path, 5), [], []
-    for step in range(80):
-        plain, other = (pairs.batch([run.draws(0, step)], fade=fade) for fade in (0.0, 1.0))
-        # other = (1 - w_t) plain + w_t colour, for both videos: a line through values, the same at all places
-        mixed = torch.zeros(3, 5, 2, dtype=torch.float64)
-        for c in range(3):
-            for t in range(5):
-                a, b = (torch.stack([v[0][0, c, t], v[1][0, c, t]]).flatten().double() for v in (plain, other))
-                slope = ((a - a.mean()) * (b - b.mean())).sum() / (a - a.mean()).square().sum()
-                mixed[c, t] = torch.stack([slope, b.mean() - slope * a.mean()])
-                off = (slope * a + mixed[c, t, 1] - b).abs().max().item()
-                assert off < 1e-6, f"frame {t} is {off:.1e} from a mixture"
-        w, shift = 1 - mixed[:, :, 0].mean(0), mixed[:, :, 1]
-        assert (1 - mixed[:, :, 0] - w).abs().max() < 1e-6 and w.diff().diff().abs().max() < 1e-6, "evenly in time"
-        assert -1e-6 < w.min() and w.max() < 1 + 1e-6
-        colour = shift[:, w.argmax()] / w.max()
-        assert (shift - colour[:, None] * w).abs().max() < 1e-6 and colour.abs().max() < 1 + 1e-6, "one colour"
-        ends += [w[0].item(), w[-1].item()]
-        levels.append(colour.mean().item())
-    assert 0.2 < sum(e > 1 - 1e-6 for e in ends) / len(ends) < 0.45, "a third of the ends are all colour"
-    assert min(ends) < 0.1 and min(levels) < -0.95 and max(levels) > 0.95 and sum(abs(v) < 0.5 for v in levels) > 10
-
-
-def test_a_share_of_samples_fades_and_the_others_stay_what_they_were(tmp_path):
-    save(tmp_path / "a.safetensors")
-    pairs, count = Pairs(tmp_path, 9), 0
-    for step in range(100):
-        plain, some = pairs.batch(draws(step, 1)), pairs.batch(draws(step, 1), fade=0.3)
-        count += not torch.equal(plain[0], some[0])
-        assert torch.equal(plain[0], some[0]) == torch.equal(plain[1], some[1])
-    assert 15 <= count <= 45, f"{count} of 100 at a share of .3"
-
-
 def test_what_is_broken_mismatched_or_too_small_is_named_and_left_out(tmp_path):
     save(tmp_path / "good.safetensors", boxes=torch.zeros(12, 4), mask=torch.zeros(12, 20, 28))
     save(tmp_path / "short.safetensors", T=8)

@@ -17,7 +17,7 @@ from PIL import Image
 
 import train_harmonize
 import train_vae
-from mirage_min import lora, memory, pairs, perceptual, run, watch, weights
+from mirage_min import lora, memory, perceptual, run, watch, weights
 from mirage_min.mirage import HARMONISATION, RECONSTRUCTION, TRANSFORMER, Mirage
 from mirage_min.pairs import Pairs
 from tests import small
@@ -119,32 +119,6 @@ def test_a_trained_folder_harmonises_a_clip(trained):
         assert list(lora.adapters(mirage.adapters(name), name)), f"no {name} adapter"
     frames = list(mirage.stream(iter(torch.zeros(3, 3, 40, 40))))
     assert len(frames) == 3 and frames[0].shape == (3, 40, 40)
-
-
-def test_stage_a_goes_on_from_another_with_the_scales_that_it_was_trained_at(work, trained, tmp_path):
-    init = str(trained / "stage_a.safetensors")
-    begun, _ = weights.load_tensors(trained / "stage_a.safetensors")
-    same, _ = weights.load_tensors(stage_a(work, tmp_path / "0", steps=0, rank=5, init=init) / "stage_a.safetensors")
-    assert begun.keys() == same.keys() and all(torch.equal(begun[k], same[k]) for k in begun)
-    on, _ = weights.load_tensors(stage_a(work, tmp_path / "1", steps=1, lr=1e-4, seed=9, init=init)
-                                 / "stage_a.safetensors")
-    moved = {k: (on[k] - begun[k]).abs().max().item() for k in begun}
-    scales = {k for k in begun if k.endswith((".s_h", ".s_f"))}
-    assert len(scales) == 4 and all(moved[k] == 0 for k in scales)
-    assert all(0 < moved[k] <= 1.1e-4 for k in moved.keys() - scales), "one AdamW step of 1e-4 moves by that at most"
-    with pytest.raises(ValueError, match="gone.safetensors"):
-        stage_a(work, tmp_path / "2", init=str(tmp_path / "gone.safetensors"))
-
-
-@pytest.mark.parametrize("train", [stage_a, stage_h])
-def test_both_stages_see_clips_that_fade_where_they_are_asked_to(work, trained, tmp_path, monkeypatch, train):
-    seen = []
-    monkeypatch.setattr(pairs, "faded", lambda clips, draws: seen.append(len(clips)) or clips)
-    source = {} if train is stage_a else {"mirage": trained}
-    train(work, tmp_path / "0", steps=0, **source)
-    assert not seen
-    train(work, tmp_path / "1", steps=2, fade=1.0, **source)
-    assert seen == [2] * 3, "the clip of the pictures and those of two steps"
 
 
 def test_fine_tuning_by_chopgrad_goes_on_from_stage_h_and_its_folder_is_whole(work, trained, tmp_path):
