@@ -4,6 +4,7 @@
     L_vae = L_mse(x_RO, x_GT) + λ1 · L_lpips(x_RO, x_GT)                                           (Mirage Eq. 3)
 
 Trained: the fusion blocks and Reconstruction-LoRA. Frozen: everything else. The transformer takes no part.
+With `--set init=FILE` a stage A that is there already is trained on.
 
     python train_vae.py --base weights/base --vae2d weights/vae_2d --data data/toy --perceptual DIR
     torchrun --nproc-per-node=8 train_vae.py --recipe mirage --base ... --vae2d ... --data ... --perceptual DIR
@@ -48,6 +49,7 @@ class Recipe:
     checkpoint_decoder: bool = False
     real: float = 0.0       # share of clips from the real video
     real_frames: int = 0    # use only so many of its frames; 0: all
+    init: str = ""          # a stage_a.safetensors to go on from; "": new fusion blocks and a new LoRA
     bf16: bool = True
     seed: int = 1
     every: int = 200        # steps between checkpoints, pictures and validations
@@ -93,14 +95,17 @@ def main(args, recipe: Recipe) -> None:
         run.say("left out:", pair)
     prompt, about_prompt = weights.load_tensors(args.prompt) if args.prompt else ({}, {"text": "none: zeros"})
     mirage = Mirage.from_base(args.base, args.vae2d, prompt.get("text"))
-    mirage.add_lora(RECONSTRUCTION, recipe.rank, recipe.alpha)
+    if recipe.init:
+        mirage.load_stage(*weights.load_tensors(Path(recipe.init)))
+    else:
+        mirage.add_lora(RECONSTRUCTION, recipe.rank, recipe.alpha)
     mirage.dit = None  # takes no part: its memory is better used
     models = nn.ModuleList([mirage, Lpips(Features(recipe.lpips, args.perceptual))])
 
     # what is trained
     params = {f"fusion.{n}": p.requires_grad_() for n, p in mirage.vae.fusion.named_parameters()}
-    params |= {f"{RECONSTRUCTION}.{n}.{m}": p for n, _, a in lora.adapters(mirage.vae.decoder, RECONSTRUCTION)
-               for m, p in a.named_parameters()}
+    params |= {f"{RECONSTRUCTION}.{n}.{m}": p.requires_grad_()
+               for n, _, a in lora.adapters(mirage.vae.decoder, RECONSTRUCTION) for m, p in a.named_parameters()}
     run.say(f"stage A: {recipe}\ntrained: {run.count(params)}")
     run.say(memory.plan(models, gradients, recipe, run.world(), args.device))
     models.to(args.device)
@@ -122,7 +127,8 @@ def main(args, recipe: Recipe) -> None:
         return mirage.vae.decode(mirage.vae.encode(x_gt), mirage.mids(x_ni))[:, :, :T, :H, :W]
 
     x_ni, x_gt, _ = shown = batch(0, range(1))
-    if start == 0:  # the two streams' scales: measured once, on the untrained decoder, and kept with the fusion blocks
+    if start == 0 and not recipe.init:
+        # the two streams' scales: measured once, on the untrained decoder, and kept with the fusion blocks
         with torch.no_grad(), torch.autocast(x_gt.device.type, torch.bfloat16, enabled=recipe.bf16):
             scales = injection.measure_scales(mirage.vae, mirage.vae.encode(x_gt), mirage.mids(x_ni))
         run.say("std of (decoder stream, 2D features), finest first:", scales)

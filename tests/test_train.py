@@ -121,6 +121,21 @@ def test_a_trained_folder_harmonises_a_clip(trained):
     assert len(frames) == 3 and frames[0].shape == (3, 40, 40)
 
 
+def test_stage_a_goes_on_from_another_with_the_scales_that_it_was_trained_at(work, trained, tmp_path):
+    init = str(trained / "stage_a.safetensors")
+    begun, _ = weights.load_tensors(trained / "stage_a.safetensors")
+    same, _ = weights.load_tensors(stage_a(work, tmp_path / "0", steps=0, rank=5, init=init) / "stage_a.safetensors")
+    assert begun.keys() == same.keys() and all(torch.equal(begun[k], same[k]) for k in begun)
+    on, _ = weights.load_tensors(stage_a(work, tmp_path / "1", steps=1, lr=1e-4, seed=9, init=init)
+                                 / "stage_a.safetensors")
+    moved = {k: (on[k] - begun[k]).abs().max().item() for k in begun}
+    scales = {k for k in begun if k.endswith((".s_h", ".s_f"))}
+    assert len(scales) == 4 and all(moved[k] == 0 for k in scales)
+    assert all(0 < moved[k] <= 1.1e-4 for k in moved.keys() - scales), "one AdamW step of 1e-4 moves by that at most"
+    with pytest.raises(ValueError, match="gone.safetensors"):
+        stage_a(work, tmp_path / "2", init=str(tmp_path / "gone.safetensors"))
+
+
 def test_fine_tuning_by_chopgrad_goes_on_from_stage_h_and_its_folder_is_whole(work, trained, tmp_path):
     begun, _ = weights.load_tensors(trained / "stage_h.safetensors")
     same = stage_h(work, tmp_path / "0", mirage=trained, steps=0, dit_rank=5)  # the ranks are those of the file
