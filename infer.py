@@ -1,18 +1,17 @@
 """Harmonise a video: a naive insertion in, the same scene with shadows and matched light out (Mirage §3.2, Figure 2).
 
     python infer.py in.mp4 out.mp4
-    python infer.py frames/ out/ --set fps=10
+    python infer.py frames/ out.mp4 --set fps=10
 
 Reads whatever PyAV decodes, or a folder of images; writes an mp4, or a folder of PNGs if the output does not end in
 .mp4. Size, number, order and times of the frames stay, and the sound. The video streams through the model, so a long
 one takes time but no more memory; the output appears when it is complete, or never.
 
-Exit status: 0 done; 2 the input, the model or a flag is wrong, and one line says how; 130 or 143 stopped by a signal.
+Exit status: 0 done; 2 the input, the model or a flag is wrong, and one line says how; 128 and its number: a signal.
 """
 
 import argparse
 import ctypes
-import mimetypes
 import os
 import re
 import signal
@@ -35,7 +34,7 @@ from mirage_min import run
 from mirage_min.mirage import Mirage
 from mirage_min.video import Video, is_mp4, writing
 
-STOPPING = (signal.SIGINT, signal.SIGTERM)
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -122,14 +121,23 @@ def check_paths(source: Path, target: Path, overwrite: bool) -> None:
         raise ValueError(f"{target}: there is no folder {target.parent}")
     if source.exists() and target.exists() and target.samefile(source):
         raise ValueError(f"{target}: is the input, which is not overwritten")
-    kind = mimetypes.guess_type(target.name)[0] or ""
-    if kind.startswith(("video/", "image/")) and not (is_mp4(target) or target.is_dir()):
+    if target.resolve() in source.resolve().parents:
+        raise ValueError(f"{target}: holds the input, which would be lost with it")
+    if not is_mp4(target) and (target.is_file() or (is_media(target) and not target.is_dir())):
         raise ValueError(f"{target}: the output is NAME.mp4, or a folder for PNGs")
+    if target.is_dir() and target.is_mount():
+        raise ValueError(f"{target}: is a mount point, which cannot be replaced whole: name a folder inside it")
     names = sorted(os.listdir(target)) if target.is_dir() else [target.name] * target.exists()
     if names and not overwrite:
         raise ValueError(f"{target}: exists (--overwrite replaces it)")
     if target.is_dir() and (others := [name for name in names if not re.fullmatch(r"\d{6}\.png", name)]):
         raise ValueError(f"{target}: not replaced, for it holds more than numbered PNGs: {others[0]}")
+
+
+def is_media(path: Path) -> bool:
+    """Whether libav knows the ending of this name as that of a file that it can write."""
+    formats = (av.ContainerFormat(name) for name in av.formats_available)
+    return any(path.suffix[1:].lower() in f.extensions for f in formats if f.is_output)
 
 
 def choose_device(name: str) -> str:
@@ -176,7 +184,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--skip-broken", action="store_true",
                         help="where a frame does not decode, repeat the one before instead of giving up")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
-                        help="crf and preset of x264, fps of images, at_height, tiles, margin (see Settings)")
+                        help="crf=16 and preset=fast (x264), fps=25 (of images), at_height=0 (off), tiles=1, margin=8")
     return parser.parse_args(argv)
 
 
@@ -188,8 +196,11 @@ def cli(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, av.FFmpegError) as error:
         print("infer.py:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError as error:
-        print("infer.py: the GPU's memory does not suffice:", str(error).split(".")[0], file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in reason:
+            raise
+        print("infer.py: the memory does not suffice (--set tiles=2 takes less):", reason, file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         number = signal.Signals(*stop.args or (signal.SIGINT,))
@@ -219,5 +230,6 @@ def interrupt(number: int, _) -> None:
 if __name__ == "__main__":
     steady_heap()
     for each in STOPPING:
-        signal.signal(each, interrupt)
+        if signal.getsignal(each) is not signal.SIG_IGN:  # nohup
+            signal.signal(each, interrupt)
     sys.exit(cli())

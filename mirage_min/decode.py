@@ -26,7 +26,7 @@ class File:
     """
 
     def __init__(self, path: Path):
-        self.container = open_file(path)
+        self.path, self.container = path, open_file(path)
         streams = [s for s in self.container.streams.video if not s.disposition & Disposition.attached_pic]
         if not streams or streams[0].codec_context is None:
             raise ValueError(f"{path}: holds no video" + " of a known codec" * bool(streams))
@@ -65,10 +65,13 @@ class File:
                         yield None, shown_at(pts)
                 begun = True
                 yield (None if frame.is_corrupt else frame), shown_at(frame.pts)
-        # A file that was cut off has fewer packets than its table (mov, mp4) lists.
-        lost = max(0, len(self.stream.index_entries) - count) if name.startswith("mov,") else 0
+        # A file that was cut off has fewer packets than its table (mov, mp4) lists, or bytes than it says (Matroska).
+        lost = max(0, len(self.stream.index_entries) - count) if name.startswith("mov,") else ends_early(self.path)
         yield from ((None, None if lost else shown_at(pts)) for pts, _ in sorted(due))
         yield from ((None, None) for _ in range(lost))
+
+    def name(self, number: int) -> str:
+        return f"frame {number} (counted from 0)"
 
     def close(self) -> None:
         self.container.close()
@@ -81,9 +84,10 @@ class Folder:
 
     def __init__(self, path: Path, fps: Fraction):
         def natural(file: Path) -> list:
-            return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name.lower())]
+            return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name.lower())]
 
-        self.files = sorted((file for file in path.iterdir() if file.suffix.lower() in IMAGES), key=natural)
+        images = (file for file in path.iterdir() if file.suffix.lower() in IMAGES and not file.name.startswith("."))
+        self.files = sorted(images, key=natural)
         self.count = len(self.files)
         self.rate, self.time_base = fps, 1 / fps
 
@@ -91,12 +95,17 @@ class Folder:
         for number, file in enumerate(self.files):
             try:
                 with open_file(file) as container:
+                    # or half a JPEG would be a whole frame, the rest of it grey
+                    container.streams.video[0].codec_context.options = {"err_detect": "explode"}
                     frame = next(container.decode(video=0), None)
             except (ValueError, IndexError, av.FFmpegError):  # cannot be opened, holds no image, does not decode
                 frame = None
             if frame is not None:
                 frame.duration = 1
             yield frame, number
+
+    def name(self, number: int) -> str:
+        return f"frame {number} ({self.files[number].name})"
 
     def close(self) -> None:
         pass
@@ -108,6 +117,21 @@ def open_file(path: Path) -> av.container.InputContainer:
         return av.open(f"file:{path}")  # without the prefix, what is before a colon in a name would be a protocol
     except av.FFmpegError as error:
         raise ValueError(f"{path}: cannot be read as video: {error.strerror}") from error
+
+
+def ends_early(path: Path) -> bool:
+    """Whether a Matroska file (or WebM) is shorter than its second element, the Segment, says; other files are not."""
+    with open(path, "rb") as file:
+        head, at = file.read(4096), 0
+        while head[:4] == b"\x1a\x45\xdf\xa3" and at + 12 < len(head):  # EBML: id, length, content
+            length = at + 9 - head[at].bit_length()  # leading zeros of the first byte tell how many bytes follow
+            content = length + 9 - head[length].bit_length()
+            bits = 7 * (content - length)
+            size = int.from_bytes(head[length:content], "big") & ((1 << bits) - 1)
+            if head[at:length] == b"\x18\x53\x80\x67":
+                return size != (1 << bits) - 1 and content + size > path.stat().st_size  # all ones: not known
+            at = content + size
+    return False
 
 
 def clock_start(container: av.container.InputContainer) -> Fraction:

@@ -14,8 +14,8 @@ latents. A folder of Mirage holds what the two stages trained, beside the base t
     python -m mirage_min.mirage [VIDEO [MODEL]]     # walks Figure 2 once: shapes, ranges, seconds
 """
 
+import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import product
@@ -111,7 +111,7 @@ class Mirage(nn.Module):
             return self.vae.decode_group(z, cache, inject=self.mids(x))
 
         ready: Tensor | None = None  # denoised latents that wait for the rest of their group
-        for z_dr in self._windows(encoded(), window or self.window):
+        for z_dr in self._windows(encoded(), self.window if window is None else window):
             ready = z_dr if ready is None else torch.cat([ready, z_dr], dim=2)
             while waiting and ready.shape[2] >= waiting[0][1]:
                 x_g, latents, count = waiting.pop(0)
@@ -237,11 +237,14 @@ class Mirage(nn.Module):
         a, a_about = weights.load_tensors(path / "stage_a.safetensors")
         stage_h = path / "stage_h.safetensors"
         h, h_about = weights.load_tensors(stage_h) if stage_h.exists() else ({}, {})
-        text = weights.load_tensors(path / "prompt.safetensors")[0]["text"]
+        text = weights.load_tensors(path / "prompt.safetensors")[0].get("text")
+        if text is None or not (base or "base" in a_about):
+            raise ValueError(f"{path}: prompt.safetensors has no `text`" if text is None else
+                             f"{path}: stage_a.safetensors does not say on what base it was trained (--base)")
         def beside(name: str | None) -> str | Path | None:  # bases that are shipped lie beside the adapters
             return path / name if name and (path / name).is_dir() else name
         settings = {k: int(h_about[k]) for k in ("t", "window") if k in h_about}
-        base, vae2d = base or beside(a_about["base"]), vae2d or beside(a_about.get("vae2d"))
+        base, vae2d = base or beside(a_about.get("base")), vae2d or beside(a_about.get("vae2d"))
         mirage = cls.from_base(base, vae2d, text, device, dtype, **settings)
         mirage.load_stage(a, a_about)
         if h:
@@ -315,8 +318,14 @@ if __name__ == "__main__":
     from .video import read_clip
 
     home = Path(__file__).parents[1]
-    source, model = (sys.argv[1:] + [home / "assets/naive_insertion.mp4", home / "weights"][len(sys.argv) - 1 :])[:2]
-    mirage, x_ni = Mirage.from_pretrained(model), read_clip(source)[None, :, :17]
+    parser = argparse.ArgumentParser(description="Figure 2, stage by stage, on the first 17 frames of a video.")
+    parser.add_argument("video", nargs="?", default=home / "assets/naive_insertion.mp4", help="default: the demo clip")
+    parser.add_argument("model", nargs="?", default=home / "weights", help="folder of a Mirage (default weights)")
+    args = parser.parse_args()
+    try:
+        mirage, x_ni = Mirage.from_pretrained(args.model), read_clip(args.video, 17)[None]
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     x_dr = explain(mirage, x_ni)
     streamed = torch.stack(list(mirage.stream(iter(x_ni[0].unbind(1)), window=5)), dim=1)
     print(f"the same as a stream, one window: largest difference {(streamed - x_dr[0].clamp(-1, 1)).abs().max():.1e}")

@@ -15,7 +15,9 @@ Bytes become numbers, and numbers bytes, here and nowhere else. What that takes:
     sound    every audio stream is copied, or encoded as AAC where players of mp4 would not know it.
     whole    a written file or folder appears under its name when it is complete, or never.
 
-Left out: subtitles, chapters, metadata, mirroring flags, more than 8 bits, tone mapping of HDR (its tags are kept).
+Left out: subtitles, chapters, metadata, mirroring and interlacing flags, more than 8 bits, tone mapping of HDR (its
+tags are kept), matrices beside BT.601, 709, 2020, FCC and SMPTE 240M (read as if the file named none).
+Not here: what is in a file (decode.py), and its sound (sound.py).
 
     python -m mirage_min.video                           # a clip written and read again
 """
@@ -29,6 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 
 import av
@@ -37,13 +40,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .decode import File, Folder, clock_start, decode_packet, open_file, packets
+from .decode import File, Folder
+from .sound import copy_sound
 
 BT709, UNKNOWN, FCC, BT470BG, BT601, SMPTE240M, BT2020 = 1, 2, 4, 5, 6, 7, 9  # matrices, as H.273 numbers them
 LIMITED, FULL = 1, 2                                                          # ranges, as libav numbers them
-MP4_SOUND = {"aac", "ac3", "alac", "eac3", "flac", "mp3", "mp3float", "opus"}
-AAC_RATES = {8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000}
-AAC_LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "4.0", 5: "5.0", 6: "5.1", 8: "7.1"}
 
 # swscale's flags bicubic, accurate_rnd and full_chroma_int; without the last two it is off by up to 3 of 255.
 EXACTLY = 0x4 | 0x40000 | 0x2000
@@ -158,7 +159,7 @@ class Video(AbstractContextManager):
             elif self.skip_broken:
                 self.broken.append(number)
             else:
-                raise ValueError(f"{self.path}: frame {number} (counted from 0) does not decode "
+                raise ValueError(f"{self.path}: {self.source.name(number)} does not decode "
                                  "(--skip-broken repeats the frame before it)")
             if pixels is None:
                 continue  # broken from the start: there is nothing to repeat
@@ -175,19 +176,19 @@ class Video(AbstractContextManager):
             aspect = self.source.aspect if (W, H) == (frame.width, frame.height) else 1 / self.source.aspect
             self.format = Format(W, H, self.source.rate, self.source.time_base, aspect,
                                  matrix_of(frame), frame.color_primaries, frame.color_trc)
-        wanted = self.format.width, self.format.height
-        if (W, H) != wanted:
-            raise ValueError(f"{self.path}: frame {number} is {W}x{H}, the first is {wanted[0]}x{wanted[1]}")
+        w, h = self.format.width, self.format.height
+        if (W, H) != (w, h):
+            raise ValueError(f"{self.path}: {self.source.name(number)} is {W}x{H}, the first is {w}x{h}")
 
     def __exit__(self, *error) -> None:
         self._pool.shutdown(cancel_futures=True)  # waits for the frame in progress: its file must stay open so long
         self.source.close()
 
 
-def read_clip(path: str | Path) -> Tensor:
-    """A whole video in memory: [3, T, H, W] in [-1, 1]."""
+def read_clip(path: str | Path, frames: int | None = None) -> Tensor:
+    """A whole video in memory, or its first `frames`: [3, T, H, W] in [-1, 1]."""
     with Video(path) as video:
-        return torch.stack(list(video), dim=1)
+        return torch.stack(list(islice(video, frames)), dim=1)
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -202,17 +203,19 @@ def writing(path: str | Path, format: Format, crf: int = 16, preset: str = "medi
     conversion to YUV) to 51, and `sound` the file whose sound is taken over. PNGs are lossless, and silent.
     """
     target = Path(path).resolve()
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    part, old = (target.with_name(f"{target.name}.{os.getpid()}.{end}") for end in ("part", "old"))
     try:
         with Mp4(part, format, crf, preset, sound) if is_mp4(target) else Pngs(part) as writer:
             yield writer
         if target.is_dir():
-            shutil.rmtree(target)
+            os.replace(target, old)
         os.replace(part, target)
     except av.FFmpegError as error:
         raise ValueError(f"{path}: cannot be written: {error.strerror}") from error
     finally:
         shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+        if old.is_dir():  # the folder that was there: it comes back if it could not be replaced
+            shutil.rmtree(old) if target.exists() else os.replace(old, target)
 
 
 def is_mp4(path: Path) -> bool:
@@ -230,8 +233,8 @@ def write_clip(path: str | Path, x: Tensor, fps: float | Fraction = 25, crf: int
 
 def rational(fps: float | Fraction) -> Fraction:
     """Frames a second as containers keep them: 29.97 -> 2997/100, 30000/1001 as it is."""
-    if not 0 < fps <= 1000:
-        raise ValueError(f"fps must be above 0 and at most 1000, got {fps}")
+    if not 1 / 1001 <= fps <= 1000:
+        raise ValueError(f"fps must be from 1/1001 to 1000, got {fps}")
     return Fraction(fps).limit_denominator(1001)
 
 
@@ -298,39 +301,6 @@ class Pngs(AbstractContextManager):
 
     def __exit__(self, *error) -> None:
         pass
-
-
-def copy_sound(path: Path, out: av.container.OutputContainer) -> Iterator[float]:
-    """Mux the sound of a file into `out`, packet by packet; yields up to which second it is written."""
-    with open_file(path) as container:
-        streams = [s for s in container.streams.audio if s.codec_context is not None and s.rate]
-        into = {s.index: sound_track(out, s) for s in streams}
-        latest = dict.fromkeys(into, -math.inf)
-        yield -math.inf
-        for packet in packets(container, streams):
-            stream, target, end = packet.stream, into[packet.stream.index], packet.dts is None
-            start = round(clock_start(container) / stream.time_base)
-            if not end and packet.dts <= latest[stream.index]:
-                continue  # a broadcast stream may go back in time, an mp4 not
-            latest[stream.index] = packet.dts
-            seconds = math.inf if end else float((packet.dts - start) * stream.time_base)
-            if stream.name not in MP4_SOUND:
-                for frame in decode_packet(packet)[0] + [None] * end:  # None: the encoder hands out what it still holds
-                    if start and frame is not None:
-                        frame.pts -= start
-                    out.mux(target.encode(frame))
-            elif not end:
-                packet.pts, packet.dts, packet.stream = packet.pts - start, packet.dts - start, target
-                out.mux(packet)
-            yield seconds
-
-
-def sound_track(out: av.container.OutputContainer, stream: av.AudioStream) -> av.AudioStream:
-    """A stream of `out` for the packets of `stream`, or for the AAC that is made of them."""
-    if stream.name in MP4_SOUND:
-        return out.add_stream_from_template(stream)
-    rate = stream.rate if stream.rate in AAC_RATES else 48000
-    return out.add_stream("aac", rate=rate, layout=AAC_LAYOUTS.get(stream.layout.nb_channels, "stereo"))
 
 
 if __name__ == "__main__":

@@ -168,7 +168,10 @@ def weight_files(cls, folder: Path) -> list[Path]:
     """The safetensors files of a folder: the shards that its index names, the file of the usual name, or the only."""
     if indices := sorted(folder.glob(INDEX)):
         index = read_json(indices[0])
-        files = [folder / name for name in sorted(set(index.get("weight_map", {}).values()))]
+        names = index.get("weight_map", {})
+        if not isinstance(names, dict):
+            raise ValueError(f"{indices[0]}: wanted weight_map to be an object, got a {type(names).__name__}")
+        files = [folder / name for name in sorted(set(names.values()))]
         if gone := [file.name for file in files if not file.is_file()]:
             raise ValueError(f"{indices[0]}: {len(gone)} of {len(files)} shards are not there: {', '.join(gone[:5])}")
         if not files:

@@ -39,7 +39,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {  # {concept: its test files}, where they are not called like it
     "toy_render": "toy_world", "scene": "build_pairs", "toy_scene": "build_pairs",
-    "run": "run train", "vae_cogvideox": "vae_cogvideox bands", "vae_wan": "vae_wan bands",
+    "run": "run train", "video": "video sound", "vae_cogvideox": "vae_cogvideox bands", "vae_wan": "vae_wan bands",
 }
 SLOW = "not killed"  # names of tests, as for pytest's -k
 MEMORY = 10 * 2**30  # bytes of address space: some mistakes ask for all there is

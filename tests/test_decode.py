@@ -13,6 +13,13 @@ from mirage_min.decode import hidden
 from mirage_min.video import Video
 from tests.media import RATE, WIDTH, assert_close, break_frame, copy, encode, packets_of, picture, pictures, read
 
+
+def packet_places(path) -> list[int]:
+    """Where in a file each packet of its video begins."""
+    with av.open(str(path)) as container:
+        return [packet.pos for packet in container.demux(video=0) if packet.size]
+
+
 # ---- order and time -------------------------------------------------------------------------------------------------
 
 
@@ -117,6 +124,8 @@ def test_images_come_in_natural_order_and_other_files_are_passed_over(tmp_path):
     for t in (10, 9, 1, 100):
         Image.fromarray(picture(t % 30)).save(tmp_path / f"frame{t}.png")
     (tmp_path / "frame2.txt").write_text("no image")
+    (tmp_path / "._frame2.png").write_bytes(b"what a Mac leaves beside an image")
+    (tmp_path / "1²3.txt").write_text("no image, and no number")
     frames, times, video = read(tmp_path, fps=29.97)
     assert_close(frames, [picture(t % 30) for t in (1, 9, 10, 100)], 0)
     assert video.count == 4 and times[3] == (Fraction(300, 2997), Fraction(100, 2997))
@@ -165,6 +174,30 @@ def test_a_file_that_was_cut_off_is_refused_or_filled_up(tmp_path, ahead):
     assert [t for t, _ in times] == [Fraction(t, RATE) for t in range(20)]
 
 
+@pytest.mark.parametrize("name, codec", [("in.mkv", "libx264"), ("in.webm", "libvpx-vp9")])
+def test_a_matroska_file_that_was_cut_off_is_refused_or_filled_up_by_one(tmp_path, name, codec):
+    source = encode(tmp_path / name, pictures(20), codec)
+    assert len(read(source)[0]) == 20
+    source.write_bytes(source.read_bytes()[: packet_places(source)[12]])
+    with pytest.raises(ValueError, match=r"frame \d+ \(counted from 0\) does not decode"):
+        read(source)
+    frames, _, video = read(source, skip_broken=True)
+    assert len(frames) == video.broken[-1] + 1 < 20 and (frames[-1] == frames[-2]).all()
+    assert_close(frames[:-1], pictures(20)[: len(frames) - 1], 12)
+
+
+def test_a_matroska_file_that_does_not_know_its_length_is_whole(tmp_path):
+    """As a recorder leaves it that could not go back: the Segment's eight bytes of length are all ones (RFC 8794)."""
+    source = encode(tmp_path / "in.mkv", pictures(8))
+    data = bytearray(source.read_bytes())
+    at = data.index(b"\x18\x53\x80\x67") + 4
+    assert int.from_bytes(data[at + 1 : at + 8], "big") + at + 8 == len(data)
+    data[at : at + 8] = b"\x01" + b"\xff" * 7
+    source.write_bytes(data[: packet_places(source)[5]])
+    frames, _, video = read(source)
+    assert len(frames) < 8 and not video.broken
+
+
 def test_a_reference_frame_that_vp8_never_shows_is_not_missed(tmp_path):
     source = encode(tmp_path / "in.webm", pictures(8), "libvpx", options={"auto-alt-ref": "0"})
     data = bytearray(source.read_bytes())
@@ -190,17 +223,28 @@ def test_a_broken_image_is_named_and_repeated_on_request(tmp_path):
     for t in range(4):
         Image.fromarray(picture(t)).save(tmp_path / f"{t}.png")
     (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:40])
-    with pytest.raises(ValueError, match="frame 2 "):
+    with pytest.raises(ValueError, match=r"frame 2 \(2.png\) does not decode"):
         read(tmp_path)
     frames, _, video = read(tmp_path, skip_broken=True)
     assert_close(frames, [picture(t) for t in (0, 1, 1, 3)], 0)
     assert video.broken == [2]
 
 
+@pytest.mark.parametrize("name, settings", [("a.jpg", {}), ("a.jpg", {"progressive": True}), ("a.png", {}),
+                                            ("a.webp", {}), ("a.bmp", {}), ("a.tif", {}), ("a.ppm", {})])
+def test_half_an_image_is_none(tmp_path, name, settings):
+    noise = np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / name, **settings)
+    assert len(read(tmp_path)[0]) == 1
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[: (tmp_path / name).stat().st_size // 2])
+    with pytest.raises(ValueError, match="holds no frames|does not decode"):
+        read(tmp_path)
+
+
 def test_a_frame_of_another_size_is_refused(tmp_path):
     for t in range(3):
         Image.fromarray(picture(t, width=WIDTH + 2 * (t == 2))).save(tmp_path / f"{t}.png")
-    with pytest.raises(ValueError, match="frame 2 is 98x64, the first is 96x64"):
+    with pytest.raises(ValueError, match=r"frame 2 \(2.png\) is 98x64, the first is 96x64"):
         read(tmp_path)
 
 

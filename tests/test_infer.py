@@ -244,7 +244,7 @@ def test_a_file_that_was_cut_off_ends_the_run(tmp_path, capsys, stand_in):
 # ---- every bad input ------------------------------------------------------------------------------------------------
 
 
-def test_bad_paths_are_one_line_and_status_2(tmp_path, capsys, stand_in):
+def test_bad_paths_are_one_line_and_status_2(tmp_path, capsys, monkeypatch, stand_in):
     clip = encode(tmp_path / "clip.mp4", pictures(2))
     before = clip.read_bytes()
     (tmp_path / "text.mp4").write_text("hello" * 99)
@@ -260,7 +260,15 @@ def test_bad_paths_are_one_line_and_status_2(tmp_path, capsys, stand_in):
     fail(capsys, "exists .*--overwrite", clip, tmp_path / "text.mp4")
     fail(capsys, "holds more than numbered PNGs: thesis.tex", clip, tmp_path / "mine", "--overwrite")
     fail(capsys, "there is no folder", clip, tmp_path / "nowhere" / "out.mp4")
-    fail(capsys, "NAME.mp4, or a folder", clip, tmp_path / "out.avi")
+    for name in ("out.avi", "out.mkv", "out.MOV", "out.ts", "out.webm", "out.gif", "out.png", "out.h264"):
+        fail(capsys, "NAME.mp4, or a folder", clip, tmp_path / name)
+    (tmp_path / "result").write_text("a file")
+    fail(capsys, "NAME.mp4, or a folder", clip, tmp_path / "result", "--overwrite")
+    write_clip(tmp_path / "frames", torch.zeros(3, 2, 16, 16))
+    fail(capsys, "holds the input", tmp_path / "frames" / "000000.png", tmp_path / "frames", "--overwrite")
+    assert len(list((tmp_path / "frames").iterdir())) == 2
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "frames")
+    fail(capsys, "frames: is a mount point", clip, tmp_path / "frames", "--overwrite")
     fail(capsys, "absent.mp4: .*No such file", tmp_path / "absent.mp4", out)
     fail(capsys, "text.mp4: cannot be read as video", tmp_path / "text.mp4", out)
     fail(capsys, "none: holds no frames", tmp_path / "none", out)
@@ -274,7 +282,7 @@ def test_bad_settings_are_one_line_and_status_2(tmp_path, capsys, stand_in):
     fail(capsys, "crf must be int, got 'best'", clip, out, "--set", "crf=best")
     fail(capsys, "x264 takes no such settings: .*preset=quick", clip, out, "--set", "preset=quick")
     write_clip(tmp_path / "images", torch.zeros(3, 2, 16, 16))
-    fail(capsys, "fps must be above 0", tmp_path / "images", out, "--set", "fps=0")
+    fail(capsys, "fps must be from 1/1001", tmp_path / "images", out, "--set", "fps=0")
     if not torch.cuda.is_available():
         fail(capsys, "--device cuda", clip, out, "--device", "cuda")
 
@@ -306,6 +314,16 @@ def test_a_write_that_fails_while_the_model_works_is_one_line_and_status_2(tmp_p
     source, target = encode(tmp_path / "in.mp4", pictures(30)), tmp_path / "out.mp4"
     fail(capsys, "No space left", source, target, "--set", "crf=20")
     assert not target.exists()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9\nTry"),
+                                   torch.OutOfMemoryError("CUDA out of memory."), MemoryError("no array of 9 GiB")])
+def test_memory_that_does_not_suffice_is_one_line_and_status_2(tmp_path, capsys, stand_in, error):
+    def full():
+        raise error
+    stand_in.at[3] = full
+    fail(capsys, "the memory does not suffice .*--set tiles=2", encode(tmp_path / "in.mp4", pictures(9)),
+         tmp_path / "out.mp4")
 
 
 def test_a_bug_is_not_hidden_behind_a_line(tmp_path, capsys, stand_in):
@@ -348,7 +366,7 @@ def test_a_signal_to_the_process_ends_it_with_128_and_its_number_and_leaves_noth
               "Mirage.from_pretrained = lambda *path, **settings: types.SimpleNamespace(stream=stream)\n"
               "sys.argv = ['infer.py', *sys.argv[1:]]\n"
               "runpy.run_path('infer.py', run_name='__main__')\n")
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     processes = [subprocess.Popen([sys.executable, "-c", script, source, tmp_path / f"{number.name}.mp4"], cwd=ROOT,
                                   text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for number in numbers]
     for number, process in zip(numbers, processes):
