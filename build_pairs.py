@@ -33,7 +33,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from mirage_min import align, weights
+from mirage_min import align, run, weights
 from mirage_min.metrics import actor_crops, psnr
 from mirage_min.scene import SceneFolder, moved, on, read_scene
 from mirage_min.splat import Camera, Gaussians, load_ply, render
@@ -234,6 +234,7 @@ def contact_sheet(out: Path, name: str, clips: list[dict]) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Every scene in turn; returns how many were broken."""
+    run.check_device(args.device)
     args.out.mkdir(parents=True, exist_ok=True)
     path, broken = args.out / "manifest.json", 0
     manifest = weights.read_json(path) if path.exists() else {}
@@ -284,7 +285,7 @@ def axes(text: str) -> Tensor:
     """"RDF": x right, y down, z forward -> [3, 3] that takes them to x forward, y left, z up"""
     F, L, U = torch.eye(3)
     points = {"F": F, "B": -F, "L": L, "R": -L, "U": U, "D": -U}
-    R = torch.stack([points.get(letter, 0 * F) for letter in text.upper()], dim=1)
+    R = torch.stack([points.get(letter, 0 * F) for letter in text.upper() or " "], dim=1)
     if R.shape != (3, 3) or torch.linalg.det(R) != 1:
         raise argparse.ArgumentTypeError(f"{text}: wanted three right-handed axes, as in RDF, FLU or LUF")
     return R
@@ -304,7 +305,8 @@ def cli(argv: list[str] | None = None) -> int:
                         help="where the asset's x, y and z point, of Left Right Up Down Forward Back (default RDF)")
     parser.add_argument("--min-iou", type=float, default=0.8, metavar="X",
                         help="leave out pairs whose boxes overlap less on average (default 0.8)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to render")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="where to render (default: cuda if it is there, else cpu)")
     args = parser.parse_args(argv)
     names = [folder.resolve().name for folder in args.scenes]
     if args.frames < 1 or len(set(names)) < len(names):

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mirage_min import weights
+from mirage_min import run, weights
 from mirage_min.dit_cogvideox import CogVideoXDiT
 from mirage_min.dit_wan import WanDiT
 from mirage_min.vae_wan import WanVAE
@@ -31,10 +31,7 @@ from mirage_min.vae_wan import WanVAE
 def main(args: argparse.Namespace) -> None:
     if args.out.is_dir() or not args.out.parent.is_dir():
         raise ValueError(f"{args.out}: wanted a file in a folder that exists")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device}: {error}") from error
+    run.check_device(args.device)
     try:
         from transformers import AutoTokenizer, T5EncoderModel, UMT5EncoderModel
     except ImportError as error:
@@ -119,7 +116,8 @@ def cli(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("prompt.safetensors"), help="file (default: %(default)s)")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
                         help="of the text encoder (default: auto, as its config.json says)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="default: cuda if it is there, else cpu")
     try:
         main(parser.parse_args(argv))
     except (ValueError, OSError, torch.OutOfMemoryError) as error:

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mirage_min import metrics, weights
+from mirage_min import metrics, run, weights
 from mirage_min.perceptual import Dists, Features, Lpips
 from mirage_min.video import Video, from_bytes
 
@@ -115,7 +115,7 @@ def read_boxes(source: Path, name: str, T: int) -> Tensor:
         return tensor(source / f"{name}.safetensors", "boxes", T, 4)
     try:
         return torch.tensor([row or [0, 0, 0, 0] for row in weights.read_json(source)[name]]).view(T, 4)
-    except (KeyError, TypeError, RuntimeError):
+    except (KeyError, TypeError, ValueError, RuntimeError):
         raise ValueError(f"{source}: wanted for {name} [x0, y0, x1, y1] or null for each of {T} frames") from None
 
 
@@ -208,15 +208,20 @@ def logged_speed(folder: Path) -> dict[str, float]:
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 def markdown(means: dict[str, dict[str, dict[str, float]]]) -> str:
-    """{region: {method: {metric: value}}} -> a table for each region, the best of several methods in bold."""
+    """{region: {method: {metric: value}}} -> a table for each region, the best of several methods in bold.
+
+    The warp error favours blur: the best is the nearest to the truth's own, if that is there.
+    """
     text = ""
     for region, rows in means.items():
         table = [[region, *(f"{m} {arrow}" for m, (arrow, _) in COLUMNS.items())], ["---"] + ["---:"] * len(COLUMNS)]
         for method, row in rows.items():
             table.append([method])
             for metric, (arrow, digits) in COLUMNS.items():
-                rivals = [r[metric] for m, r in rows.items() if m != TRUTH and not math.isnan(r[metric])]
-                best = method != TRUTH and len(rivals) > 1 and row[metric] == (max if arrow == "↑" else min)(rivals)
+                own = rows[TRUTH][metric] if metric == "E*warp" and TRUTH in rows else math.nan
+                miss = {m: abs(r[metric] - own) if not math.isnan(own) else -r[metric] if arrow == "↑" else r[metric]
+                        for m, r in rows.items() if m != TRUTH and not math.isnan(r[metric])}
+                best = len(miss) > 1 and miss.get(method) == min(miss.values())
                 number = "–" if math.isnan(row[metric]) else f"{row[metric]:.{digits}f}"
                 table[-1].append(f"**{number}**" if best else number)
         widths = [max(map(len, column)) for column in zip(*table)]
@@ -258,6 +263,7 @@ def add_vfid(means: dict, features: dict[tuple[str, str], list[Tensor]]) -> dict
 
 
 def main(args) -> None:
+    run.check_device(args.device)
     methods, speeds = {TRUTH: videos(args.gt)} | ({NAIVE: videos(args.ni)} if args.ni else {}), {}
     for label, folder in args.pred:
         if label in methods:
@@ -318,7 +324,8 @@ def cli(argv: list[str] | None = None) -> int:
     parser.add_argument("--lpips", choices=["alex", "vgg", "squeeze"], default="alex", help="(default alex)")
     parser.add_argument("--vfid", type=Path, metavar="FILE", help="feature network of vFID, TorchScript")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write scores.json, scores.csv and scores.md there")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="default: cuda if it is there, else cpu")
     try:
         main(parser.parse_args(argv))
     except (ValueError, OSError, av.FFmpegError) as error:

@@ -129,20 +129,31 @@ def new_transformer() -> CogVideoXDiT:
 
 
 class Latents:
-    """The pairs as latents, as they are and mirrored, encoded once and kept in a file."""
+    """The pairs as latents, as they are and mirrored, encoded once and kept in a file.
+
+    ValueError if the file is there and holds those of other pairs or of another VAE.
+    """
 
     def __init__(self, pairs: Pairs, vae: CogVideoXVAE, recipe: Recipe, file: Path):
+        of = {"pairs": str(len(pairs)), "first": pairs.names[0], "last": pairs.names[-1],
+              "vae": f"{sum(p.double().sum().item() for p in vae.encoder.parameters()):.6f}"}  # of what encodes
         if not file.exists():
             z = None  # one tensor from the first clip on: many small ones, kept between large ones, hold the heap open
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
                 for i in tqdm(range(len(pairs)), desc="encoding", unit="clip"):
                     x = torch.stack(pairs.read(i, lambda n: 0))                          # [NI and GT, 3, T, H, W]
                     both = torch.stack([vae.encode(x), vae.encode(x.flip(-1))]).half()   # [2, 2, 16, F, h, w]
+                    if z is not None and both.shape[1:] != z.shape[1:]:
+                        raise ValueError(f"{pairs.names[i]}: wanted clips of one size, got latents "
+                                         f"{list(both.shape[2:])} after {list(z.shape[2:])}")
                     z = both.new_empty(2 * len(pairs), *both.shape[1:]) if z is None else z
                     z[2 * i : 2 * i + 2] = both
             file.parent.mkdir(parents=True, exist_ok=True)
-            run.weights.save_tensors(file, {"z": z})
-        self.z = run.weights.load_tensors(file)[0]["z"]                                  # [2 N, 2, 16, F, h, w]
+            run.weights.save_tensors(file, {"z": z}, of)
+        tensors, found = run.weights.load_tensors(file)
+        if found != of:
+            raise ValueError(f"{file}: wanted latents of {of}, got {found}: remove it, or give --runs another folder")
+        self.z = tensors["z"]                                                            # [2 N, 2, 16, F, h, w]
 
     def batch(self, draws, real):
         z = self.z[torch.randint(len(self.z), (len(draws),), generator=draws[0])].float()
@@ -155,6 +166,7 @@ def main(args, recipe: Recipe) -> None:
     pixels = args.stage in ("vae_2d", "vae")
     data = Pairs(args.data, recipe.frames, (recipe.height, recipe.width) if pixels else None, args.real,
                  recipe.real_frames)
+    settings = run.settings(args, recipe, data.names)
     if pixels:
         what = Lpips(Features("squeeze", args.perceptual))
         if args.stage == "vae_2d":
@@ -169,7 +181,7 @@ def main(args, recipe: Recipe) -> None:
     model.train()
     params = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(params.values(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-    start = run.resume(folder, params, optimizer, recipe)
+    start = run.resume(folder, params, optimizer, settings)
     log = watch.Log(folder, recipe, start)
     print(f"{args.stage}: {sum(p.numel() for p in params.values()):,} parameters, {asdict(recipe)}")
 
@@ -191,7 +203,7 @@ def main(args, recipe: Recipe) -> None:
         if step % 20 == 0:
             bar.set_postfix(log(step, terms))
         if (step + 1) % recipe.every == 0 or step + 1 == recipe.steps:
-            run.save(folder, step + 1, params, optimizer, recipe)
+            run.save(folder, step + 1, params, optimizer, settings)
     if args.stage == "prior":
         (base / "scheduler").mkdir(parents=True, exist_ok=True)
         (base / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
@@ -210,17 +222,21 @@ def latent_std(model, data, recipe) -> float:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("stage", choices=list(RECIPES))
+    parser.add_argument("stage", choices=list(RECIPES), help="what is trained, in the order above")
     parser.add_argument("--data", type=Path, default=Path("data/toy"), help="folder of pairs (default data/toy)")
     parser.add_argument("--real", type=Path, help="a real video, its own truth, mixed into the VAEs' crops")
     parser.add_argument("--perceptual", type=Path, default=Path("data/perceptual"),
                         help="folder with squeezenet1_1_features.safetensors, for LPIPS (default data/perceptual)")
-    parser.add_argument("--out", type=Path, default=Path("weights"), help="where the weights go (default weights)")
+    parser.add_argument("--out", type=Path, default=Path("weights"),
+                        help="where the weights go (default weights: in place of the shipped ones)")
     parser.add_argument("--runs", type=Path, default=Path("runs/base"), help="checkpoints and logs (default runs/base)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the recipe")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                        help="change a value of the recipe (a wrong key names them all)")
     args = parser.parse_args()
     try:
-        main(args, run.override(RECIPES[args.stage], args.set))
-    except ValueError as error:
+        recipe = run.override(RECIPES[args.stage], args.set)
+        run.check(recipe)
+        main(args, recipe)
+    except (ValueError, OSError, ImportError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -36,7 +36,7 @@ class Recipe:
     steps: int = 10_000
     batch: int = 8          # clips a step, over all processes
     accumulate: int = 1     # pieces in which a process works through its clips
-    frames: int = 9
+    frames: int = 9         # padded to what the VAE takes, as height and width are; the padding counts in the loss
     height: int = 512
     width: int = 768
     lr: float = 1e-4
@@ -54,7 +54,7 @@ class Recipe:
     dit_rank: int = 128
     dit_alpha: float = 64.0
     d_trunc: int = 1
-    tiles: int = 1          # the decoder's gradient in tiles x tiles pieces of the frame
+    tiles: int = 1          # the decoder's gradient in tiles x tiles pieces of the frame, of which each has its Gram
     checkpoint_decoder: bool = False
     checkpoint_dit: bool = False
     shard: bool = False     # the frozen transformer's weights divided among the processes (FSDP2)
@@ -115,10 +115,14 @@ def main(args, recipe: Recipe) -> None:
     val = Pairs(args.val, recipe.frames) if args.val else None
     for pair in data.left_out + (val.left_out if val else []):
         run.say("left out:", pair)
-    mirage = Mirage.from_pretrained(args.mirage, args.base, args.vae2d)
-    if not list(lora.adapters(mirage.dit, TRANSFORMER)):  # otherwise a stage H is there already and goes on
-        mirage.add_lora(TRANSFORMER, recipe.dit_rank, recipe.dit_alpha)
-        mirage.add_lora(HARMONISATION, recipe.rank, recipe.alpha)
+    settings = run.settings(args, recipe, data.names)
+    mirage = Mirage.from_pretrained(args.mirage, args.base, args.vae2d, dtype=None if recipe.bf16 else torch.float32)
+    for name, rank, alpha in ((TRANSFORMER, recipe.dit_rank, recipe.dit_alpha),
+                              (HARMONISATION, recipe.rank, recipe.alpha)):
+        if list(lora.adapters(mirage.adapters(name), name)):
+            run.say(f"{name}-LoRA goes on from {args.mirage / 'stage_h.safetensors'}, with the rank that it has there")
+        else:
+            mirage.add_lora(name, rank, alpha)
     lpips, texture = Lpips(Features(recipe.lpips, args.perceptual)), Features(recipe.gram, args.perceptual)
     models = nn.ModuleList([mirage, lpips, texture])
 
@@ -132,7 +136,7 @@ def main(args, recipe: Recipe) -> None:
     models.to(args.device)
     optimizer = torch.optim.AdamW(params.values(), lr=recipe.lr, betas=(0.9, recipe.beta2),
                                   weight_decay=recipe.weight_decay)
-    start = run.resume(args.run, params, optimizer, recipe)
+    start = run.resume(args.run, params, optimizer, settings)
     log = watch.Log(args.run, recipe, start)
 
     def batch(step: int, clips: range):
@@ -164,13 +168,15 @@ def main(args, recipe: Recipe) -> None:
             bar.set_postfix(log(step, terms))
         if (step + 1) % recipe.every == 0 or step + 1 == recipe.steps:
             log.look(step, now, shown[:2], val, lpips)
-            run.save(args.run, step + 1, params, optimizer, recipe)
+            run.save(args.run, step + 1, params, optimizer, settings)
     if run.rank() == 0:
         _, about_a = weights.load_tensors(args.mirage / "stage_a.safetensors")
         about = run.about(args, recipe, about_a)
         if args.out.resolve() != args.mirage.resolve():  # a folder holds both stages
-            mirage.save_stage(args.out / "stage_a.safetensors", [RECONSTRUCTION], about_a | about, fusion=True)
-            weights.save_tensors(args.out / "prompt.safetensors", {"text": mirage.text})
+            about_a |= {key: about[key] for key in ("base", "vae2d") if key in about}  # as they are called from there
+            mirage.save_stage(args.out / "stage_a.safetensors", [RECONSTRUCTION], about_a, fusion=True)
+            prompt = weights.load_tensors(args.mirage / "prompt.safetensors")
+            weights.save_tensors(args.out / "prompt.safetensors", *prompt)
         latents = (mirage.vae.legal_length(recipe.frames) - 1) // 4 + 1
         patch = getattr(mirage.dit.config, "patch_size_t", None) or 1
         window = min(max(latents, 2 * patch + 1), 9)  # streaming shows as many latents as were trained on, if it can
@@ -181,7 +187,8 @@ def main(args, recipe: Recipe) -> None:
 
 if __name__ == "__main__":
     parser = run.flags(__doc__, "stage_h", RECIPES)
-    parser.add_argument("--mirage", type=Path, default=Path("weights"), help="folder with stage_a.safetensors")
+    parser.add_argument("--mirage", type=Path, default=Path("weights"),
+                        help="folder with stage_a.safetensors, and perhaps a stage_h to go on from (default weights)")
     parser.add_argument("--base", help="folder or hub id of the base, if not the one stage A names")
     parser.add_argument("--vae2d", help="folder or hub id of the AutoencoderKL, if not the one stage A names")
     run.launch(main, parser.parse_args(), RECIPES)

@@ -32,7 +32,7 @@ class Recipe:
     steps: int = 10_000
     batch: int = 8          # clips a step, over all processes
     accumulate: int = 1     # pieces in which a process works through its clips
-    frames: int = 9
+    frames: int = 9         # padded to what the VAE takes, as height and width are; the padding counts in the loss
     height: int = 512
     width: int = 768
     lr: float = 1e-4
@@ -57,7 +57,7 @@ class Recipe:
 
 RECIPES = {
     "mirage": Recipe(),
-    "chopgrad": Recipe(height=480, width=832, lr=2e-4, beta2=0.99),
+    "chopgrad": Recipe(height=480, width=832, lr=2e-4, beta2=0.99),  # ChopGrad B.4
     # DEVIATION: the small model has no full VGG-16 (LPIPS on SqueezeNet), a larger rate and few steps.
     "small": Recipe(steps=1500, batch=2, height=96, width=96, lr=3e-3, warmup=50, cosine=True,
                     lpips="squeeze", real=0.25),
@@ -93,10 +93,17 @@ def main(args, recipe: Recipe) -> None:
     val = Pairs(args.val, recipe.frames) if args.val else None
     for pair in data.left_out + (val.left_out if val else []):
         run.say("left out:", pair)
+    settings = run.settings(args, recipe, data.names)
     prompt, about_prompt = weights.load_tensors(args.prompt) if args.prompt else ({}, {"text": "none: zeros"})
-    mirage = Mirage.from_base(args.base, args.vae2d, prompt.get("text"))
+    if args.prompt and "text" not in prompt:
+        raise ValueError(f"{args.prompt}: wanted a tensor `text` (encode_prompt.py), got {sorted(prompt)[:5]}")
+    mirage = Mirage.from_base(args.base, args.vae2d, prompt.get("text"), dtype=None if recipe.bf16 else torch.float32)
     if recipe.init:
-        mirage.load_stage(*weights.load_tensors(Path(recipe.init)))
+        begun, about_begun = weights.load_tensors(Path(recipe.init))
+        if {key.partition(".")[0] for key in begun} != {"fusion", RECONSTRUCTION}:
+            raise ValueError(f"{recipe.init}: wanted a stage A: fusion blocks and {RECONSTRUCTION}-LoRA, and no more")
+        mirage.load_stage(begun, about_begun)
+        run.say(f"stage A goes on from {recipe.init}, with the rank of its LoRA")
     else:
         mirage.add_lora(RECONSTRUCTION, recipe.rank, recipe.alpha)
     mirage.dit = None  # takes no part: its memory is better used
@@ -112,7 +119,7 @@ def main(args, recipe: Recipe) -> None:
     optimizer = torch.optim.AdamW(params.values(), lr=recipe.lr, betas=(0.9, recipe.beta2),
                                   weight_decay=recipe.weight_decay)
     kept = params | {f"fusion.{n}": scale for n, scale in mirage.vae.fusion.named_buffers()}
-    start = run.resume(args.run, kept, optimizer, recipe)
+    start = run.resume(args.run, kept, optimizer, settings)
     log = watch.Log(args.run, recipe, start)
 
     def batch(step: int, clips: range):
@@ -152,7 +159,7 @@ def main(args, recipe: Recipe) -> None:
             bar.set_postfix(log(step, terms))
         if (step + 1) % recipe.every == 0 or step + 1 == recipe.steps:
             log.look(step, now, shown[:2], val, models[1])
-            run.save(args.run, step + 1, kept, optimizer, recipe)
+            run.save(args.run, step + 1, kept, optimizer, settings)
     if run.rank() == 0:
         mirage.save_stage(args.out / "stage_a.safetensors", [RECONSTRUCTION], run.about(args, recipe), fusion=True)
         weights.save_tensors(args.out / "prompt.safetensors", {"text": mirage.text}, about_prompt)

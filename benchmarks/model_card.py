@@ -1,6 +1,6 @@
 """The shipped model's figures: held-out toy clips, and a real video in which nothing was inserted.
 
-    python benchmarks/model_card.py --perceptual DIR [--real highway_dashcam.mp4]
+    python benchmarks/model_card.py --perceptual DIR [--real REAL]
 
 Writes docs/model_card.json and docs/model_card.png (naive | ours | truth of the first held-out clips, not chosen).
 Held out: seeds from 1,000,000 on; training used seeds from 0 on. Of the real video training saw no frame after 109.
@@ -126,6 +126,6 @@ if __name__ == "__main__":
     parser.add_argument("--clips", type=int, default=64, help="held-out toy clips (default 64)")
     parser.add_argument("--frames", type=int, default=9, help="frames of each (default 9)")
     parser.add_argument("--perceptual", type=Path, help="folder with alexnet_features.safetensors, for LPIPS")
-    parser.add_argument("--real", type=Path, help="a real video, at least 221 frames")
+    parser.add_argument("--real", type=Path, help="the real video that the README names, or another of 221 frames")
     parser.add_argument("--out", type=Path, default=Path("docs"), help="where the figures go (default docs)")
     main(parser.parse_args())

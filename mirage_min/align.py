@@ -52,14 +52,19 @@ def axes(up, front) -> Tensor:
     return torch.stack([level, torch.linalg.cross(up, level), up], dim=1)
 
 
+def any_level(up) -> Tensor:
+    """[3]: some direction that is not vertical: the coordinate axis farthest from `up`."""
+    return torch.eye(3, dtype=torch.float64)[torch.as_tensor(up).abs().argmin()]
+
+
 def points(gaussians: Gaussians, frame: Tensor) -> tuple[Tensor, Tensor]:
     """Up to 1000 of the centres, in the frame's coordinates [N, 3], without floaters; their opacities [N]."""
-    if len(gaussians) < 16:
-        raise ValueError(f"wanted at least 16 Gaussians to align, got {len(gaussians)}")
     some = torch.randperm(len(gaussians), generator=torch.Generator().manual_seed(0))[:1000]
     x = gaussians.means.detach().cpu()[some].double() @ frame
-    gap = torch.cdist(x, x).kthvalue(8, dim=1).values
+    gap = torch.cdist(x, x).kthvalue(min(8, len(x)), dim=1).values if len(x) else x[:, 0]
     near = gap <= 3 * gap.median()  # a floater's neighbours are farther, those on a sparse side of the object are not
+    if near.sum() < 16:
+        raise ValueError(f"wanted at least 16 Gaussians to align, got {len(x)}, of which {int((~near).sum())} float")
     return x[near], gaussians.logit_opacities.detach().cpu()[some][near].double().sigmoid()
 
 
@@ -118,7 +123,7 @@ def coarse_3d(asset: Gaussians, obj: Gaussians, heading=None, up=(0, -1, 0), ass
     shapes alone tell front from rear. up is the world's; asset_up and asset_front are in the asset's own coordinates.
     The defaults are OpenCV's y down and a front towards z; an asset with z up has asset_up=(0, 0, 1).
     """
-    A, B = axes(asset_up, asset_front), axes(up, (up[1], up[2], up[0]) if heading is None else heading)
+    A, B = axes(asset_up, asset_front), axes(up, any_level(up) if heading is None else heading)
     (src, _), (dst, w) = points(asset, A), points(obj, B)
     # robust moments; the extent is that of the height, which is whole where one side is missing
     (src_middle, src_size), (_, dst_size), one = middle(src), middle(dst), torch.ones_like(src[:, 0])

@@ -23,8 +23,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 Cache = dict[str, Tensor]  # {dotted layer name: its last kt - 1 input frames, [B, C, kt - 1, H, W]}
-ROWS = 32                  # the fewest of a band: less would cost time, more memory
-ENOUGH = 20480             # below B * C * T * H of this, PyTorch's CPU takes a convolution that is many times slower
+ROWS = 32                  # of the smallest band: smaller is slower, larger takes more memory
+ENOUGH = 20480             # where B * C * T * H is less, PyTorch's CPU chooses a convolution that is many times slower
 
 
 class Spent(dict):
@@ -93,7 +93,7 @@ def in_pieces(x: Tensor) -> bool:
 
 def normed_conv(norm: Callable[[Tensor, slice], Tensor], conv: CausalConv3d, x: Tensor, old: Cache | None, new: Cache,
                 onto: Tensor | None = None) -> Tensor:
-    """conv(silu(norm(x))), or onto + conv(silu(norm(x))). norm(some rows of x, which they are) -> their like, new.
+    """conv(silu(norm(x))), or onto + conv(silu(norm(x))). norm(x[:, :, :, where], where) -> these rows normalised, new.
 
     Where `in_pieces`, it goes by bands of rows and adds to `onto` in place: neither norm(x) nor its copy behind the
     cached frames is ever held whole. Each band comes with the rows around it that the kernel sees, so the result is

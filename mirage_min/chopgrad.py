@@ -59,9 +59,10 @@ def backward(vae, z: Tensor, loss_fn, d_trunc: int | None = 1, tiles=(1, 1), mar
 def chop(decode, z, inject, groups, frames, tile: Tile, loss_fn, d_trunc: int, delayed: bool) -> list[Tensor]:
     """Algorithm 1 on one tile -> every L_i, detached; `part` adds what flows back to the .grad of z and of inject.
     decode(z_i, cache, inject_i) takes None for no cache or no maps. A cache enters a group detached: a new leaf, which
-    requires grad if it did and d_trunc > 0. The graph of L_i ends at the pixels: loss_fn has `without_margin` of a leaf
-    x, and dL_i/dx is the group's grad_x (None if L_i has no graph). push_back(window, reach) follows every loss, or if
-    `delayed` only once more graphs than `reach` wait; those beyond then go. The next loss can reach d_trunc graphs."""
+    requires grad if it did and d_trunc > 0. The graph of L_i ends at the pixels x: loss_fn has `without_margin` of a
+    leaf in their place, and dL_i/dx is the group's grad_x (None if L_i has no graph). `reach` is how many graphs the
+    next loss can reach: d_trunc, or 0 after the last group. push_back(window, reach) follows every loss, or if
+    `delayed` only a window of more than `reach` graphs. Then the graphs out of reach are dropped."""
     window, cache, losses, t = deque(), {}, [], 0
     for i, group in enumerate(groups):                                          # ChopGrad Alg. 1, line 1
         # z^c_{i-1} <- detach(z^c_{i-1})                                        ChopGrad Alg. 1, line 2
@@ -76,7 +77,7 @@ def chop(decode, z, inject, groups, frames, tile: Tile, loss_fn, d_trunc: int, d
         losses, t, cache = [*losses, loss_i.detach()], t + x.shape[2], window[-1].cache_out
         reach = d_trunc if group is not groups[-1] else 0                       # graphs that the next loss can reach
         if len(window) > reach or not delayed:
-            push_back(window, reach)                                            # ChopGrad Alg. 1, lines 5 to 10
+            push_back(window, reach)                                            # ChopGrad Alg. 1, lines 5 to 9
         # DEVIATION: line 11 has i >= d_trunc; counted from 1 as there, the first graph to go is that of d_trunc + 1
         while len(window) > reach:                                              # ChopGrad Alg. 1, line 11
             window.popleft()                                                    # ChopGrad Alg. 1, line 12
@@ -93,7 +94,7 @@ class Graph:
 
 
 def push_back(window: deque[Graph], reach: int) -> None:
-    """Lines 5 to 10, newest graph first; the newest `reach` stay usable for later losses. At most one pass a graph:
+    """Lines 5 to 9, newest graph first; the newest `reach` stay usable for later losses. At most one pass a graph:
     from x with grad_x, which is pushed once, and from cache_out with what the group after it left in its cache_in."""
     grad_cache = {}
     # DEVIATION: line 7 has k <= min(d_trunc, i), but the window ends at group 1, so k <= min(d_trunc, i - 1)

@@ -7,8 +7,9 @@ frames (Table 5: Dec-3 at H/2, Dec-4 at H), each through a Cross-Modal Fusion Bl
 
     h' = h + s_h · merge(concat(h / s_h, f / s_f))        merge: one 3 x 3 convolution over single frames, zero at start
 
-so that a new block leaves the decoder exactly as it was. The two streams' scales differ by orders of magnitude
-(measured: 20 to 110 against 1); s_h and s_f are their standard deviations, measured once and kept with the block.
+so that a new block leaves the decoder exactly as it was. In a trained decoder the two streams' scales differ by up to
+two orders of magnitude (in the shipped model 23 against .6 and 7 against 1; random weights, as in the demonstration,
+say nothing of that); s_h and s_f are their standard deviations, measured once and kept with the block.
 DEVIATION (ours): the paper says "concatenation and merging" only. The scales, the residual and the zero start are ours;
 the 3 x 3 kernel is ChopGrad B.4's. The Wan variant uses the same block, once, at H/2.
 

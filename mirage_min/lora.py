@@ -81,12 +81,12 @@ def add(module: nn.Module, name: str, rank: int, alpha: float, targets: Sequence
              and (targets is None or any(n == t or n.endswith("." + t) for t in targets))]
     if not found:
         raise ValueError(f"LoRA {name!r}: no Linear, Conv2d or Conv3d of {type(module).__name__} ends in {targets}")
+    if taken := [layer_name for layer_name, layer in found if name in getattr(layer, "lora", {})]:
+        raise ValueError(f"{taken[0]} already has a LoRA called {name!r}")
     for layer_name, layer in found:
         if not hasattr(layer, "lora"):
             layer.lora = nn.ModuleDict()
             layer.forward = types.MethodType(_causal_forward if hasattr(layer, "with_past") else _forward, layer)
-        if name in layer.lora:
-            raise ValueError(f"{layer_name} already has a LoRA called {name!r}")
         layer.lora[name] = LoRA(layer, rank, alpha)
     return [layer_name for layer_name, _ in found]
 

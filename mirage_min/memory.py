@@ -157,8 +157,12 @@ def plan(models: nn.ModuleList, gradients: Callable, recipe, processes: int, dev
     text += ": it will not fit. Single settings make of it"
     for key, change in LESS.items():
         if hasattr(recipe, key) and (value := change(recipe, processes)) != getattr(recipe, key):
-            less = sum(needs(dataclasses.replace(recipe, **{key: value})).values())
-            text += f"\n    --set {key}={value}: {less / GIB:.2f} GiB" + ", which fits" * (less <= there)
+            try:
+                less = sum(needs(dataclasses.replace(recipe, **{key: value})).values())
+            except (ValueError, RuntimeError):  # pieces too small for a network of the loss, say: no way out
+                continue
+            if less < need:
+                text += f"\n    --set {key}={value}: {less / GIB:.2f} GiB" + ", which fits" * (less <= there)
     return text
 
 
@@ -173,4 +177,4 @@ if __name__ == "__main__":
             print(f"two convolutions, {width:2} channels, {frames:2} frames of 480 x 832: a step needs "
                   f"{sum(parts.values()) / GIB:.2f} GiB, {parts['backward'] / GIB:.2f} of them for backward; "
                   "nothing was computed")
-    print(f"here are {available('cpu') / GIB:.1f} GiB")
+    print(f"available here: {available('cpu') / GIB:.1f} GiB")

@@ -5,7 +5,7 @@
     forward, backward = flow_dis(x_gt), flow_dis(x_gt.flip(2)).flip(2)
     warp_error(x_dr, forward, visible_by_consistency(forward, backward))
 
-    python -m mirage_min.metrics                       # every metric on one moving toy video, and what moves each
+    python -m mirage_min.metrics                       # PSNR, SSIM, warp error on a moving video; vFID's closed form
 
 Videos are [B, 3, T, H, W] in [-1, 1]; nothing is resized, cropped or clamped. Each docstring states the conventions on
 which published numbers differ. Not here: the network behind vFID, which the caller brings.
@@ -40,7 +40,12 @@ def psnr(x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
     weights = mask.double().expand_as(x)
     # MSE_t = Σ_p m_p (x_p − y_p)² / Σ_p m_p,   PSNR_t = 10 log10(2² / MSE_t)
     mse = (weights * (x.double() - y.double()).square()).sum(dim=(1, 3, 4)) / weights.sum(dim=(1, 3, 4))
-    return (10 * torch.log10(4 / mse)).nanmean(dim=1).float()
+    return _mean(10 * torch.log10(4 / mse), weights.sum(dim=(1, 3, 4)) > 0)
+
+
+def _mean(values: Tensor, counts: Tensor) -> Tensor:
+    """Of the values [B, n] those that count, their mean [B]; nan if there are none, or one of them is."""
+    return (torch.where(counts, values, 0).sum(dim=1) / counts.sum(dim=1)).float()
 
 
 @torch.no_grad()
@@ -137,6 +142,9 @@ def visible_by_consistency(forward: Tensor, backward: Tensor) -> Tensor:
     back must end near the start: |w(p) + w'(p + w(p))|² < 0.01 (|w(p)|² + |w'(p + w(p))|²) + 0.5, with w forward and w'
     backward fetched along it (Sundaram et al. 2010, with their constants). Points that leave the frame are not seen.
     """
+    if forward.shape != backward.shape or forward.shape[2] < 1:
+        raise ValueError(f"wanted two flows [B, 2, T-1, H, W] of T ≥ 2, got {list(forward.shape)} and "
+                         f"{list(backward.shape)}")
     visible = []
     for w, w_back in zip(forward.unbind(dim=2), backward.unbind(dim=2), strict=True):
         back, inside = warp(w_back, w)
@@ -161,14 +169,15 @@ def warp_error(x: Tensor, flow: Tensor, visible: Tensor) -> Tensor:
     if T < 2 or flow.shape != (B, 2, T - 1, H, W) or visible.shape != (B, 1, T - 1, H, W):
         raise ValueError(f"wanted T ≥ 2, flow [B, 2, T-1, H, W] and visible [B, 1, T-1, H, W] for a video "
                          f"{list(x.shape)}, got {list(flow.shape)} and {list(visible.shape)}")
-    errors = []
+    errors, counts = [], []
     for t in range(T - 1):
         warped, inside = warp(x[:, :, t + 1], flow[:, :, t])
         seen = inside & visible[:, :, t].bool()
         squares = (seen * ((x[:, :, t] - warped) / 2).square()).sum(dim=(1, 2, 3))
         # E_t = Σ_p m(p) ‖x_t(p) − x_{t+1}(p + w_t(p))‖² / (C Σ_p m(p))                                  Lai et al. 2018
-        errors.append(squares / (C * seen.sum(dim=(1, 2, 3))))
-    return (1e3 * torch.stack(errors, dim=1).nanmean(dim=1)).float()
+        counts.append(seen.sum(dim=(1, 2, 3)))
+        errors.append(squares / (C * counts[-1]))
+    return _mean(1e3 * torch.stack(errors, dim=1), torch.stack(counts, dim=1) > 0)
 
 
 @torch.no_grad()
@@ -181,6 +190,8 @@ def flow_dis(x: Tensor) -> Tensor:
         import cv2
     except ImportError as error:
         raise ImportError("flow_dis needs OpenCV: pip install opencv-python-headless") from error
+    if x.shape[2] < 2 or min(x.shape[3:]) < 12:
+        raise ValueError(f"flow_dis wants videos [B, 3, T, H, W] of 2 frames of 12×12 at least, got {list(x.shape)}")
     dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     luma = torch.tensor([0.299, 0.587, 0.114], device=x.device).view(3, 1, 1, 1)
     grey = (((x + 1) * 127.5).clamp(0, 255) * luma).sum(dim=1).round().byte().cpu().numpy()     # [B, T, H, W]

@@ -142,8 +142,8 @@ class Mirage(nn.Module):
             if total is None:
                 total = y.new_zeros(*y.shape[:3], h * s, w * s, dtype=torch.float32)
                 weight = torch.zeros_like(total[0, 0, 0])
-            n = (torch.arange(1, size + 1, device=y.device, dtype=torch.float32) for size in y.shape[-2:])
-            rise = torch.outer(*(torch.minimum(i, i.flip(0)).clamp(max=2 * margin * s + 1) for i in n))
+            sides = (torch.arange(1, size + 1, device=y.device, dtype=torch.float32) for size in y.shape[-2:])
+            rise = torch.outer(*(torch.minimum(p, p.flip(0)).clamp(max=2 * margin * s + 1) for p in sides))
             within(total).add_(y * rise)
             within(weight).add_(rise)
         return (total / weight).to(y.dtype)

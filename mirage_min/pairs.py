@@ -148,7 +148,7 @@ class Pairs:
         T, H, W = self.real.shape[1:]
         h, w = self.size or (96, 144)
         low = max(h / H, w / W)
-        scale = low * (0.8 / low) ** float(torch.rand((), generator=draws))
+        scale = low * (max(0.8, low) / low) ** float(torch.rand((), generator=draws))
         ch, cw = min(H, round(h / scale)), min(W, round(w / scale))
         t, y, x = (int(torch.randint(n, (), generator=draws)) for n in (T - self.frames + 1, H - ch + 1, W - cw + 1))
         crop = from_bytes(self.real[:, t : t + self.frames, y : y + ch, x : x + cw]).transpose(0, 1)

@@ -1,6 +1,6 @@
 """Deep-feature distances between frames: LPIPS, Gram and DISTS over frozen ImageNet networks (Mirage Eqs. 3 and 4).
 
-One pass of VGG-16 per video gives the taps that both training losses read:
+One pass of VGG-16 per video can give the taps that both training losses read:
 
     vgg = Features("vgg", folder)
     lpips = Lpips(vgg)
@@ -37,9 +37,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from .weights import load_tensors
 
 FILES = {"vgg": "vgg16_features", "alex": "alexnet_features", "squeeze": "squeezenet1_1_features"}
 TAPS = {  # {tap: its index in torchvision's `features`}
@@ -47,6 +48,7 @@ TAPS = {  # {tap: its index in torchvision's `features`}
     "alex": {"relu1": 1, "relu2": 4, "relu3": 7, "relu4": 9, "relu5": 11},
     "squeeze": {"relu1": 1, "fire4": 4, "fire7": 7, "fire9": 9, "fire10": 10, "fire11": 11, "fire12": 12},
 }
+LEAST = {"alex": 31, "squeeze": 17}  # pixels a side that leave something to pool; vgg's follow from its layers
 GRAM_WEIGHTS = (1 / 2.6, 1 / 4.8, 1 / 3.7, 1 / 5.6, 10 / 1.5)  # relu1_2 … relu5_3, as Difix (src/loss.py) has them
 
 
@@ -107,8 +109,8 @@ class Features(nn.Module):
     """A frozen backbone: `features(x [N, 3, H, W] in [-1, 1]) -> taps`, a list of [N, C_i, H_i, W_i], finest first.
 
     net: "vgg", "alex" or "squeeze". weights: a safetensors file, or a folder that holds one under the name given in
-    the header. `taps` names what the weights reach, in the order of the list. Differentiable in x. Sizes below 16
-    (vgg), 31 (alex) or 17 (squeeze) pixels leave nothing to pool.
+    the header. `taps` names what the weights reach, in the order of the list. Differentiable in x. ValueError
+    for frames of which pooling leaves nothing.
     """
 
     def __init__(self, net: str, weights: str | Path):
@@ -129,8 +131,9 @@ class Features(nn.Module):
 
     def walk(self, layers: nn.Sequential, x: Tensor) -> list[Tensor]:
         """Normalise the colours, go through `layers` once and collect the taps."""
-        if x.ndim != 4 or x.shape[1] != 3:
-            raise ValueError(f"wanted frames [N, 3, H, W], got {list(x.shape)}")
+        least = LEAST.get(self.net) or 2 ** sum(isinstance(layer, nn.MaxPool2d) for layer in layers)
+        if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < least:
+            raise ValueError(f"{self.net}: wanted frames [N, 3, H, W] of {least}x{least} at least, got {list(x.shape)}")
         x = (x.to(self.mean.dtype) - self.mean) / self.std
         wanted, taps = [TAPS[self.net][name] for name in self.taps], []
         for i, layer in enumerate(layers):
@@ -155,7 +158,7 @@ def _load(net: str, file: Path) -> tuple[list[str], nn.Sequential]:
     """The taps that the file's weights reach, and the layers up to the last of them with those weights."""
     with torch.device("meta"):
         layers = {"vgg": vgg16, "alex": alexnet, "squeeze": squeezenet}[net]()
-    state = {key.removeprefix("features."): value for key, value in load_file(file).items()
+    state = {key.removeprefix("features."): value for key, value in load_tensors(file)[0].items()
              if not key.startswith("classifier.")}
     taps = [name for name, i in TAPS[net].items() if layers[: i + 1].state_dict().keys() <= state.keys()]
     if not taps:
@@ -290,6 +293,7 @@ class Dists(nn.Module):
         self.beta = nn.Parameter(state["beta"].flatten() / total, requires_grad=False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x, y = (frames.to(self.features.mean.dtype) for frames in (x, y))
         with torch.no_grad():
             taps_y = [(y + 1) / 2, *self.features.walk(self.layers, y)]
         taps_x = [(x + 1) / 2, *self.features.walk(self.layers, x)]

@@ -17,6 +17,7 @@ accumulated pieces, and by one `reduce` over the processes.
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -31,7 +32,8 @@ from torch import Tensor, nn
 
 from . import weights
 
-RESULT_IS_THE_SAME = {"steps", "every", "accumulate", "checkpoint_decoder", "checkpoint_dit", "shard"}  # and may change
+BOOLEANS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
+RESULT_IS_THE_SAME = {"steps", "every", "accumulate", "checkpoint_decoder", "checkpoint_dit", "shard"}  # so may change
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
@@ -44,13 +46,16 @@ def flags(doc: str, stage: str, recipes: dict) -> argparse.ArgumentParser:
     parser.add_argument("--real", type=Path, help="a real video, its own truth, mixed into the batches")
     parser.add_argument("--perceptual", type=Path, default=Path("data/perceptual"),
                         help="folder with the weights of the losses' backbones (default data/perceptual)")
-    parser.add_argument("--out", type=Path, default=Path("weights"), help=f"where {stage}.safetensors goes")
+    parser.add_argument("--out", type=Path, default=Path("weights"),
+                        help=f"where {stage}.safetensors goes (default weights: in place of the shipped one)")
     # not --run: torchrun would take that for its own --run-path, even behind the script's name
     parser.add_argument("--run-folder", type=Path, dest="run", metavar="FOLDER",
                         help=f"checkpoints and logs (default runs/{stage}_RECIPE)")
     parser.add_argument("--recipe", choices=list(recipes), default="small", help="settings (default small)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the recipe")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                        help="change a value of the recipe (a wrong key names them all)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="default: cuda if it is there, else cpu")
     parser.set_defaults(stage=stage)
     return parser
 
@@ -60,6 +65,8 @@ def launch(main, args: argparse.Namespace, recipes: dict) -> None:
     args.run = args.run or Path("runs") / f"{args.stage}_{args.recipe}"
     try:
         recipe = override(recipes[args.recipe], args.set)
+        check(recipe)
+        check_device(args.device)
         args.out.mkdir(parents=True, exist_ok=True)
         if "WORLD_SIZE" in os.environ:
             cuda = args.device.startswith("cuda")
@@ -67,7 +74,7 @@ def launch(main, args: argparse.Namespace, recipes: dict) -> None:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if cuda else "gloo")
         main(args, recipe)
-    except ValueError as error:
+    except (ValueError, OSError, ImportError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
     finally:
@@ -85,10 +92,25 @@ def override(recipe, settings: list[str]):
             raise ValueError(f"--set {setting}: unknown key {key!r}, there are {', '.join(fields)}")
         kind = type(getattr(recipe, key))
         try:
-            changes[key] = value.lower() in ("1", "true", "yes") if kind is bool else kind(value)
-        except ValueError:
+            changes[key] = BOOLEANS[value.lower()] if kind is bool else kind(value)
+        except (KeyError, ValueError):
             raise ValueError(f"--set {setting}: {key} must be {kind.__name__}, got {value!r}") from None
     return dataclasses.replace(recipe, **changes)
+
+
+def check(recipe) -> None:
+    """ValueError for what no recipe can mean."""
+    for key in ("batch", "accumulate", "frames", "height", "width", "every"):
+        if getattr(recipe, key, 1) < 1:
+            raise ValueError(f"{key} must be at least 1, got {getattr(recipe, key)}")
+
+
+def check_device(device: str) -> None:
+    """ValueError if it is not there."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: {error}") from error
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------
@@ -172,25 +194,35 @@ def check_finite(step: int, terms: dict[str, Tensor | float], norm: Tensor, clip
                          + f"; clips: {', '.join(sum(named, []))}; the last checkpoint is as it was")
 
 
+def settings(args: argparse.Namespace, recipe, names: list[str]) -> dict:
+    """What a run is, and its checkpoint keeps: the recipe, the folders as they were given, and the pairs by name."""
+    given = {f"--{key}": str(value) for key in ("out", "base", "vae2d", "mirage", "prompt", "real")
+             if (value := getattr(args, key, None))}
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    return dataclasses.asdict(recipe) | given | {"--data": f"{len(names)} pairs, {digest[:8]}"}
+
+
 # ---- the folder ------------------------------------------------------------------------------------------------------
 
-def save(folder: Path, step: int, trained: dict[str, Tensor], optimizer: torch.optim.Optimizer, recipe) -> None:
+def save(folder: Path, step: int, trained: dict[str, Tensor], optimizer: torch.optim.Optimizer,
+         settings: dict) -> None:
     """Write the checkpoint, whole or not at all; the first process does."""
     if rank() == 0:
         tensors = {f"param/{n}": p for n, p in trained.items()}
         tensors |= {f"{key}/{n}": v for n, p in trained.items() for key, v in optimizer.state.get(p, {}).items()}
-        about = {"step": str(step), "settings": json.dumps(dataclasses.asdict(recipe))}
+        about = {"step": str(step), "settings": json.dumps(settings)}
         weights.save_tensors(folder / "checkpoint.safetensors", tensors, about)
 
 
 @torch.no_grad()
-def resume(folder: Path, trained: dict[str, Tensor], optimizer: torch.optim.Optimizer, recipe) -> int:
-    """Load the checkpoint if there is one; returns the step to go on with, 0 in a new run."""
+def resume(folder: Path, trained: dict[str, Tensor], optimizer: torch.optim.Optimizer,
+           settings: dict) -> int:
+    """Load the checkpoint if there is one; returns the step to go on with, 0 in a new run. ValueError: another's."""
     path = folder / "checkpoint.safetensors"
     if not path.exists():
         return 0
     tensors, metadata = weights.load_tensors(path)
-    then, now = json.loads(metadata["settings"]), dataclasses.asdict(recipe)
+    then, now = json.loads(metadata["settings"]), settings
     changed = [f"{k}: then {then.get(k)}, now {now.get(k)}" for k in sorted(then.keys() | now.keys())
                if then.get(k) != now.get(k) and k not in RESULT_IS_THE_SAME]
     wanted = {n: list(p.shape) for n, p in trained.items()}
@@ -206,6 +238,7 @@ def resume(folder: Path, trained: dict[str, Tensor], optimizer: torch.optim.Opti
             trained[name].copy_(value)
         else:
             optimizer.state[trained[name]][kind] = value if kind == "step" else value.to(trained[name].device)
+    say(f"goes on at step {metadata['step']} of {path}")
     return int(metadata["step"])
 
 
@@ -217,7 +250,8 @@ def schedule(step: int, warmup: int, steps: int, cosine: bool) -> float:
 
 
 def about(args, recipe, stage_a: dict[str, str] = {}) -> dict[str, str]:
-    """What an adapter file says of its making; the base that is not named by a flag is the one of stage A."""
+    """What an adapter file says of its making. base and vae2d: the flag's, or else those that stage A names, relative
+    to --out where they are folders."""
     names = {}
     for key in ("base", "vae2d"):
         name = getattr(args, key)
@@ -238,12 +272,12 @@ if __name__ == "__main__":
 
     def train(folder: Path, killed_after: int) -> Tensor:
         w = nn.Parameter(torch.zeros(3))
-        optimizer = torch.optim.AdamW([w], lr=Recipe.lr)
-        for step in range(resume(folder, {"w": w}, optimizer, Recipe()), killed_after):
+        optimizer, settings = torch.optim.AdamW([w], lr=Recipe.lr), dataclasses.asdict(Recipe())
+        for step in range(resume(folder, {"w": w}, optimizer, settings), killed_after):
             optimizer.zero_grad()
             (w - torch.randn(3, generator=draws(0, step))).square().sum().backward()
             optimizer.step()
-            save(folder, step + 1, {"w": w}, optimizer, Recipe())
+            save(folder, step + 1, {"w": w}, optimizer, settings)
         return w.detach()
 
     with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b:

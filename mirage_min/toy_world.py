@@ -113,7 +113,7 @@ class Draws:
 
 
 def standing(config: WorldConfig, x, z, yaw, speed=0.0, turn=0.0) -> Tensor:
-    """[T, 4, 4] of something that starts at (x, 0, z), heading `yaw` from +z, and drives on."""
+    """[T, 4, 4] of something that leaves (x, 0, z), heading `yaw` from +z: frame 0 is a step on."""
     T, dt = config.frames, 1 / config.fps
     pose, angle = torch.eye(4).repeat(T, 1, 1), yaw + turn * (torch.arange(T) * dt)
     pose[:, 0, 0], pose[:, 0, 2], pose[:, 2, 0], pose[:, 2, 2] = angle.cos(), angle.sin(), -angle.sin(), angle.cos()

@@ -13,7 +13,7 @@ result, and the official one is the one the weights were trained with.
 
 Attribute names are the published checkpoint's keys. Left out: the quantisation convolutions, which no checkpoint has.
 
-    python -m mirage_min.vae_cogvideox      # the shapes of Table 5, and how far one frame reaches
+    python -m mirage_min.vae_cogvideox      # the shapes of Table 5
 """
 
 from collections.abc import Callable
@@ -49,11 +49,10 @@ def repeat_frames(x: Tensor, T: int) -> Tensor:
 
     That first frame stands alone, as it did in the encoder: 3 latents give 1 + 2 x 2 = 5 frames, 2 give 4, 1 gives 1.
     """
-    F = x.shape[2]
-    if T == F:
+    n, alone = x.shape[2], T % 2
+    if T == n:
         return x
-    alone = T % 2
-    count = torch.tensor([1] * alone + [(T - alone) // (F - alone)] * (F - alone), device=x.device)
+    count = torch.tensor([1] * alone + [(T - alone) // (n - alone)] * (n - alone), device=x.device)
     x = rearrange(x, "b c t h w -> b t h w c")  # frames are repeated in the order in which they lie in memory
     return rearrange(x.repeat_interleave(count, dim=1, output_size=T), "b t h w c -> b c t h w")
 

@@ -75,7 +75,11 @@ class Log:
         if val is not None:
             scores: dict[str, list[float]] = {}
             for i in range(len(val)):
-                x_ni, y = (v[None].to(x.device) for v in val.read(i, lambda n: 0))
+                try:
+                    x_ni, y = (v[None].to(x.device) for v in val.read(i, lambda n: 0))
+                except ValueError as error:  # what only shows when it is read: the run goes on without it
+                    run.say("left out:", error)
+                    continue
                 x_i, crop = now(x_ni, y).float(), val.actor(i)
                 for part, where in {"": (), "_actor": crop}.items() if crop else [("", ())]:
                     a, b = (v[(..., *where)] for v in (x_i, y))

@@ -198,6 +198,11 @@ def test_what_cannot_be_aligned_is_refused():
     known = trial("copies", 0)
     with pytest.raises(ValueError, match="at least 16 Gaussians to align, got 15"):
         coarse_3d(known["asset"], known["obj"].select(torch.arange(15)))
+    few = known["obj"].select(torch.arange(17))
+    few.means[8:] += 1000 * torch.arange(1, 10)[:, None]
+    with pytest.raises(ValueError, match=r"at least 16 Gaussians to align, got 17, of which \d float"):
+        coarse_3d(known["asset"], few)
+    coarse_3d(known["asset"], known["obj"], up=(1, 1, 1))  # no heading is given, so none can be vertical
     with pytest.raises(ValueError, match="a direction that is not vertical"):
         coarse_3d(known["asset"], known["obj"], heading=(0, 1, 0))
 

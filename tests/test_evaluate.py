@@ -169,6 +169,10 @@ def test_the_best_of_several_methods_is_bold_and_the_truth_never():
 
     rows = {"a": row(PSNR=30.0, SSIM=0.5, LPIPS=0.2), "b": row(PSNR=math.inf, SSIM=0.5, LPIPS=0.1),
             "c": row(PSNR=9.0, vFID=3.0), evaluate.TRUTH: row(LPIPS=0.0)}
+    warp = {m: row(**{"E*warp": e}) for m, e in (("low", 0.3), ("near", 0.9), (evaluate.TRUTH, 0.8))}
+    assert "**0.900**" in (text := evaluate.markdown({"r": warp})) and text.count("**") == 2, text
+    warp[evaluate.TRUTH] = row()
+    assert "**0.300**" in (text := evaluate.markdown({"r": warp})) and text.count("**") == 2, text
     text = evaluate.markdown({"r": rows})
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.strip().splitlines()]
     assert cells[0] == ["r", "PSNR ↑", "SSIM ↑", "LPIPS ↓", "DISTS ↓", "E*warp ↓", "vFID ↓", "frames/s ↑"]

@@ -175,6 +175,14 @@ def test_bad_calls_are_refused(net, call, message):
         call(net)
 
 
+def test_a_name_that_one_layer_has_already_changes_no_other(net):
+    layers = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    lora.add(layers, "a", rank=1, alpha=1, targets=["1"])
+    with pytest.raises(ValueError, match="1 already has a LoRA called 'a'"):
+        lora.add(layers, "a", rank=1, alpha=1)
+    assert [name for name, _, _ in lora.adapters(layers, "a")] == ["1"]
+
+
 def test_peft_computes_the_same_from_the_same_tensors():
     """PEFT's own Linear and Conv2d, with alpha other than rank."""
     stub()

@@ -103,6 +103,18 @@ def test_the_ways_out_are_named_in_order_with_their_values_what_they_need_and_wh
         assert f"{name}: {need / 1024:.2f} GiB" in line and line.endswith(", which fits") == (need <= free), line
 
 
+def test_a_way_that_is_none_is_not_named(monkeypatch):
+    """Tiles too small for the loss's network, and fewer frames that are padded to as many."""
+    def picky(models, recipe, x_ni, x_gt, terms):
+        if recipe.tiles > Recipe().tiles:
+            raise ValueError("frames of 1x1")
+        gradients(models, recipe, x_ni, x_gt, terms)
+    monkeypatch.setattr(memory, "available", lambda device: 1)
+    monkeypatch.setitem(memory.LESS, "frames", lambda recipe, processes: recipe.frames + 4)
+    ways = memory.plan(nn.ModuleList([Model()]), picky, Recipe(), 1, "cpu")
+    assert "--set d_trunc=" in ways and "--set tiles=" not in ways and "--set frames=" not in ways, ways
+
+
 def test_a_step_that_fits_is_said_to_need_so_much_and_no_way_out_is_named(monkeypatch):
     monkeypatch.setattr(memory, "available", lambda device: 2**30)
     assert memory.plan(nn.ModuleList([Model()]), gradients, Recipe(), 1, "cpu") == (

@@ -193,6 +193,23 @@ def test_warp_error_counts_only_visible_pixels_and_leaves_out_pairs_without_any(
     assert math.isnan(got[1].item()), "a video of which nothing is visible has no warp error"
 
 
+def test_a_frame_that_is_not_finite_is_not_left_out():
+    x = torch.zeros(1, 3, 4, 12, 12)
+    x[:, :, 2, 5, 5] = math.nan
+    flow, seen = torch.zeros(1, 2, 3, 12, 12), torch.ones(1, 1, 3, 12, 12, dtype=torch.bool)
+    assert psnr(x, torch.ones_like(x)).isnan() and warp_error(x, flow, seen).isnan()
+
+
+def test_flow_of_one_frame_or_of_tiny_ones_is_refused():
+    pytest.importorskip("cv2")
+    for shape in ((1, 3, 1, 16, 16), (1, 3, 2, 11, 16)):
+        with pytest.raises(ValueError, match=r"2 frames of 12×12 at least, got \[1, 3, "):
+            flow_dis(torch.zeros(shape))
+    assert flow_dis(torch.zeros(1, 3, 2, 12, 12)).shape == (1, 2, 1, 12, 12)
+    with pytest.raises(ValueError, match="T ≥ 2"):
+        visible_by_consistency(torch.zeros(1, 2, 0, 8, 8), torch.zeros(1, 2, 0, 8, 8))
+
+
 def test_flow_consistency_finds_exactly_what_a_moving_square_covers():
     H, W, step = 12, 20, 4
     forward, backward = torch.zeros(1, 2, 1, H, W), torch.zeros(1, 2, 1, H, W)

@@ -70,6 +70,14 @@ def test_a_crop_of_the_real_video_has_its_proportions_a_random_scale_and_a_rando
         if wide < 0.7 * W / w:  # where there is a choice of places
             places.append((value[0].min() / (1 - wide * w / W), value[1].min() / (1 - high * h / H)))
         starts.add(round(value[2, 0].mean().item() * T))
+    (tmp_path / "large").mkdir()
+    save(tmp_path / "large" / "a.safetensors", H=80, W=117)
+    large = Pairs(tmp_path / "large", 3, (80, 117), tmp_path / "real")  # nearly the whole frame: no scale of .8 is left
+    for step in range(10):
+        value = (large.batch([run.draws(0, step)], real=1.0)[0][0] + 1) / 2
+        columns, rows = value[0, 0].mean(0), value[1, 0].mean(1)
+        wide, high = (columns[-6] - columns[5]).abs().item() / 106 * W, (rows[-6] - rows[5]).item() / 69 * H
+        assert abs(wide - high) < 0.03, f"a pixel is cut from {wide:.3f} x {high:.3f}"
     least, found = max(h / H, w / W), torch.tensor(scales)
     message = f"scales {sorted(scales)}, wanted from {least:.2f} to .8"
     assert least - 0.02 < found.min() < least + 0.05 and 0.72 < found.max() < 0.83, message

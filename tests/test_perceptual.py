@@ -192,7 +192,7 @@ def test_weights_that_are_missing_or_of_another_network_are_named(vgg, folder, t
     save_file({**state, "2.weight": torch.zeros(64, 64, 1, 1)}, tmp_path / "odd.safetensors")
     with pytest.raises(ValueError, match=r"2\.weight \[64, 64, 1, 1\] \(wanted \[64, 64, 3, 3\]\)"):
         Features("vgg", tmp_path / "odd.safetensors")
-    with pytest.raises(ValueError, match=r"wanted frames \[N, 3, H, W\], got \[3, 64, 64\]"):
+    with pytest.raises(ValueError, match=r"vgg: wanted frames \[N, 3, H, W\] of 16x16 at least, got \[3, 64, 64\]"):
         vgg(torch.zeros(3, 64, 64))
 
 
@@ -235,6 +235,15 @@ def test_dists_is_zero_for_equal_frames_and_reads_its_vectors_from_a_file(vgg, t
     x, y = frames(1, 3, 32, 32)
     dists = Dists(vgg, tmp_path / "weights.pt")
     assert abs(dists(x, x).item()) <= 1e-5 and 0.01 < dists(x, y).item() < 2
+    assert dists(x.double(), y.double()).item() == pytest.approx(dists(x, y).item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("net, least", [("vgg", 16), ("squeeze", 17), ("alex", 31)])
+def test_frames_of_which_pooling_leaves_nothing_are_refused_and_no_larger_ones(net, least, folder):
+    features = Features(net, folder)
+    assert all(min(tap.shape) > 0 for tap in features(torch.zeros(1, 3, least, least)))
+    with pytest.raises(ValueError, match=rf"of {least}x{least} at least, got \[1, 3, 64, {least - 1}\]"):
+        features(torch.zeros(1, 3, 64, least - 1))
 
 
 @pytest.mark.parametrize("B, T", [(2, 5), (1, 1)])

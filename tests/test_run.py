@@ -1,5 +1,7 @@
 """A run among processes: whose clip is whose, and which random numbers a clip has."""
 
+from argparse import Namespace
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +27,45 @@ def test_a_batch_that_does_not_divide_is_refused(monkeypatch, batch, accumulate)
     monkeypatch.setattr(run, "world", lambda: 2)
     with pytest.raises(ValueError, match=f"a batch of {batch} clips does not divide among 2 processes"):
         run.pieces(SimpleNamespace(batch=batch, accumulate=accumulate))
+
+
+@dataclass
+class Recipe:
+    lr: float = 0.1
+    batch: int = 2
+    bf16: bool = True
+
+
+def test_a_run_is_its_recipe_its_folders_and_its_pairs_and_another_is_refused(tmp_path):
+    def settings(names=("a", "b"), lr=0.1, **given):
+        return run.settings(Namespace(**dict(out="first", base="cog") | given), Recipe(lr), list(names))
+    w = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.AdamW([w])
+    run.save(tmp_path, 7, {"w": w}, optimizer, settings())
+    assert run.resume(tmp_path, {"w": w}, optimizer, settings(names=["a", "b"], lr=0.1)) == 7
+    for other, said in ((settings(lr=0.2), "lr: then 0.1, now 0.2"), (settings(out="second"), "--out: then first"),
+                        (settings(base="wan"), "--base: then cog, now wan"),
+                        (settings(mirage="m"), "--mirage: then None, now m"),
+                        (settings(names="a"), "--data: then 2 pairs, .*, now 1 pairs, "),
+                        (settings(names="ac"), "--data: then 2 pairs, .*, now 2 pairs, ")):
+        with pytest.raises(ValueError, match=f"belongs to another run, 1 things differ: {said}"):
+            run.resume(tmp_path, {"w": w}, optimizer, other)
+
+
+@pytest.mark.parametrize("word, wanted", [("on", True), ("YES", True), ("1", True), ("off", False), ("False", False)])
+def test_booleans_are_what_they_say(word, wanted):
+    assert run.override(Recipe(), [f"bf16={word}"]).bf16 is wanted
+    with pytest.raises(ValueError, match="bf16 must be bool, got 'perhaps'"):
+        run.override(Recipe(), ["bf16=perhaps"])
+
+
+def test_what_no_recipe_can_mean_and_no_machine_has_is_refused():
+    run.check(Recipe())
+    with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
+        run.check(Recipe(batch=0))
+    run.check_device("cpu")
+    with pytest.raises(ValueError, match="--device nonsense: "):
+        run.check_device("nonsense")
 
 
 def test_clips_of_neighbouring_steps_and_seeds_have_random_numbers_of_their_own():

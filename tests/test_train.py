@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,6 +135,8 @@ def test_stage_a_goes_on_from_another_with_the_scales_that_it_was_trained_at(wor
     assert all(0 < moved[k] <= 1.1e-4 for k in moved.keys() - scales), "one AdamW step of 1e-4 moves by that at most"
     with pytest.raises(ValueError, match="gone.safetensors"):
         stage_a(work, tmp_path / "2", init=str(tmp_path / "gone.safetensors"))
+    with pytest.raises(ValueError, match="stage_h.safetensors: wanted a stage A"):
+        stage_a(work, tmp_path / "3", init=str(trained / "stage_h.safetensors"))
 
 
 def test_fine_tuning_by_chopgrad_goes_on_from_stage_h_and_its_folder_is_whole(work, trained, tmp_path):
@@ -148,6 +151,23 @@ def test_fine_tuning_by_chopgrad_goes_on_from_stage_h_and_its_folder_is_whole(wo
     largest = max((moved[k] - begun[k]).abs().max() for k in begun)
     assert 0 < largest <= 1.1e-4, f"one AdamW step of 1e-4 moves by 1e-4 at most, this moved by {largest:.1e}"
     assert about["window"] == "5" and len(list(Mirage.from_pretrained(on).stream(iter(torch.zeros(2, 3, 16, 16))))) == 2
+
+
+def test_a_stage_h_that_has_one_of_its_two_adapters_gets_the_other(work, trained, tmp_path):
+    part = Path(shutil.copytree(trained, trained.parent / "part"))  # beside it, for the base is named from there
+    tensors, about = weights.load_tensors(trained / "stage_h.safetensors")
+    only = {key: t for key, t in tensors.items() if key.startswith(TRANSFORMER)}
+    weights.save_tensors(part / "stage_h.safetensors", only, about)
+    after = weights.load_tensors(stage_h(work, tmp_path, mirage=part) / "stage_h.safetensors")[0]
+    assert after.keys() == tensors.keys() and any(key.startswith(HARMONISATION) for key in after)
+
+
+def test_stage_h_in_another_folder_leaves_what_stage_a_and_the_prompt_say_of_themselves(work, trained, tmp_path):
+    stage_h(work, tmp_path, mirage=trained, steps=1)
+    for name in ("stage_a", "prompt"):
+        (was, said), (now, says) = (weights.load_tensors(p / f"{name}.safetensors") for p in (trained, tmp_path))
+        assert was.keys() == now.keys() and all(torch.equal(was[key], now[key]) for key in was)
+        assert said | {"base": 0, "vae2d": 0} == says | {"base": 0, "vae2d": 0}, f"{name}: {said} became {says}"
 
 
 def test_mirage_on_wan_trains_both_stages_and_harmonises_a_clip(tmp_path):
@@ -266,6 +286,20 @@ def test_a_run_leaves_a_log_settings_curves_pictures_and_scores(trained):
     assert Image.open(folder / "step_2.png").size == (3 * 32, 32) and Image.open(folder / "losses.png").width == 800
 
 
+def test_a_held_out_pair_that_breaks_later_is_left_out(work, trained, tmp_path, monkeypatch, capsys):
+    val, read = Pairs(work / "pairs", 9), Pairs.read
+
+    def broken(pairs, i, integer):
+        if pairs is val and i == 1:
+            raise ValueError("1.safetensors: does not decode")
+        return read(pairs, i, integer)
+    monkeypatch.setattr(Pairs, "read", broken)
+    monkeypatch.setattr(train_harmonize, "Pairs", lambda at, *rest: val if at == "val" else Pairs(at, *rest))
+    stage_h(work, tmp_path, mirage=trained, val="val", steps=1)
+    assert "left out: 1.safetensors: does not decode" in capsys.readouterr().out
+    assert (tmp_path / "run_h" / "checkpoint.safetensors").exists()
+
+
 def test_what_is_wrong_is_one_line_and_exit_status_2(tmp_path):
     command = [sys.executable, SCRIPTS / "train_vae.py", "--data", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -367,6 +401,8 @@ def test_the_prompt_given_to_stage_a_is_kept_and_one_of_another_shape_is_refused
     out = stage_a(tmp_path, tmp_path / "out", tmp_path / "prompt.safetensors", steps=1)
     kept, about = weights.load_tensors(out / "prompt.safetensors")
     assert torch.equal(kept["text"], text) and about == {"text": "remove"}
+    with pytest.raises(ValueError, match="wanted a tensor `text`"):
+        stage_a(tmp_path, tmp_path / "out1", out / "stage_a.safetensors", steps=1)
     weights.save_tensors(tmp_path / "long.safetensors", {"text": torch.randn(1, L + 1, D)})
     with pytest.raises(ValueError, match=rf"takes a prompt of \[1, {L}, {D}\], given \[1, {L + 1}, {D}\]"):
         stage_a(tmp_path, tmp_path / "out2", tmp_path / "long.safetensors", steps=1)

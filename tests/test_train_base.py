@@ -87,6 +87,28 @@ def test_every_pair_is_encoded_as_it_is_and_mirrored(folder):
                 assert off < 1e-3, f"pair {i}, side {side}, mirrored {mirrored}: {off:.1e} off"
 
 
+def test_latents_of_other_pairs_or_of_another_vae_are_refused(folder, tmp_path):
+    vae, pairs = CogVideoXVAE.from_pretrained(folder / "out" / "base", "vae"), Pairs(folder / "pairs", 9)
+    file = folder / "runs" / "latents.safetensors"
+    assert len(train_base.Latents(pairs, vae, train_base.Recipe(1, 1), file).z) == 6
+    pairs.names = pairs.names[:2]
+    with pytest.raises(ValueError, match="latents.safetensors: wanted latents of .*'pairs': '2'.*, got .*'pairs': '3'"):
+        train_base.Latents(pairs, vae, train_base.Recipe(1, 1), file)
+    with torch.no_grad():
+        vae.encoder.conv_in.conv.weight[0, 0, 0, 0, 0] += 1
+    with pytest.raises(ValueError, match="wanted latents of"):
+        train_base.Latents(Pairs(folder / "pairs", 9), vae, train_base.Recipe(1, 1), file)
+
+
+def test_clips_of_different_sizes_are_refused_by_name(folder, tmp_path):
+    vae = CogVideoXVAE.from_pretrained(folder / "out" / "base", "vae")
+    for name, width in (("a", 48), ("b", 64)):
+        x = torch.zeros(3, 9, 32, width, dtype=torch.uint8)
+        weights.save_tensors(tmp_path / f"{name}.safetensors", {"x_ni": x, "x_gt": x.clone()})
+    with pytest.raises(ValueError, match="b.safetensors: wanted clips of one size"):
+        train_base.Latents(Pairs(tmp_path, 9), vae, train_base.Recipe(1, 1), tmp_path / "z")
+
+
 def test_a_new_transformer_says_nothing_whatever_it_is_given(monkeypatch):
     monkeypatch.setattr(train_base, "SMALL_DIT", SMALL_DIT)
     torch.manual_seed(0)
