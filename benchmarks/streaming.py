@@ -127,7 +127,8 @@ Made by `{command}`; more digits in [streaming.json](streaming.json). The shippe
 
 ## Seams
 
-Mean absolute difference of a frame to the one before, of 255, with windows of {window} latents: where two of the
+Mean absolute difference of a frame to the one before, of 255, with windows of {window} latents (the small model's own have
+3, and then every group lies at a border): where two of the
 decoder's groups meet at a border of windows, whose latents are blended, and where they meet inside a window. A clip
 moves more in some frames than in others; so it is put through {offsets} times, with more and more copies of its first
 frame before it, until the windows have lain everywhere: both columns are of the same frames.
@@ -139,7 +140,7 @@ frame before it, until the windows have lain everywhere: both columns are of the
 ## Another window offset
 
 The same clip with its first frame put before it 8 times, which moves every border; the difference of the two results,
-of 255. Zero is not to be had: every window sees other neighbours, and the clip has another beginning.
+of 255. It cannot be zero: every window sees other neighbours, and the clip has another beginning.
 
 | clip | mean | 99 % are below | largest |
 |---|---|---|---|

@@ -153,7 +153,7 @@ MISTAKES = {
         ("/ weights.sum(dim=(1, 3, 4))", "/ x[0, :, 0].numel()"),                       # the mask forgotten
         (".sum(dim=(1, 3, 4)) / weights.sum(dim=(1, 3, 4))", ".sum(dim=(1, 2, 3, 4), keepdim=True)[:, :, 0, 0, 0]"
                                                              " / weights.sum(dim=(1, 2, 3, 4))[:, None]"),
-        ("nanmean", "mean"),
+        ("> 0)", ">= 0)"),
     ],
     "warp": [
         ("align_corners=False", "align_corners=True"),
@@ -169,9 +169,9 @@ MISTAKES = {
     "warp_error": [
         ("x[:, :, t + 1], flow", "x[:, :, t], flow"),
         ("/ 2).square()", ").square()"),                                                # on [-1, 1]
-        ("C * seen.sum(dim=(1, 2, 3))", "seen.sum(dim=(1, 2, 3))"),                     # channels
-        ("C * seen.sum(dim=(1, 2, 3))", "C * H * W"),                                   # over all pixels
-        ("nanmean", "mean"),
+        ("C * counts[-1]", "counts[-1]"),                                               # channels
+        ("C * counts[-1]", "C * H * W"),                                                # over all pixels
+        ("> 0)", ">= 0)"),                                                              # pairs without any counted
         ("1e3 * ", ""),
     ],
     "frechet": [

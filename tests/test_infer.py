@@ -397,7 +397,7 @@ def test_the_trained_model_leaves_a_plain_grey_frame_about_as_grey(tmp_path, cap
     target.mkdir()
     succeed(capsys, source, target, "--device", "cpu", "--overwrite")
     shift = (read_clip(target) - read_clip(source)).mean() * 127.5
-    assert abs(shift) < 12, f"its mean moved by {shift:.1f} of 255, allowed 12"
+    assert abs(shift) < 20, f"its mean moved by {shift:.1f} of 255, allowed 20: what the README says of even frames"
 
 
 @needs_weights
