@@ -40,7 +40,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .weights import load_tensors
+from .weights import load_tensors, save_tensors
 
 FILES = {"vgg": "vgg16_features", "alex": "alexnet_features", "squeeze": "squeezenet1_1_features"}
 TAPS = {  # {tap: its index in torchvision's `features`}
@@ -109,8 +109,7 @@ class Features(nn.Module):
     """A frozen backbone: `features(x [N, 3, H, W] in [-1, 1]) -> taps`, a list of [N, C_i, H_i, W_i], finest first.
 
     net: "vgg", "alex" or "squeeze". weights: a safetensors file, or a folder that holds one under the name given in
-    the header. `taps` names what the weights reach, in the order of the list. Differentiable in x. ValueError
-    for frames of which pooling leaves nothing.
+    the header. `taps` names what the weights reach, in their order. Differentiable in x. Too small: ValueError.
     """
 
     def __init__(self, net: str, weights: str | Path):
@@ -337,16 +336,13 @@ def per_video(distance: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor
 if __name__ == "__main__":
     import tempfile
 
-    from safetensors.torch import save_file
-
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:  # random weights: the shapes are real, the distances mean nothing
-        save_file(vgg16().state_dict(), f"{folder}/vgg16_features.safetensors")
+        save_tensors(Path(folder, "vgg16_features.safetensors"), vgg16().state_dict())
         vgg = Features("vgg", folder)
     x, y = torch.rand(2, 2, 3, 64, 96) * 2 - 1
     taps_x, taps_y = vgg(x), vgg(y)
-    for name, tap in zip(vgg.taps, taps_x, strict=True):
-        print(name, list(tap.shape))
+    print(*(f"{name} {list(tap.shape)}" for name, tap in zip(vgg.taps, taps_x, strict=True)), sep="\n")
     print("LPIPS of each frame  ", Lpips(vgg).distance(taps_x, taps_y).tolist())
     print("Gram loss, batch of 2", gram_loss(taps_x, taps_y).tolist())
     print("Gram loss, each alone", [gram_loss(vgg(a[None]), vgg(b[None])).item() for a, b in zip(x, y, strict=True)])
