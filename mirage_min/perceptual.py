@@ -109,7 +109,7 @@ class Features(nn.Module):
     """A frozen backbone: `features(x [N, 3, H, W] in [-1, 1]) -> taps`, a list of [N, C_i, H_i, W_i], finest first.
 
     net: "vgg", "alex" or "squeeze". weights: a safetensors file, or a folder that holds one under the name given in
-    the header. `taps` names what the weights reach, in their order. Differentiable in x. Too small: ValueError.
+    the header. `taps` names what they reach, in order. Differentiable in x. Frames too small to pool: ValueError.
     """
 
     def __init__(self, net: str, weights: str | Path):
