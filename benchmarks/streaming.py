@@ -127,8 +127,8 @@ Made by `{command}`; more digits in [streaming.json](streaming.json). The shippe
 
 ## Seams
 
-Mean absolute difference of a frame to the one before, of 255, with windows of {window} latents (the small model's own have
-3, and then every group lies at a border): where two of the
+Mean absolute difference of a frame to the one before, of 255, with windows of {window} latents (the small
+model's own have 3, and then every group lies at a border): where two of the
 decoder's groups meet at a border of windows, whose latents are blended, and where they meet inside a window. A clip
 moves more in some frames than in others; so it is put through {offsets} times, with more and more copies of its first
 frame before it, until the windows have lain everywhere: both columns are of the same frames.
