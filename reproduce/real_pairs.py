@@ -1,6 +1,6 @@
 """Real naive insertions through the shipped model: what it does to video such as it was never trained on.
 
-    python -m reproduce.real_pairs --pairs ../shared/data/pairs_eval --perceptual DIR
+    python -m reproduce.real_pairs --pairs PAIRS --perceptual DIR
 
 The folder holds NAME_ni.mp4 and NAME_gt.mp4, aligned frame by frame. infer.py with its defaults makes the results, and
 evaluate.py scores them over the full frame, along DIS flow of the truth; the clips have no boxes, so there are no
