@@ -125,7 +125,7 @@ def check_paths(source: Path, target: Path, overwrite: bool) -> None:
         raise ValueError(f"{target}: holds the input, which would be lost with it")
     if not is_mp4(target) and (target.is_file() or (is_media(target) and not target.is_dir())):
         raise ValueError(f"{target}: the output is NAME.mp4, or a folder for PNGs")
-    if target.is_dir() and target.is_mount():
+    if target.is_dir() and os.path.ismount(target):
         raise ValueError(f"{target}: is a mount point, which cannot be replaced whole: name a folder inside it")
     names = sorted(os.listdir(target)) if target.is_dir() else [target.name] * target.exists()
     if names and not overwrite:

@@ -267,7 +267,7 @@ def test_bad_paths_are_one_line_and_status_2(tmp_path, capsys, monkeypatch, stan
     write_clip(tmp_path / "frames", torch.zeros(3, 2, 16, 16))
     fail(capsys, "holds the input", tmp_path / "frames" / "000000.png", tmp_path / "frames", "--overwrite")
     assert len(list((tmp_path / "frames").iterdir())) == 2
-    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "frames")
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "frames")
     fail(capsys, "frames: is a mount point", clip, tmp_path / "frames", "--overwrite")
     fail(capsys, "absent.mp4: .*No such file", tmp_path / "absent.mp4", out)
     fail(capsys, "text.mp4: cannot be read as video", tmp_path / "text.mp4", out)
@@ -397,7 +397,7 @@ def test_the_trained_model_leaves_a_plain_grey_frame_about_as_grey(tmp_path, cap
     target.mkdir()
     succeed(capsys, source, target, "--device", "cpu", "--overwrite")
     shift = (read_clip(target) - read_clip(source)).mean() * 127.5
-    assert abs(shift) < 20, f"its mean moved by {shift:.1f} of 255, allowed 20: what the README says of even frames"
+    assert abs(shift) < 14, f"its mean moved by {shift:.1f} of 255, allowed 14"
 
 
 @needs_weights
