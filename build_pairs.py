@@ -2,7 +2,8 @@
 
     python build_pairs.py scenes/* --out data/pairs
 
-A scene is a folder in the formats of mirage_min/scene.py; `python -m mirage_min.toy_world --scene DIR` makes one up.
+A scene is a folder in the formats of mirage_min/data/scene.py; `python -m mirage_min.data.toy_world --scene DIR` makes
+one up.
 
     choose   the actor: visible and inside the image in all frames, with the largest mean mask               (§8.2)
     coarse   a similarity takes the asset's Gaussians to the actor's                                         (§3.3)
@@ -11,10 +12,10 @@ A scene is a folder in the formats of mirage_min/scene.py; `python -m mirage_min
     x_NI     the scene without the actor, and over it the asset, behind what stands before it                (§8.4)
     x_GT     the video as it was filmed
 
-Written to OUT: SCENE_FIRSTFRAME.safetensors, which mirage_min/pairs.py reads, with x_ni and x_gt (uint8 [3, T, H, W]),
-actor (uint8 [1, T, H, W], the asset's alpha), boxes and boxes_gt ([T, 4] x0, y0, x1, y1 in pixels; the asset's and the
-annotated ones) and naive (the middle frame, the asset placed by position alone); SCENE.png, a contact sheet; and
-manifest.json with every figure. A run killed and started again keeps the pairs it finds.
+Written to OUT: SCENE_FIRSTFRAME.safetensors, which mirage_min/data/pairs.py reads, with x_ni and x_gt (uint8
+[3, T, H, W]), actor (uint8 [1, T, H, W], the asset's alpha), boxes and boxes_gt ([T, 4] x0, y0, x1, y1 in pixels; the
+asset's and the annotated ones) and naive (the middle frame, the asset placed by position alone); SCENE.png, a contact
+sheet; and manifest.json with every figure. A run killed and started again keeps the pairs it finds.
 
 Exit status: 0 done; 1 some scene is broken, and one line says how (the others are done); 2 a flag or OUT is wrong.
 """
@@ -33,11 +34,13 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from mirage_min import align, run, weights
-from mirage_min.metrics import actor_crops, psnr
-from mirage_min.scene import SceneFolder, moved, on, read_scene
-from mirage_min.splat import Camera, Gaussians, load_ply, render
-from mirage_min.video import Video, to_bytes
+from mirage_min.data import align
+from mirage_min.data.scene import SceneFolder, moved, on, read_scene
+from mirage_min.data.splat import Camera, Gaussians, load_ply, render
+from mirage_min.data.video import Video, to_bytes
+from mirage_min.method.metrics import actor_crops, psnr
+from mirage_min.networks import weights
+from mirage_min.training import run
 
 STAGES = "none", "coarse", "full"  # how far the asset is aligned: by position alone, in 3D, and in 2D too
 
@@ -294,7 +297,7 @@ def axes(text: str) -> Tensor:
 def cli(argv: list[str] | None = None) -> int:
     """Run; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("scenes", type=Path, nargs="+", help="scene folders (formats: mirage_min/scene.py)")
+    parser.add_argument("scenes", type=Path, nargs="+", help="scene folders (formats: mirage_min/data/scene.py)")
     parser.add_argument("--out", type=Path, default=Path("data/pairs"), help="where the pairs go (default data/pairs)")
     parser.add_argument("--align", choices=STAGES, default="full",
                         help="by position alone, in 3D, or in 3D and in the image (default full)")

@@ -22,10 +22,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mirage_min import run, weights
-from mirage_min.dit_cogvideox import CogVideoXDiT
-from mirage_min.dit_wan import WanDiT
-from mirage_min.vae_wan import WanVAE
+from mirage_min.networks import weights
+from mirage_min.networks.dit_cogvideox import CogVideoXDiT
+from mirage_min.networks.dit_wan import WanDiT
+from mirage_min.networks.vae_wan import WanVAE
+from mirage_min.training import run
 
 
 def main(args: argparse.Namespace) -> None:

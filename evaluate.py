@@ -6,9 +6,9 @@
 
 Each folder holds videos of the same names: files that PyAV decodes, folders of images, or NAME.safetensors clips, from
 which x_dr, x_ni or x_gt is taken. Sizes and lengths must agree; nothing is resized or cut to fit. How each metric is
-computed is said in mirage_min/metrics.py. A video's figure is the mean over its frames, the table's the mean over
-videos. In memory are two frames of each video, and for vFID one clip. E*warp is lower for what is blurred: compare it
-with the truth's own, which has a row.
+computed is said in mirage_min/method/metrics.py. A video's figure is the mean over its frames, the table's the mean
+over videos. In memory are two frames of each video, and for vFID one clip. E*warp is lower for what is blurred: compare
+it with the truth's own, which has a row.
 
     boxes     the actor's, for crops: a JSON {NAME: [[x0, y0, x1, y1] or null, one for each frame]}, in pixels, or a
               folder of NAME.safetensors with `boxes` [T, 4]; frames without the actor have no crop. For E*warp whole
@@ -40,9 +40,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mirage_min import metrics, run, weights
-from mirage_min.perceptual import Dists, Features, Lpips
-from mirage_min.video import Video, from_bytes
+from mirage_min.data.video import Video, from_bytes
+from mirage_min.method import metrics
+from mirage_min.method.perceptual import Dists, Features, Lpips
+from mirage_min.networks import weights
+from mirage_min.training import run
 
 COLUMNS = {"PSNR": ("↑", 2), "SSIM": ("↑", 3), "LPIPS": ("↓", 3), "DISTS": ("↓", 3),  # what is better, and digits
            "E*warp": ("↓", 3), "vFID": ("↓", 3), "frames/s": ("↑", 2)}

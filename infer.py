@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from mirage_min import run
-from mirage_min.mirage import Mirage
-from mirage_min.video import Video, is_mp4, writing
+from mirage_min.data.video import Video, is_mp4, writing
+from mirage_min.systems.mirage import Mirage
+from mirage_min.training import run
 
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

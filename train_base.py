@@ -1,6 +1,6 @@
 """Train the small base that stands in for published weights: in the paper it comes from CogVideoX and AutoencoderKL.
 
-    python -m mirage_min.toy_world --out data/toy --clips 2000
+    python -m mirage_min.data.toy_world --out data/toy --clips 2000
     python train_base.py vae_2d   --data data/toy --perceptual DIR
     python train_base.py vae      --data data/toy --perceptual DIR
     python train_base.py prior    --data data/toy      # the transformer, as a diffusion model of true videos
@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
 
-from mirage_min import run, watch
-from mirage_min.dit_cogvideox import CogVideoXDiT, CogVideoXDiTConfig
-from mirage_min.one_step import add_noise, alpha_bar, denoise, v_target
-from mirage_min.pairs import Pairs
-from mirage_min.perceptual import Features, Lpips
-from mirage_min.vae_2d import AutoencoderKL, AutoencoderKLConfig
-from mirage_min.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
+from mirage_min.data.pairs import Pairs
+from mirage_min.method.one_step import add_noise, alpha_bar, denoise, v_target
+from mirage_min.method.perceptual import Features, Lpips
+from mirage_min.networks.dit_cogvideox import CogVideoXDiT, CogVideoXDiTConfig
+from mirage_min.networks.vae_2d import AutoencoderKL, AutoencoderKLConfig
+from mirage_min.networks.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
+from mirage_min.training import run, watch
 
 SMALL_VAE_2D = AutoencoderKLConfig(block_out_channels=(16, 32, 32, 32), norm_num_groups=8, layers_per_block=1,
                                    latent_channels=4)

@@ -23,10 +23,12 @@ from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mirage_min import chopgrad, lora, memory, run, watch, weights
-from mirage_min.mirage import HARMONISATION, RECONSTRUCTION, TRANSFORMER, Mirage
-from mirage_min.pairs import Pairs
-from mirage_min.perceptual import Features, Lpips, gram_loss
+from mirage_min.data.pairs import Pairs
+from mirage_min.method import chopgrad, lora
+from mirage_min.method.perceptual import Features, Lpips, gram_loss
+from mirage_min.networks import weights
+from mirage_min.systems.mirage import HARMONISATION, RECONSTRUCTION, TRANSFORMER, Mirage
+from mirage_min.training import memory, run, watch
 
 
 @dataclass

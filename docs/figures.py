@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend comes first)
 
-from mirage_min.one_step import alpha_bar  # noqa: E402
-from mirage_min.toy_world import WorldConfig, make_clip  # noqa: E402
-from mirage_min.vae_cogvideox import CogVideoXVAE  # noqa: E402
+from mirage_min.data.toy_world import WorldConfig, make_clip  # noqa: E402
+from mirage_min.method.one_step import alpha_bar  # noqa: E402
+from mirage_min.networks.vae_cogvideox import CogVideoXVAE  # noqa: E402
 
 DOCS = Path(__file__).resolve().parent
 plt.rcParams.update({"figure.figsize": (4.2, 2.8), "font.size": 8, "savefig.dpi": 110, "savefig.bbox": "tight"})

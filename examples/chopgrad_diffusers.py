@@ -17,7 +17,7 @@ from diffusers import AutoencoderKLCogVideoX, AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch import Tensor
 
-from mirage_min import chopgrad
+from mirage_min.method import chopgrad
 
 
 class CogVideoXGroups:

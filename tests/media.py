@@ -7,7 +7,7 @@ import av
 import numpy as np
 import torch
 
-from mirage_min.video import Video, writing
+from mirage_min.data.video import Video, writing
 
 RATE = 10  # frames a second
 # Not smaller than 64 x 64, where the x265 of PyAV's wheels writes beyond its memory.

@@ -3,7 +3,7 @@
     python tests/mutation.py --out runs/mutation.jsonl               # goes on where it was stopped; lists the survivors
     python tests/mutation.py --out runs/mutation.jsonl --count 6     # the first six of the same sample
     python tests/mutation.py --out runs/fresh.jsonl --seed 1         # another sample: tests may be made for the first
-    python tests/mutation.py --list chopgrad.py                      # the mistakes that one file offers
+    python tests/mutation.py --list mirage_min/method/chopgrad.py    # the mistakes that one file offers
 
 A mistake is one changed expression: a sign (a + b for a - b, a for -a), a scale (a / b for a * b, twice a number), a
 dropped term (a for a + b), an index (i + 1 for i), an axis (another dim), a bound (<= for <). The sample is fixed:
@@ -108,14 +108,14 @@ def skipped(node: ast.AST) -> bool:
 
 
 def candidates(file: str) -> list[dict]:
-    """Every mistake in a file of the package: {file, line, kind, old, new, span}, span in bytes."""
-    data = (ROOT / "mirage_min" / file).read_bytes()
+    """Every mistake in a file, named from the root: {file, line, kind, old, new, span}, span in bytes."""
+    data = (ROOT / file).read_bytes()
     starts, found = [0], []
     for line in data.splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
     for node in places(ast.parse(data)):
         for kind, new in mutants(node):
-            if isinstance(node, ast.Constant) and file.startswith("toy_"):
+            if isinstance(node, ast.Constant) and Path(file).name.startswith("toy_"):
                 continue
             a, b = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
             found.append({"file": file, "line": node.lineno, "kind": kind, "old": data[a:b].decode(),
@@ -124,7 +124,8 @@ def candidates(file: str) -> list[dict]:
 
 
 def sample(count: int, seed: int = 0) -> list[dict]:
-    every = [m for path in sorted((ROOT / "mirage_min").glob("*.py")) for m in candidates(path.name)]
+    files = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "mirage_min").rglob("*.py"))
+    every = [m for file in files for m in candidates(file)]
     return random.Random(seed).sample(every, min(300, len(every)))[:count]
 
 
@@ -217,7 +218,7 @@ def run(tree: Path, tests: tuple[str, ...], known: dict[str, float], limit: floa
 
 def try_one(tree: Path, mutant: dict, clean: dict[tuple, tuple]) -> dict:
     """The mutant with its outcome ("caught", "SURVIVES" or "too long"), why, and seconds."""
-    path, tests, start = tree / "mirage_min" / mutant["file"], tests_of(mutant["file"]), time.time()
+    path, tests, start = tree / mutant["file"], tests_of(mutant["file"]), time.time()
     if tests not in clean:
         clean[tests] = run(tree, tests, {}, None)
         if clean[tests][0] != 0:

@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mirage_min.dit_cogvideox import CogVideoXDiT, CogVideoXDiTConfig
-from mirage_min.dit_wan import WanDiT, WanDiTConfig
-from mirage_min.mirage import Mirage
-from mirage_min.one_step import alpha_bar
-from mirage_min.vae_2d import AutoencoderKL, AutoencoderKLConfig
-from mirage_min.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
-from mirage_min.vae_wan import WanVAE, WanVAEConfig
+from mirage_min.method.one_step import alpha_bar
+from mirage_min.networks.dit_cogvideox import CogVideoXDiT, CogVideoXDiTConfig
+from mirage_min.networks.dit_wan import WanDiT, WanDiTConfig
+from mirage_min.networks.vae_2d import AutoencoderKL, AutoencoderKLConfig
+from mirage_min.networks.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
+from mirage_min.networks.vae_wan import WanVAE, WanVAEConfig
+from mirage_min.systems.mirage import Mirage
 
 
 def parts(patch_size_t: int | None = None, latent_channels: int = 4):

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mirage_min import lora, weights
-from mirage_min.mirage import HARMONISATION, TRANSFORMER, Mirage
+from mirage_min.method import lora
+from mirage_min.networks import weights
+from mirage_min.systems.mirage import HARMONISATION, TRANSFORMER, Mirage
 from tests import small
 from tests.torchvision_stub import stub
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.alignment import errors, measure, trial
-from mirage_min.align import (
+from experiments.alignment import errors, measure, trial
+from mirage_min.data.align import (
     apply_fine,
     axes,
     coarse_3d,
@@ -20,9 +20,9 @@ from mirage_min.align import (
     umeyama,
     upright,
 )
-from mirage_min.splat import Gaussians, rotations
-from mirage_min.toy_render import project
-from mirage_min.toy_world import WorldConfig, intrinsics, sample_scene
+from mirage_min.data.splat import Gaussians, rotations
+from mirage_min.data.toy_render import project
+from mirage_min.data.toy_world import WorldConfig, intrinsics, sample_scene
 
 
 def normal(*shape, seed=0):

@@ -347,20 +347,20 @@ BAD_BODIES = {
 
 @pytest.mark.parametrize("what", BAD_BODIES)
 def test_a_body_that_reaches_beyond_its_function_is_not_run(what, tmp_path):
-    file = tmp_path / "mirage_min" / "causal_conv.py"
-    file.parent.mkdir()
-    name = "mirage_min/causal_conv.py::CausalConv3d.with_past"
-    file.write_text(source.splice((source.ROOT / "mirage_min/causal_conv.py").read_text(), "CausalConv3d.with_past",
-                                  BAD_BODIES[what]))
+    file = tmp_path / "mirage_min" / "networks" / "causal_conv.py"
+    file.parent.mkdir(parents=True)
+    name = "mirage_min/networks/causal_conv.py::CausalConv3d.with_past"
+    whole = (source.ROOT / "mirage_min/networks/causal_conv.py").read_text()
+    file.write_text(source.splice(whole, "CausalConv3d.with_past", BAD_BODIES[what]))
     with pytest.raises(ValueError, match="not available|not for these functions|must not be set"):
         grade.graft(tmp_path, name, [name])
 
 
 def test_of_a_submission_only_the_bodies_are_taken(tmp_path):
-    file = tmp_path / "mirage_min" / "causal_conv.py"
-    file.parent.mkdir()
-    name = "mirage_min/causal_conv.py::CausalConv3d.with_past"
-    wanted = source.splice((source.ROOT / "mirage_min/causal_conv.py").read_text(), "CausalConv3d.with_past",
+    file = tmp_path / "mirage_min" / "networks" / "causal_conv.py"
+    file.parent.mkdir(parents=True)
+    name = "mirage_min/networks/causal_conv.py::CausalConv3d.with_past"
+    wanted = source.splice((source.ROOT / "mirage_min/networks/causal_conv.py").read_text(), "CausalConv3d.with_past",
                            "return torch.cat([x, x])")
     file.write_text("import os\nos._exit(0)\n\nclass CausalConv3d:\n    @os.abort\n"
                     "    def with_past(self, x=os.abort()):\n        return torch.cat([x, x])\n")

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from mirage_min import causal_conv, lora
-from mirage_min.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
-from mirage_min.vae_wan import WanVAE, WanVAEConfig
+from mirage_min.method import lora
+from mirage_min.networks import causal_conv
+from mirage_min.networks.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
+from mirage_min.networks.vae_wan import WanVAE, WanVAEConfig
 
 C = 4  # latent channels
 SMALL = {

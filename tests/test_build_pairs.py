@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 import build_pairs
-from mirage_min import align, scene, splat, toy_render, toy_scene, toy_world, weights
-from mirage_min.pairs import Pairs
-from mirage_min.video import read_clip, to_bytes, write_clip
+from mirage_min.data import align, scene, splat, toy_render, toy_scene, toy_world
+from mirage_min.data.pairs import Pairs
+from mirage_min.data.video import read_clip, to_bytes, write_clip
+from mirage_min.networks import weights
 
 SEEDS, T, H, W = (0, 4), 4, 64, 96
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn.functional import silu
 
-from mirage_min import causal_conv
-from mirage_min.causal_conv import CausalConv3d, Spent, name_caches, normed_conv
+from mirage_min.networks import causal_conv
+from mirage_min.networks.causal_conv import CausalConv3d, Spent, name_caches, normed_conv
 
 
 def slow_causal(x, weight, bias, first, stride):

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.chopgrad_memory import passes
-from mirage_min import chopgrad, injection
-from mirage_min.memory import Held
-from mirage_min.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
-from mirage_min.vae_wan import WanVAE, WanVAEConfig
+from experiments.chopgrad_memory import passes
+from mirage_min.method import chopgrad, injection
+from mirage_min.networks.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
+from mirage_min.networks.vae_wan import WanVAE, WanVAEConfig
+from mirage_min.training.memory import Held
 from tests.torchvision_stub import stub
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # autograd warns, once, of gradients laid out badly

@@ -9,8 +9,8 @@ import pytest
 from av.stream import Disposition
 from PIL import Image
 
-from mirage_min.decode import hidden
-from mirage_min.video import Video
+from mirage_min.data.decode import hidden
+from mirage_min.data.video import Video
 from tests.media import RATE, WIDTH, assert_close, break_frame, copy, encode, packets_of, picture, pictures, read
 
 

@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(path.stem for path in (ROOT / "mirage_min").glob("*.py") if path.stem != "__init__")
+FILES = sorted(path.relative_to(ROOT).with_suffix("").as_posix() for path in (ROOT / "mirage_min").rglob("*.py")
+               if path.stem != "__init__")
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_demonstration_runs_prints_and_names_the_pictures_it_leaves(name, tmp_path):
-    about = (ROOT / "mirage_min" / f"{name}.py").read_text().split('"""')[1]
-    assert f"python -m mirage_min.{name}" in about, "the file's docstring says how to run it"
-    run = subprocess.run([sys.executable, "-B", "-m", f"mirage_min.{name}"], cwd=tmp_path, text=True,
+    about = (ROOT / f"{name}.py").read_text().split('"""')[1]
+    module = name.replace("/", ".")
+    assert f"python -m {module}" in about, "the file's docstring says how to run it"
+    run = subprocess.run([sys.executable, "-B", "-m", module], cwd=tmp_path, text=True,
                          capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert run.returncode == 0, run.stderr[-2000:]
     assert any(c.isdigit() for c in run.stdout), f"no figures in what it prints: {run.stdout!r}"

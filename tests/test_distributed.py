@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from mirage_min import memory, run, watch, weights
-from mirage_min.pairs import Pairs
+from mirage_min.data.pairs import Pairs
+from mirage_min.networks import weights
+from mirage_min.training import memory, run, watch
 from tests import small
 from tests.test_train import save_inputs, stage_a, stage_h
 

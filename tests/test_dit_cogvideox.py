@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mirage_min.dit_cogvideox import CogVideoXDiT, CogVideoXDiTConfig, rotary_table
+from mirage_min.networks.dit_cogvideox import CogVideoXDiT, CogVideoXDiTConfig, rotary_table
 from tests.torchvision_stub import stub
 
 stub()

@@ -20,8 +20,8 @@ from diffusers import WanTransformer3DModel  # noqa: E402
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers  # noqa: E402
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed  # noqa: E402
 
-from mirage_min import weights  # noqa: E402
-from mirage_min.dit_wan import BLOCK_NAMES, NAMES, WanDiT, WanDiTConfig, rotary_table  # noqa: E402
+from mirage_min.networks import weights  # noqa: E402
+from mirage_min.networks.dit_wan import BLOCK_NAMES, NAMES, WanDiT, WanDiTConfig, rotary_table  # noqa: E402
 
 CONFIGS = Path(__file__).parents[2] / "shared" / "checkpoint_configs"
 SMALL = dict(num_attention_heads=2, attention_head_dim=20, in_channels=4, out_channels=4, text_dim=12, freq_dim=16,

@@ -32,7 +32,7 @@ def sources(where: str) -> dict[str, str]:
     """{file: name -> source} of what stands in backticks; AssertionError where there is no such file or name."""
     out = {}
     for file, names in re.findall(r"`([\w/]+\.py): ([^`]+)`", where):
-        path = next((p for p in (ROOT / file, ROOT / "mirage_min" / file) if p.is_file()), None)
+        path = next((p for p in (ROOT / file, *(ROOT / "mirage_min").glob(f"*/{file}")) if p.is_file()), None)
         assert path, f"there is no file {file}"
         text = path.read_text(encoding="utf-8")
         for name in names.split(", "):

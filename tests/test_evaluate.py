@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import evaluate
 import infer
-from mirage_min import metrics
-from mirage_min.perceptual import Dists, Features, Lpips, alexnet, vgg16
-from mirage_min.video import read_clip, write_clip
+from mirage_min.data.video import read_clip, write_clip
+from mirage_min.method import metrics
+from mirage_min.method.perceptual import Dists, Features, Lpips, alexnet, vgg16
 
 T, H, W = 18, 40, 48
 NAMES = ("one", "two")

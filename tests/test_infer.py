@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 
 import infer
-from mirage_min import video
-from mirage_min.video import Video, read_clip, write_clip
+from mirage_min.data import video
+from mirage_min.data.video import Video, read_clip, write_clip
 from tests import small
 from tests.media import HEIGHT, RATE, WIDTH, break_frame, encode, packets_of, picture, pictures
 
@@ -355,7 +355,7 @@ def test_a_signal_ends_the_run_and_leaves_nothing(tmp_path, capsys, stand_in, na
 def test_a_signal_to_the_process_ends_it_with_128_and_its_number_and_leaves_nothing(tmp_path):
     source = encode(tmp_path / "in.mp4", pictures(150))
     script = ("import runpy, sys, time, types\n"
-              "from mirage_min.mirage import Mirage\n"
+              "from mirage_min.systems.mirage import Mirage\n"
               "def stream(frames, **settings):\n"
               "    for number, frame in enumerate(frames):\n"
               "        if number == 120:\n"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mirage_min import injection
+from mirage_min.method import injection
 from tests import small
 
 

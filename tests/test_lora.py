@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from mirage_min import lora
-from mirage_min.causal_conv import CausalConv3d, name_caches
+from mirage_min.method import lora
+from mirage_min.networks.causal_conv import CausalConv3d, name_caches
 from tests.torchvision_stub import stub
 
 

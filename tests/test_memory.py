@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mirage_min import memory
+from mirage_min.training import memory
 
 MIB = 2**20
 

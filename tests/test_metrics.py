@@ -11,7 +11,8 @@ from scipy.linalg import sqrtm
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch.nn.functional import interpolate
 
-from mirage_min.metrics import (
+from mirage_min.data.toy_world import WorldConfig, make_clip
+from mirage_min.method.metrics import (
     actor_crops,
     clip_features,
     dists,
@@ -25,7 +26,6 @@ from mirage_min.metrics import (
     warp,
     warp_error,
 )
-from mirage_min.toy_world import WorldConfig, make_clip
 
 
 def videos(B: int = 2, T: int = 3, H: int = 33, W: int = 26) -> tuple[torch.Tensor, torch.Tensor]:

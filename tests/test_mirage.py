@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from mirage_min import lora, weights
-from mirage_min.mirage import HARMONISATION, RECONSTRUCTION, TRANSFORMER, Mirage, explain
-from mirage_min.one_step import alpha_bar, z0_from_v
+from mirage_min.method import lora
+from mirage_min.method.one_step import alpha_bar, z0_from_v
+from mirage_min.networks import weights
+from mirage_min.systems.mirage import HARMONISATION, RECONSTRUCTION, TRANSFORMER, Mirage, explain
 from tests import small
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mirage_min import one_step
+from mirage_min.method import one_step
 from tests.torchvision_stub import stub
 
 CONFIGS = Path(__file__).parents[2] / "shared" / "checkpoint_configs"

@@ -5,9 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mirage_min import run, weights
-from mirage_min.pairs import Pairs
-from mirage_min.video import write_clip
+from mirage_min.data.pairs import Pairs
+from mirage_min.data.video import write_clip
+from mirage_min.networks import weights
+from mirage_min.training import run
 
 
 def save(path, T=12, H=20, W=28, seed=0, **extra):

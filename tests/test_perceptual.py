@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mirage_min.perceptual import (
+from mirage_min.method.perceptual import (
     FILES,
     GRAM_WEIGHTS,
     TAPS,

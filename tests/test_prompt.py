@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import encode_prompt
-from mirage_min import weights
-from mirage_min.mirage import Mirage
+from mirage_min.networks import weights
+from mirage_min.systems.mirage import Mirage
 from tests import small
 from tests.torchvision_stub import stub
 

@@ -6,10 +6,10 @@ from argparse import Namespace
 import pytest
 import torch
 
-from mirage_min import weights
-from mirage_min.vae_2d import AutoencoderKL, AutoencoderKLConfig
-from reproduce import common
-from reproduce.mirage_table1 import drift
+from experiments import common
+from experiments.mirage_table1 import drift
+from mirage_min.networks import weights
+from mirage_min.networks.vae_2d import AutoencoderKL, AutoencoderKLConfig
 
 
 def test_what_was_made_is_kept_until_a_setting_changes(tmp_path):
@@ -55,7 +55,7 @@ def test_a_report_holds_means_deviations_the_papers_numbers_and_the_command(tmp_
     common.report("mirage_table9", "A table.\n\nMore.", args, {"full frame": {"x": {"PSNR": 20}, "y": {"PSNR": 25}}},
                   [seed(10.0, 12.0), seed(14.0, 13.0)])
     text = (tmp_path / "mirage_table9.md").read_text()
-    assert "`python -m reproduce.mirage_table9 --steps 5 --seeds 2 --clips 3 --perceptual DIR`" in text
+    assert "`python -m experiments.mirage_table9 --steps 5 --seeds 2 --clips 3 --perceptual DIR`" in text
     assert "| x | 12.000 ± 2.828 (20) |" in text and "| y | 12.500 ± 0.707 (25) |" in text
     assert "| naive | inf |" in text, "evaluate.py's JSON has a string where two videos are equal"
     assert "PSNR: pairs of methods in the paper's order, seed by seed: 1 of 1, 0 of 1" in text

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mirage_min import run
+from mirage_min.training import run
 
 
 @pytest.mark.parametrize("batch, processes, accumulate", [(6, 1, 1), (6, 1, 3), (12, 3, 2), (4, 4, 1)])

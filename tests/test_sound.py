@@ -4,7 +4,7 @@ import av
 import numpy as np
 import pytest
 
-from mirage_min.video import Video, writing
+from mirage_min.data.video import Video, writing
 from tests.media import HEIGHT, RATE, WIDTH, copy, encode, packets_of, pictures
 
 

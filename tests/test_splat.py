@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mirage_min import splat
-from mirage_min.splat import Camera, Gaussians, load_ply, render, save_ply
+from mirage_min.data import splat
+from mirage_min.data.splat import Camera, Gaussians, load_ply, render, save_ply
 
 
 def camera(width=27, height=19, focal=22.0):

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from mirage_min import toy_render, toy_world
-from mirage_min.toy_world import WorldConfig, make_clip, sample_scene
-from mirage_min.video import read_clip
+from mirage_min.data import toy_render, toy_world
+from mirage_min.data.toy_world import WorldConfig, make_clip, sample_scene
+from mirage_min.data.video import read_clip
 
 DEMO = Path(__file__).parents[1] / "assets" / "naive_insertion.mp4"
 CONFIG = WorldConfig(frames=3, height=48, width=72)

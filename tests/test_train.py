@@ -18,9 +18,11 @@ from PIL import Image
 
 import train_harmonize
 import train_vae
-from mirage_min import lora, memory, perceptual, run, watch, weights
-from mirage_min.mirage import HARMONISATION, RECONSTRUCTION, TRANSFORMER, Mirage
-from mirage_min.pairs import Pairs
+from mirage_min.data.pairs import Pairs
+from mirage_min.method import lora, perceptual
+from mirage_min.networks import weights
+from mirage_min.systems.mirage import HARMONISATION, RECONSTRUCTION, TRANSFORMER, Mirage
+from mirage_min.training import memory, run, watch
 from tests import small
 
 SCRIPTS = Path(__file__).parents[1]

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 import train_base
-from mirage_min import perceptual, weights
-from mirage_min.dit_cogvideox import CogVideoXDiTConfig
-from mirage_min.mirage import Mirage
-from mirage_min.pairs import Pairs
-from mirage_min.vae_2d import AutoencoderKL
-from mirage_min.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
+from mirage_min.data.pairs import Pairs
+from mirage_min.method import perceptual
+from mirage_min.networks import weights
+from mirage_min.networks.dit_cogvideox import CogVideoXDiTConfig
+from mirage_min.networks.vae_2d import AutoencoderKL
+from mirage_min.networks.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
+from mirage_min.systems.mirage import Mirage
 
 SMALL_VAE = CogVideoXVAEConfig(block_out_channels=(4, 4, 8, 8), norm_num_groups=4, layers_per_block=1)
 SMALL_DIT = CogVideoXDiTConfig(num_attention_heads=1, num_layers=2, time_embed_dim=8, text_embed_dim=16,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mirage_min.vae_2d import AutoencoderKL, AutoencoderKLConfig
-from mirage_min.weights import read_config
+from mirage_min.networks.vae_2d import AutoencoderKL, AutoencoderKLConfig
+from mirage_min.networks.weights import read_config
 from tests.torchvision_stub import stub
 
 stub()

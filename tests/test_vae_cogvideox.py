@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from mirage_min import injection
-from mirage_min.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
+from mirage_min.method import injection
+from mirage_min.networks.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
 from tests.torchvision_stub import stub
 
 stub()
 from diffusers import AutoencoderKLCogVideoX  # noqa: E402
 
-from mirage_min.memory import Live  # noqa: E402
+from mirage_min.training.memory import Live  # noqa: E402
 
 CONFIGS = Path(__file__).parents[2] / "shared" / "checkpoint_configs"
 SMALL = dict(block_out_channels=(8, 16, 16, 24), layers_per_block=1, norm_num_groups=4, latent_channels=4,
@@ -99,7 +99,7 @@ def test_official_configs_have_the_published_keys_and_shapes(name):
     file = CONFIGS / f"{name}.vae.json"
     if not file.exists():
         pytest.skip(f"needs {file.name}, the official config")
-    from mirage_min import weights
+    from mirage_min.networks import weights
     config = json.loads(file.read_text())
     with torch.device("meta"):
         ours = CogVideoXVAE(weights.read_config(CogVideoXVAE, config, file))

@@ -17,9 +17,9 @@ stub()
 
 from diffusers import AutoencoderKLWan  # noqa: E402
 
-from mirage_min import weights  # noqa: E402
-from mirage_min.memory import Live  # noqa: E402
-from mirage_min.vae_wan import WanVAE, WanVAEConfig  # noqa: E402
+from mirage_min.networks import weights  # noqa: E402
+from mirage_min.networks.vae_wan import WanVAE, WanVAEConfig  # noqa: E402
+from mirage_min.training.memory import Live  # noqa: E402
 
 CONFIGS = Path(__file__).parents[2] / "shared" / "checkpoint_configs"
 SMALL = dict(base_dim=8, z_dim=3, num_res_blocks=1, latents_mean=[0.3, -0.5, 0.1], latents_std=[1.5, 0.7, 2.0])

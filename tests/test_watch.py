@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mirage_min import watch
+from mirage_min.training import watch
 
 
 @dataclass

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mirage_min import weights
-from mirage_min.vae_2d import AutoencoderKL, AutoencoderKLConfig
+from mirage_min.networks import weights
+from mirage_min.networks.vae_2d import AutoencoderKL, AutoencoderKLConfig
 from tests.torchvision_stub import stub
 
 FILE = "diffusion_pytorch_model.safetensors"

@@ -1,0 +1,174 @@
+"""Reading NI–GT pairs: clips of a naive insertion and of the truth, cropped and flipped alike (Mirage §3.3).
+
+A folder of pairs holds `ni/NAME` and `gt/NAME` videos (files or image folders) of equal names, or clips as toy_world
+and build_pairs write them, `NAME.safetensors` with x_ni and x_gt as uint8 [3, T, H, W] and perhaps the actor's `boxes`
+[T, 4]. Which clip, crop and flip a sample is, is a function of its own generator alone: a run can be repeated, resumed,
+and shared among processes.
+
+    python -m mirage_min.data.pairs
+"""
+
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .video import Video, from_bytes, read_clip, to_bytes
+
+
+class Pairs:
+    """The usable pairs of a folder; `left_out` says of each other one why. Nothing usable: ValueError.
+
+    Every pair is checked once, from its header or first frame: both videos are there, of one size and length, of at
+    least `frames` frames and of `size` (height, width). What only shows later is warned of and drawn again.
+    """
+
+    def __init__(self, folder: str | Path, frames: int, size: tuple[int, int] | None = None,
+                 real: str | Path | None = None, real_frames: int = 0):
+        """size None: whole frames. real: a video that is its own truth; only its first `real_frames`, if not 0."""
+        self.folder, self.frames, self.size, self.left_out = Path(folder), frames, size, []
+        ni, gt = ({p.name for p in (self.folder / side).glob("*")} for side in ("ni", "gt"))
+        self.left_out += [f"{name}: only in {'ni' if name in ni else 'gt'}" for name in sorted(ni ^ gt)]
+        found = sorted(p.name for p in self.folder.glob("*.safetensors")) + sorted(ni & gt)
+        self.names = [name for name in found if self._usable(name)]
+        if not self.names:
+            raise ValueError(f"{folder}: no usable pairs: " + ("; ".join(self.left_out[:5]) or
+                             "wanted *.safetensors clips, or ni/ and gt/ videos of equal names"))
+        self.real = None if real is None else to_bytes(read_clip(real)[:, : real_frames or None])   # [3, T, H, W]
+        if real is not None and self.real.shape[1] < frames:
+            raise ValueError(f"{real}: wanted at least {frames} frames, got {self.real.shape[1]}")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def batch(self, draws: list[torch.Generator], real: float = 0.0) -> tuple[Tensor, Tensor, list[str]]:
+        """A sample for each generator: x_ni, x_gt [n, 3, frames, h, w] in [-1, 1], names; a share of `real` ones."""
+        x_ni, x_gt, names = zip(*(self._sample(generator, real) for generator in draws))
+        return torch.stack(x_ni), torch.stack(x_gt), list(names)
+
+    def _sample(self, draws: torch.Generator, real: float) -> tuple[Tensor, Tensor, str]:
+        def integer(high: int) -> int:
+            return int(torch.randint(high, (), generator=draws))
+
+        if self.real is not None and torch.rand((), generator=draws) < real:
+            x = y = self._real_crop(draws)
+            name = "the real video"
+        else:
+            for _ in range(100):
+                try:
+                    x, y = self.read(i := integer(len(self)), integer)
+                    name = self.names[i]
+                    break
+                except ValueError as error:
+                    warnings.warn(f"left out, another is drawn: {error}")
+            else:
+                raise ValueError(f"{self.folder}: a hundred pairs in a row cannot be read")
+        return (x.flip(-1), y.flip(-1), name) if integer(2) else (x, y, name)
+
+    def read(self, i: int, integer) -> tuple[Tensor, Tensor]:
+        """One pair, each [3, frames, h, w] in [-1, 1]; `integer(n)` draws where to cut. A broken clip: ValueError."""
+        clip = self.folder / self.names[i]
+        try:
+            if clip.suffix == ".safetensors":
+                with safe_open(clip, framework="pt") as file:  # reads only what the crop needs
+                    x, y = file.get_slice("x_ni"), file.get_slice("x_gt")
+                    t, h, w = self._cut(x.get_shape(), integer)
+                    return from_bytes(x[:, t, h, w]), from_bytes(y[:, t, h, w])
+            x, y = (read_clip(self.folder / side / clip.name) for side in ("ni", "gt"))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{clip}: cannot be read: {error}") from None
+        if x.shape != y.shape or x.shape[1] < self.frames:
+            raise ValueError(f"{clip.name}: ni decodes to {list(x.shape)}, gt to {list(y.shape)}")
+        t, h, w = self._cut(x.shape, integer)
+        return x[:, t, h, w], y[:, t, h, w]
+
+    def actor(self, i: int, least: int = 32) -> tuple[slice, slice] | None:
+        """Rows and columns that hold the actor in the clip's first frames, `least` pixels or more; None if unknown."""
+        clip = self.folder / self.names[i]
+        if clip.suffix != ".safetensors":
+            return None
+        with safe_open(clip, framework="pt") as file:
+            if "boxes" not in file.keys():
+                return None
+            boxes, (H, W) = file.get_tensor("boxes")[: self.frames], file.get_slice("x_gt").get_shape()[2:]
+        boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(dim=1)]
+        if not len(boxes):
+            return None
+        (x0, y0), (x1, y1) = boxes[:, :2].amin(0).int().tolist(), boxes[:, 2:].amax(0).ceil().int().tolist()
+
+        def side(a: int, b: int, n: int) -> slice:
+            a = max(0, min(a, (a + b - least) // 2, n - least))
+            return slice(a, min(n, max(b, a + least)))
+        return side(y0, y1, H), side(x0, x1, W)
+
+    def _usable(self, name: str) -> bool:
+        """Whether both videos can be opened and fit; if not, left_out says why."""
+        try:
+            ni, gt = self._shapes(name)  # [T or None, H, W]
+            least = [self.frames, *(self.size or (1, 1))]
+            if any(None not in (a, b) and a != b for a, b in zip(ni, gt)):
+                raise ValueError(f"ni is {ni} (frames, height, width), gt {gt}")
+            if any(n is not None and n < m for n, m in zip(ni, least)):
+                raise ValueError(f"wanted at least {least} (frames, height, width), got {ni}")
+            return True
+        except (OSError, SafetensorError, ValueError) as error:
+            self.left_out.append(f"{name}: {error}")
+            return False
+
+    def _shapes(self, name: str) -> list[list[int | None]]:
+        """Frames (None: the file does not tell), height and width of both videos."""
+        if name.endswith(".safetensors"):
+            with safe_open(self.folder / name, framework="pt") as file:
+                both = [file.get_slice(key) for key in ("x_ni", "x_gt")]
+                for x in both:
+                    if x.get_dtype() != "U8" or len(x.get_shape()) != 4 or x.get_shape()[0] != 3:
+                        raise ValueError(f"wanted uint8 [3, T, H, W], got {x.get_dtype()} {x.get_shape()}")
+                return [x.get_shape()[1:] for x in both]
+        shapes = []
+        for side in ("ni", "gt"):
+            with Video(self.folder / side / name) as video:
+                shapes.append([video.count, video.format.height, video.format.width])
+        return shapes
+
+    def _cut(self, shape, integer) -> tuple[slice, slice, slice]:
+        """Where to cut a random piece out of [3, T, H, W]."""
+        C, T, H, W = shape
+        h, w = self.size or (H, W)
+        t, y, x = (integer(n + 1) for n in (T - self.frames, H - h, W - w))
+        return slice(t, t + self.frames), slice(y, y + h), slice(x, x + w)
+
+    def _real_crop(self, draws: torch.Generator) -> Tensor:
+        """A crop of the real video at a random smaller scale, so that its detail spans that of the toy scenes.
+
+        As often from .4 to .8 as from .2 to .4: to norms a whole frame is not what a piece of it is.
+        """
+        T, H, W = self.real.shape[1:]
+        h, w = self.size or (96, 144)
+        low = max(h / H, w / W)
+        scale = low * (max(0.8, low) / low) ** float(torch.rand((), generator=draws))
+        ch, cw = min(H, round(h / scale)), min(W, round(w / scale))
+        t, y, x = (int(torch.randint(n, (), generator=draws)) for n in (T - self.frames + 1, H - ch + 1, W - cw + 1))
+        crop = from_bytes(self.real[:, t : t + self.frames, y : y + ch, x : x + cw]).transpose(0, 1)
+        return F.interpolate(crop, size=(h, w), mode="bilinear", antialias=True).transpose(0, 1)
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    from ..training.run import draws
+    from .toy_world import WorldConfig, make_clip, save_clip
+
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(2):
+            save_clip(make_clip(seed, WorldConfig(frames=3)), f"{folder}/{seed}.safetensors")
+        Path(folder, "broken.safetensors").write_bytes(b"no clip")
+        pairs = Pairs(folder, frames=2, size=(64, 96))
+        print("left out:", pairs.left_out)
+        for k in (0, 1, 0):  # clip k of step 5
+            x_ni, x_gt, names = pairs.batch([draws(seed=0, step=5, k=k)])
+            differ = ((x_ni - x_gt).abs() > 2 / 255).float().mean()
+            print(f"k {k}: {names[0]}, {list(x_ni.shape)}, mean {x_gt.mean():+.4f}; they differ by more than "
+                  f"1/255 in {differ:.0%} of the values")

@@ -1,0 +1,162 @@
+"""The example scene folder: a toy scene as a reconstruction would have it, in the formats of scene.py.
+
+The street is made of the pixels of three frames, each put back where it was seen, as a Gaussian that covers its
+footprint there. Vehicles are made of their surfaces: in scene.ply as a reconstruction leaves them (seen from one side,
+noisy, anisotropic, with floaters, in the scene's light), in asset.ply as a generator makes them (whole and uniform, in
+its own size and orientation, its proportions a little off, in another light).
+
+    python -m mirage_min.data.toy_world --scene example_scene
+
+    python -m mirage_min.data.toy_scene
+"""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import toy_render, toy_world
+from .scene import OPENGL_TO_OPENCV, moved
+from .splat import Gaussians, quaternions, save_ply
+from .toy_render import Body, Hits, Light, Scene
+from .video import write_clip
+from ..networks.weights import whole_file
+
+Z_UP = torch.tensor([[1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]])  # toy world (y down) to the file's
+SPACING = 0.08                # metres between the asset's Gaussians
+NOISE = 0.05                  # metres, of a reconstructed surface
+DRIFT = (0.16, -0.08, 0.0)    # metres: poses are never exact, so a reconstruction stands a little beside its object
+FACES = (4, 5, 6, 7), (3, 2, 1, 0), (0, 1, 5, 4), (1, 2, 6, 5), (2, 3, 7, 6), (3, 0, 4, 7)  # of toy_world.prism
+
+
+def from_box(body: Body) -> Tensor:
+    """[4, 4]: x forward, y left, z up from the middle of the box -> the body's own x right, y down, z forward."""
+    return torch.tensor([[0.0, -1, 0, 0], [0, 0, -1, -float(body.size[1]) / 2], [1, 0, 0, 0], [0, 0, 0, 1]])
+
+
+def gaussians(means: Tensor, rgb: Tensor, scales: Tensor, quats: Tensor, opacity: float = 0.97) -> Gaussians:
+    """Points [N, 3], linear colours [N, 3], sizes [N, 3] along the axes of the rotations [N, 4] -> SH of degree 0."""
+    sh = (rgb.clamp(0, 1) ** (1 / 2.2) - 0.5) / 0.28209479177387814
+    return Gaussians(means, scales.log(), quats, torch.full((len(means),), opacity).logit(), sh[:, None])
+
+
+def street(scene: Scene, config, t: int) -> Gaussians:
+    """What frame t shows without any vehicle, back-projected; world coordinates of the toy world."""
+    away = torch.eye(4).repeat(config.frames, 1, 1)
+    away[:, 2, 3] = -1e4
+    empty = replace(scene, bodies=[b if b.size is None else replace(b, pose=away) for b in scene.bodies])
+    hits, rgb = toy_render.cast(empty, config, t, 1), toy_render.frame(empty, config, t)[1].flatten(1).T
+    origin, sky = scene.c2w[t, :3, 3], hits.body == -2
+    depth = torch.where(sky, 200.0, hits.depth)
+    ray = F.normalize(torch.where(sky[:, None], hits.local, hits.point - origin), dim=1)
+    ray = ray / (ray @ scene.c2w[t, :3, 2])[:, None]                   # z = 1 in the camera
+    n = torch.where(sky[:, None], -F.normalize(ray, dim=1), hits.normal)
+    # p = o + z·d(u, v) on the plane n: ∂p/∂u = z/f (e_u − d (n·e_u) / (n·d)), and the same for v
+    facing = (n * ray).sum(1, keepdim=True).clamp(max=-0.03)
+    J = torch.stack([e - ray * (n @ e)[:, None] / facing for e in scene.c2w[t, :3, :2].T], dim=2)
+    J = J * (depth / toy_render.intrinsics(config)[0, 0])[:, None, None]
+    U, S, _ = torch.linalg.svd(J)
+    U[:, :, 2] *= torch.linalg.det(U)[:, None]
+    scales = torch.stack([0.35 * S[:, 0], 0.35 * S[:, 1], 0.1 * S[:, 1]], dim=1)
+    return gaussians(origin + depth[:, None] * ray, rgb, scales, quaternions(U))
+
+
+def surface(scene: Scene, b: int, t: int, light: Light, spacing: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Points on a grid over body b, their normals, both in its coordinates, and their linear colours: all [N, 3]."""
+    body, points, normals, of_part = scene.bodies[b], [], [], []
+    for k, part in enumerate(body.parts):
+        for n, face in zip(part.normals, FACES):
+            c = part.corners[list(face)]
+            u, v = (torch.arange(m) / m + 0.5 / m for m in
+                    (max(1, round(((c[i] - c[0]).norm() / spacing).item())) for i in (1, 3)))
+            u, v = (w.reshape(-1, 1) for w in torch.meshgrid(u, v, indexing="ij"))
+            p = (1 - v) * torch.lerp(c[0], c[1], u) + v * torch.lerp(c[3], c[2], u)
+            inside = torch.stack([(p @ q.normals.T < q.offsets - 1e-3).all(dim=1) for q in body.parts]).any(dim=0)
+            points.append(p[~inside]), normals.append(n.expand_as(p)[~inside])
+            of_part.append(torch.full((len(points[-1]),), k))
+    points, normals, of_part = torch.cat(points), torch.cat(normals), torch.cat(of_part)
+    R = body.pose[t, :3, :3]
+    hits = Hits(points @ R.T + body.pose[t, :3, 3], normals @ R.T, points, torch.zeros(len(points)),
+                torch.full_like(of_part, b), of_part)
+    albedo, one = torch.zeros_like(points), torch.ones(len(points))
+    for k in range(len(body.parts)):
+        on = (of_part == k).nonzero().squeeze(1)
+        albedo[on] = toy_render.paint(scene, hits, on, b, k)
+    return points, normals, toy_render.shade(albedo, hits.normal, light, one, one)
+
+
+def reconstructed(scene: Scene, b: int, t: int, draws: torch.Generator) -> Gaussians:
+    """Vehicle b as a scene's reconstruction has it, in its own coordinates; its light is that of frame t."""
+    def normal(*shape):
+        return torch.randn(*shape, generator=draws)
+
+    points, normals, rgb = surface(scene, b, t, scene.light, 0.09)
+    pose = scene.bodies[b].pose
+    cameras = ((scene.c2w[:, None, :3, 3] - pose[:, None, :3, 3]) @ pose[:, :3, :3])[:, 0]             # [T, 3]
+    seen = ((cameras[:, None] - points) * normals).sum(-1).amax(0) > 0
+    points, rgb = points[seen], rgb[seen]
+    points = points + NOISE * normal(len(points), 3) + torch.tensor(DRIFT)
+    shell = gaussians(points, rgb, 0.04 * torch.exp(0.5 * normal(len(points), 3)), normal(len(points), 4))
+    N = len(points) // 20
+    low, high = points.amin(0), points.amax(0)
+    around = low + (torch.rand(N, 3, generator=draws) * 1.6 - 0.3) * (high - low)
+    return Gaussians.cat([shell, gaussians(around, rgb[:N], 0.08 * torch.exp(0.5 * normal(N, 3)), normal(N, 4), 0.3)])
+
+
+def generated(scene: Scene, b: int, t: int, draws: torch.Generator) -> Gaussians:
+    """Vehicle b as a generator makes it: whole, uniform, in the naive light, one unit long, turned a little."""
+    points, _, rgb = surface(scene, b, t, scene.naive, SPACING)
+    points = points * (1 + 0.05 * torch.randn(3, generator=draws).clamp(-1.5, 1.5))
+    angle = float(torch.empty(()).uniform_(-0.3, 0.3, generator=draws))
+    R = torch.tensor([[math.cos(angle), 0, math.sin(angle)], [0, 1, 0], [-math.sin(angle), 0, math.cos(angle)]])
+    size = torch.full_like(points, 0.03)
+    whole = gaussians(points, rgb, size, torch.tensor([1.0, 0, 0, 0]).expand(len(points), 4))
+    return whole.transformed(1 / float(scene.bodies[b].size[2]), R, torch.tensor([0.1, -0.05, 0.02]))
+
+
+def write_scene(folder: Path, seed: int, config: toy_world.WorldConfig) -> None:
+    """The scene of a seed, its first vehicle (whose asset it is) and the others tracked, as a scene folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scene, draws = toy_world.sample_scene(seed, config), torch.Generator().manual_seed(seed)
+    T, H, W, K = config.frames, config.height, config.width, toy_render.intrinsics(config)
+    write_clip(folder / "images", toy_world.render(scene, config, extras=False).x_gt, config.fps)
+    cameras = Z_UP @ scene.c2w @ OPENGL_TO_OPENCV.float()
+    frames = [{"file_path": f"images/{t:06d}.png", "transform_matrix": cameras[t].tolist()} for t in range(T)]
+    write_json(folder / "transforms.json", {"w": W, "h": H, "fl_x": float(K[0, 0]), "fl_y": float(K[1, 1]),
+                                            "cx": float(K[0, 2]), "cy": float(K[1, 2]), "frames": frames})
+
+    vehicles, reference = [b for b, body in enumerate(scene.bodies) if body.size is not None], T // 2
+    bodies = [toy_render.cast(scene, config, t, 2).body.view(H, 2, W, 2) for t in range(T)]
+    parts = [moved(street(scene, config, t), Z_UP) for t in sorted({0, T // 2, T - 1})]
+    parts, objects = [replace(p, ids=torch.zeros(len(p), dtype=torch.int64)) for p in parts], []
+    for b in vehicles:
+        body, entries = scene.bodies[b], []
+        g = moved(reconstructed(scene, b, reference, draws), Z_UP @ body.pose[reference])
+        parts.append(replace(g, ids=torch.full((len(g),), b + 1)))
+        for t in range(T):
+            box = toy_render.box((bodies[t] == b).float().mean(dim=(1, 3)))
+            entries.append({"frame": t, "pose": (Z_UP @ body.pose[t] @ from_box(body)).tolist(), "box": box.tolist(),
+                            "size": body.size[[2, 0, 1]].tolist(), "visible": bool(box.any())})
+        objects.append({"id": b + 1, "category": "car", "reference": reference, "frames": entries})
+    write_json(folder / "tracks.json", {"objects": objects})
+    save_ply(folder / "scene.ply", Gaussians.cat(parts))
+    save_ply(folder / "asset.ply", generated(scene, 0, reference, draws))
+
+
+def write_json(path: Path, content: dict) -> None:
+    """One line of JSON, written whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content) + "\n")
+
+
+if __name__ == "__main__":
+    scene = toy_world.sample_scene(0, toy_world.WorldConfig(frames=3))
+    for name, make in (("reconstructed", reconstructed), ("generated", generated)):
+        g = make(scene, 0, 1, torch.Generator().manual_seed(0))
+        size = (g.means.amax(0) - g.means.amin(0)).tolist()  # with floaters, if it is reconstructed
+        print(f"the actor, {name:13}: {len(g):5} Gaussians, width, height, length {[round(s, 2) for s in size]}")
+    print(f"the actor itself:{'':32} {[round(s, 2) for s in scene.bodies[0].size.tolist()]} m")

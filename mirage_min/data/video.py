@@ -1,0 +1,318 @@
+"""Video in and out: a file or a folder of images -> frames [3, H, W] in [-1, 1] -> an mp4 or a folder of PNGs.
+
+    with Video("in.mkv") as video, writing("out.mp4", video.format, sound="in.mkv") as out:
+        for frame in video:                              # one after another: never the whole video in memory
+            out.write(frame, *video.times.popleft())     # at its own time, regular or not
+
+Bytes become numbers, and numbers bytes, here and nowhere else. What that takes:
+
+    colour   YUV is converted by the matrix and range that the file names. If it names no matrix, BT.601 is meant up to
+             576 lines and BT.709 above; no range means limited. An mp4 is written with the same matrix in limited
+             range and says so: reading it again shifts no colour.
+    upright  the rotation flag of a phone's video, or of a photograph, is applied to the pixels.
+    alpha    is composited over black.
+    time     every frame keeps its presentation time and duration; the shape of a pixel is carried over.
+    sound    every audio stream is copied, or encoded as AAC where players of mp4 would not know it.
+    whole    a written file or folder appears under its name when it is complete, or never.
+
+Left out: subtitles, chapters, metadata, mirroring and interlacing flags, more than 8 bits, tone mapping of HDR (its
+tags are kept), matrices beside BT.601, 709, 2020, FCC and SMPTE 240M (read as if the file named none).
+Not here: what is in a file (decode.py), and its sound (sound.py).
+
+    python -m mirage_min.data.video                           # a clip written and read again
+"""
+
+import math
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .decode import File, Folder
+from .sound import copy_sound
+
+BT709, UNKNOWN, FCC, BT470BG, BT601, SMPTE240M, BT2020 = 1, 2, 4, 5, 6, 7, 9  # matrices, as H.273 numbers them
+LIMITED, FULL = 1, 2                                                          # ranges, as libav numbers them
+
+# swscale's flags bicubic, accurate_rnd and full_chroma_int; without the last two it is off by up to 3 of 255.
+EXACTLY = 0x4 | 0x40000 | 0x2000
+
+
+@dataclass(frozen=True)
+class Format:
+    """What a written video takes over from the one it was made of."""
+
+    width: int
+    height: int
+    rate: Fraction = Fraction(25)          # frames a second, on average
+    time_base: Fraction = Fraction(1, 25)  # seconds in a tick of presentation time
+    aspect: Fraction = Fraction(1)         # width / height of a pixel
+    matrix: int = BT709                    # this and the next two as H.273 numbers them
+    primaries: int = UNKNOWN
+    transfer: int = UNKNOWN
+
+
+# ---- pixels ---------------------------------------------------------------------------------------------------------
+
+
+def from_bytes(x: Tensor) -> Tensor:
+    """uint8 of any shape -> [-1, 1]."""
+    return x.float() / 127.5 - 1
+
+
+def to_bytes(x: Tensor) -> Tensor:
+    """[-1, 1] of any shape -> uint8, rounded to the nearest; what is out of range is clamped."""
+    return ((x.detach().float() + 1) * 127.5).round().clamp(0, 255).byte()
+
+
+def to_float(pixels: np.ndarray) -> Tensor:
+    """uint8 [H, W, 3] -> [3, H, W] in [-1, 1]."""
+    return from_bytes(torch.from_numpy(pixels).permute(2, 0, 1).contiguous())
+
+
+def to_uint8(x: Tensor) -> np.ndarray:
+    """[3, H, W] in [-1, 1] -> uint8 [H, W, 3]."""
+    return to_bytes(x.cpu()).permute(1, 2, 0).contiguous().numpy()
+
+
+def matrix_of(frame: av.VideoFrame) -> int:
+    """The matrix between the frame's YUV and RGB; of an RGB frame the one it shall be written with."""
+    if frame.colorspace in (BT709, FCC, BT470BG, BT601, SMPTE240M, BT2020):
+        return frame.colorspace
+    return BT601 if frame.height <= 576 and not frame.format.is_rgb else BT709
+
+
+def swscale_matrix(matrix: int) -> int:
+    """swscale's number for a matrix: the same, but it knows BT.601 by its other name only."""
+    return BT470BG if matrix == BT601 else matrix
+
+
+def rgb(frame: av.VideoFrame) -> np.ndarray:
+    """A decoded frame -> uint8 [H, W, 3], full range, upright."""
+    name = frame.format.name
+    transparent = name == "pal8" or any(component.is_alpha for component in frame.format.components)
+    stored = frame.color_range or (FULL if name.startswith(("yuvj", "gray", "ya", "mono")) else LIMITED)
+    source = {} if frame.format.is_rgb or name == "pal8" else {
+        "src_colorspace": swscale_matrix(matrix_of(frame)), "src_color_range": stored, "dst_color_range": FULL}
+    pixels = frame.reformat(format="rgba" if transparent else "rgb24", interpolation=EXACTLY, **source).to_ndarray()
+    if transparent:
+        pixels = (pixels[..., :3] * (pixels[..., 3:] / 255)).round().astype(np.uint8)
+    return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))  # both counter-clockwise
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+class Video(AbstractContextManager):
+    """A video file, or a folder of images in natural order (`fps` of them a second), open for reading.
+
+    Iterate it, once, for its frames [3, H, W] in [-1, 1]; a thread decodes up to `ahead` of them in advance.
+
+        format   Format: size (upright), rate, colours
+        count    how many frames there are, as far as the file tells; None if it does not
+        times    (presentation time, duration) in ticks, of every frame that was decoded and is not yet popped
+        broken   numbers, counted from 0, of the frames that did not decode
+
+    A frame that does not decode, or is missing because the file was cut off, is a ValueError; with `skip_broken` the
+    frame before is repeated. Whatever is wrong is a ValueError of one line that begins with the path.
+    """
+
+    def __init__(self, path: str | Path, fps: float | Fraction = 25, skip_broken: bool = False, ahead: int = 8):
+        self.path, self.skip_broken, self.ahead = Path(path), skip_broken, ahead
+        self.source = Folder(self.path, rational(fps)) if self.path.is_dir() else File(self.path)
+        self.count, self.format = self.source.count, None
+        self.times: deque[tuple[int, int]] = deque()
+        self.broken: list[int] = []
+        self._pool = ThreadPoolExecutor(1)
+        self._frames = self._decode()
+        self._first = next(self._frames, None)
+        if self._first is None:
+            raise ValueError(f"{path}: holds no frames" + " that decode" * bool(self.broken))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield self._first
+        pending = deque(self._pool.submit(next, self._frames, None) for _ in range(self.ahead))
+        while (frame := pending.popleft().result()) is not None:
+            pending.append(self._pool.submit(next, self._frames, None))
+            yield frame
+
+    def _decode(self) -> Iterator[Tensor]:
+        """The frames, repaired: none is missing and their times rise."""
+        pixels, now = None, None
+        step = max(1, round(1 / (self.source.rate * self.source.time_base)))
+        for number, (frame, pts) in enumerate(self.source.frames()):
+            if frame is not None:
+                pixels = rgb(frame)
+                self._check(number, frame, pixels)
+            elif self.skip_broken:
+                self.broken.append(number)
+            else:
+                raise ValueError(f"{self.path}: {self.source.name(number)} does not decode "
+                                 "(--skip-broken repeats the frame before it)")
+            if pixels is None:
+                continue  # broken from the start: there is nothing to repeat
+            if pts is None or (now is not None and pts <= now):
+                pts = 0 if now is None else now + step
+            now = pts
+            self.times.append((now, frame.duration if frame and frame.duration else step))
+            yield to_float(pixels)
+
+    def _check(self, number: int, frame: av.VideoFrame, pixels: np.ndarray) -> None:
+        """Take the format from the first frame; hold the others to its size."""
+        H, W, C = pixels.shape
+        if self.format is None:
+            aspect = self.source.aspect if (W, H) == (frame.width, frame.height) else 1 / self.source.aspect
+            self.format = Format(W, H, self.source.rate, self.source.time_base, aspect,
+                                 matrix_of(frame), frame.color_primaries, frame.color_trc)
+        w, h = self.format.width, self.format.height
+        if (W, H) != (w, h):
+            raise ValueError(f"{self.path}: {self.source.name(number)} is {W}x{H}, the first is {w}x{h}")
+
+    def __exit__(self, *error) -> None:
+        self._pool.shutdown(cancel_futures=True)  # waits for the frame in progress: its file must stay open so long
+        self.source.close()
+
+
+def read_clip(path: str | Path, frames: int | None = None) -> Tensor:
+    """A whole video in memory, or its first `frames`: [3, T, H, W] in [-1, 1]."""
+    with Video(path) as video:
+        return torch.stack(list(islice(video, frames)), dim=1)
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def writing(path: str | Path, format: Format, crf: int = 16, preset: str = "medium", sound: str | Path | None = None):
+    """Lend a writer, `write(x [3, H, W] in [-1, 1], pts, duration)`, of an mp4 or of a folder of PNGs.
+
+    It writes beside `path` and takes its place at the end; if anything is raised until then, nothing is left of it.
+    A path that is no folder and ends in .mp4 becomes H.264: `crf` is its quality, from 0 (lossless but for the
+    conversion to YUV) to 51, and `sound` the file whose sound is taken over. PNGs are lossless, and silent.
+    """
+    target = Path(path).resolve()
+    part, old = (target.with_name(f"{target.name}.{os.getpid()}.{end}") for end in ("part", "old"))
+    try:
+        with Mp4(part, format, crf, preset, sound) if is_mp4(target) else Pngs(part) as writer:
+            yield writer
+        if target.is_dir():
+            os.replace(target, old)
+        os.replace(part, target)
+    except av.FFmpegError as error:
+        raise ValueError(f"{path}: cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+        if old.is_dir():  # the folder that was there: it comes back if it could not be replaced
+            shutil.rmtree(old) if target.exists() else os.replace(old, target)
+
+
+def is_mp4(path: Path) -> bool:
+    """Whether an output of this name is an mp4, not a folder of PNGs."""
+    return path.suffix.lower() == ".mp4" and not path.is_dir()
+
+
+def write_clip(path: str | Path, x: Tensor, fps: float | Fraction = 25, crf: int = 16) -> None:
+    """Write [3, T, H, W] in [-1, 1] to an mp4 of quality `crf`, or without loss to a folder of PNGs."""
+    C, T, H, W = x.shape
+    with writing(path, Format(W, H, rational(fps), 1 / rational(fps)), crf) as out:
+        for t in range(T):
+            out.write(x[:, t], t, 1)
+
+
+def rational(fps: float | Fraction) -> Fraction:
+    """Frames a second as containers keep them: 29.97 -> 2997/100, 30000/1001 as it is."""
+    if not 1 / 1001 <= fps <= 1000:
+        raise ValueError(f"fps must be from 1/1001 to 1000, got {fps}")
+    return Fraction(fps).limit_denominator(1001)
+
+
+class Mp4(AbstractContextManager):
+    """H.264 in yuv420p, or in yuv444p where a side is odd, because then chroma cannot be halved."""
+
+    def __init__(self, path: Path, format: Format, crf: int, preset: str, sound: str | Path | None):
+        self.format = format
+        ticks = {"video_track_timescale": str(format.time_base.denominator)}
+        self.container = av.open(f"file:{path}", "w", format="mp4", options=ticks)
+        # Without B-frames (bf 0), because with them mp4 loses how long the last frames are shown.
+        options = {"crf": str(crf), "preset": preset, "bf": "0"}
+        stream = self.container.add_stream("libx264", rate=format.rate, options=options)
+        stream.width, stream.height = format.width, format.height
+        stream.pix_fmt = "yuv420p" if format.width % 2 == format.height % 2 == 0 else "yuv444p"
+        context = stream.codec_context
+        context.time_base, context.sample_aspect_ratio = format.time_base, format.aspect
+        context.colorspace, context.color_range = format.matrix, LIMITED
+        context.color_primaries, context.color_trc = format.primaries, format.transfer
+        context.flags |= av.codec.context.Flags.frame_duration
+        try:
+            context.open()
+        except av.FFmpegError as error:
+            raise ValueError(f"x264 takes no such settings: crf={crf}, preset={preset}, {format}") from error
+        self.stream = stream
+        self.sound = copy_sound(Path(sound), self.container) if sound else iter(())
+        self.heard = next(self.sound, math.inf)  # seconds of sound written; the first step adds its streams
+
+    def write(self, x: Tensor, pts: int, duration: int = 0) -> None:
+        """One frame at `pts` ticks; times must rise."""
+        C, H, W = x.shape
+        if (H, W) != (self.format.height, self.format.width):
+            raise ValueError(f"wanted a frame [3, {self.format.height}, {self.format.width}], got {list(x.shape)}")
+        frame = av.VideoFrame.from_ndarray(to_uint8(x), format="rgb24").reformat(
+            format=self.stream.pix_fmt, src_color_range=FULL, dst_color_range=LIMITED,
+            dst_colorspace=swscale_matrix(self.format.matrix), interpolation=EXACTLY)
+        frame.pts, frame.duration, frame.time_base = pts, duration, self.format.time_base
+        self.container.mux(self.stream.encode(frame))
+        self._sound_until(float(pts * self.format.time_base))
+
+    def _sound_until(self, seconds: float) -> None:
+        while self.heard < seconds:
+            self.heard = next(self.sound, math.inf)
+
+    def __exit__(self, kind, *error) -> None:
+        try:
+            if kind is None:
+                self.container.mux(self.stream.encode())
+                self._sound_until(math.inf)
+        finally:
+            self.container.close()
+
+
+class Pngs(AbstractContextManager):
+    """A folder of 000000.png, 000001.png and so on."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir()
+        self.folder, self.number = folder, 0
+
+    def write(self, x: Tensor, pts: int = 0, duration: int = 0) -> None:
+        Image.fromarray(to_uint8(x)).save(self.folder / f"{self.number:06d}.png")
+        self.number += 1
+
+    def __exit__(self, *error) -> None:
+        pass
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        x = torch.stack(torch.meshgrid(torch.linspace(-1, 1, 3), torch.linspace(-1, 1, 9), torch.linspace(-1, 1, 64),
+                                       torch.linspace(-1, 1, 96), indexing="ij")).mean(0)
+        for name in ("clip.mp4", "clip"):
+            write_clip(f"{folder}/{name}", x, fps=10)
+            with Video(f"{folder}/{name}", fps=10) as video:
+                y = torch.stack(list(video), dim=1)
+                shift = float((y - x).mean() * 127.5)
+                print(f"{name:8}  {list(x.shape)} -> {list(y.shape)}  matrix {video.format.matrix}, "
+                      f"mean shift {shift:+.2f} of 255, times {[pts for pts, _ in video.times]}")

@@ -1,0 +1,166 @@
+"""The causal 3D convolution and its explicit cache (ChopGrad §3.1, Eq. 1).
+
+A video VAE works through a video group by group. Its convolutions look at the past only, and what a convolution must
+remember between two groups is the end of its own input: the last kt - 1 frames. That memory is the cache,
+
+    z_{i,m+1}, z^c_{i,m} = D_m(Concat(z^c_{i-1,m}, z_{i,m}))                                        (ChopGrad Eq. 1)
+
+a plain dict {layer name: tensor} that is passed in and handed out. No module remembers anything, so a group can be
+recomputed (checkpointing), a cache can be detached (ChopGrad), and two videos can be decoded side by side.
+
+Here too is how both VAEs run in little memory where no gradient will be asked for: `normed_conv` and `each_frame` go
+piece by piece, and a cache may be `Spent` as it is read.
+
+    python -m mirage_min.networks.causal_conv        # the cache at work: chunk plans agree, and what one change reaches
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+Cache = dict[str, Tensor]  # {dotted layer name: its last kt - 1 input frames, [B, C, kt - 1, H, W]}
+ROWS = 32                  # of the smallest band: smaller is slower, larger takes more memory
+ENOUGH = 20480             # where B * C * T * H is less, PyTorch's CPU chooses a convolution that is many times slower
+
+
+class Spent(dict):
+    """A cache that loses an entry as it is read, and whoever reads it may write over it: a loop that goes on holds one
+    cache, not two."""
+
+    __getitem__ = dict.pop
+
+
+class CausalConv3d(nn.Conv3d):
+    """A 3D convolution that pads time on the left only: output frame t sees input frames t - kt + 1 .. t.
+
+    `first` says what stands before the first frame of a video: "repeat" (that frame again, as CogVideoX has it) or
+    "zeros" (Wan). Space is padded with zeros to `padding`, as in nn.Conv3d. Parameters are those of nn.Conv3d.
+    """
+
+    def __init__(self, c_in: int, c_out: int, kernel=3, stride=1, padding=None, first: str = "zeros", bias=True):
+        kt, kh, kw = (kernel,) * 3 if isinstance(kernel, int) else kernel
+        ph, pw = (kh // 2, kw // 2) if padding is None else padding
+        super().__init__(c_in, c_out, (kt, kh, kw), stride=stride, padding=(0, ph, pw), bias=bias)
+        if first not in ("repeat", "zeros"):
+            raise ValueError(f'first must be "repeat" or "zeros", got {first!r}')
+        self.first = first
+        self.key = ""  # set by name_caches
+
+    def with_past(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
+        """x [B, C, T, H, W] -> [B, C, kt-1+T, H, W]: the frames before x in front of it; its tail goes into `new`.
+
+        What came before is old[self.key], or where `old` is None or empty kt - 1 frames as `first` says. The last
+        kt - 1 frames of the result become new[self.key], in a storage of their own; `old` stays as it is. Where kt is
+        1 there is no cache, and the result is x.
+        """
+        past = self.kernel_size[0] - 1
+        if past == 0:
+            return x
+        if old:
+            before = [old[self.key]]                                   # [B, C, kt-1, H, W]
+        else:
+            before = [x[:, :, :1] if self.first == "repeat" else torch.zeros_like(x[:, :, :1])] * past
+        x = torch.cat([*before, x], dim=2)                             # [B, C, kt-1+T, H, W]
+        new[self.key] = x[:, :, -past:].clone()  # clone: a slice would keep the whole group's storage alive
+        return x
+
+    def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
+        """x [B, C, T, H, W], the frames after those in `old` -> [B, C', T', H', W']; writes its own tail to `new`."""
+        # z_{i,m+1}, z^c_{i,m} = D_m(Concat(z^c_{i-1,m}, z_{i,m}))                                   ChopGrad Eq. 1
+        return super().forward(self.with_past(x, old, new))
+
+
+def name_caches(module: nn.Module) -> None:
+    """Give every CausalConv3d in `module` its dotted name there as `key`, under which it finds its own past."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, CausalConv3d):
+            layer.key = name
+
+
+def silu(x: Tensor) -> Tensor:
+    """SiLU, in place where no gradient will ask for its input."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+def in_pieces(x: Tensor) -> bool:
+    """Whether x [..., H, W] is worked on piece by piece to save memory: without gradients, and if it is large."""
+    return not torch.is_grad_enabled() and x.shape[-2] > ROWS
+
+
+def normed_conv(norm: Callable[[Tensor, slice], Tensor], conv: CausalConv3d, x: Tensor, old: Cache | None, new: Cache,
+                onto: Tensor | None = None) -> Tensor:
+    """conv(silu(norm(x))), or onto + conv(silu(norm(x))). norm(x[:, :, :, where], where) -> these rows normalised, new.
+
+    Where `in_pieces`, it goes by bands of rows and adds to `onto` in place: neither norm(x) nor its copy behind the
+    cached frames is ever held whole. Each band comes with the rows around it that the kernel sees, so the result is
+    the same. The stride must be 1, the kernel longer than one frame and the bands higher than what it sees around them.
+    """
+    (B, C, T, H), halo = x.shape[:4], conv.kernel_size[1] // 2
+    bands = H // max(ROWS, ENOUGH // (B * C * (T + conv.kernel_size[0] - 1)) + 1)
+    if not in_pieces(x) or bands < 2:
+        y = conv(silu(norm(x, slice(0, H))), old, new)
+        return y if onto is None else onto + y
+    past, out = old[conv.key] if old else None, onto
+    tail, last = past if isinstance(old, Spent) else None, None  # the new end may take the old one's place
+    for a, b in pairwise(H * k // bands for k in range(bands + 1)):
+        lo, hi, kept = max(a - halo, 0), min(b + halo, H), {}
+        before = None if past is None else {conv.key: past[:, :, :, lo:hi]}
+        y = conv(silu(norm(x[:, :, :, lo:hi], slice(lo, hi))), before, kept)[:, :, :, a - lo : b - lo]
+        end = kept[conv.key][:, :, :, a - lo : b - lo]
+        out = _rows_of(y, H).zero_() if out is None else out
+        tail = _rows_of(end, H) if tail is None else tail
+        out[:, :, :, a:b] += y
+        if a > 0:
+            tail[:, :, :, a - halo : a] = last
+        tail[:, :, :, a : b - halo], last = end[:, :, :, : b - a - halo], end[:, :, :, b - a - halo :].clone()
+        # `last` waits: the next band still needs the old rows there
+        del y, end, kept  # or they would be held until the next ones are made
+    tail[:, :, :, H - halo :] = last
+    new[conv.key] = tail
+    return out
+
+
+def _rows_of(band: Tensor, H: int) -> Tensor:
+    """An empty [B, C, T, H, W] to be filled with such bands, in their order in memory."""
+    B, C, T, _, W = band.shape
+    return band.new_empty(B, T, H, W, C).movedim(-1, 1)
+
+
+def each_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """An image layer on every frame of x [B, C, T, H, W], one by one where `in_pieces`."""
+    if not in_pieces(x):
+        return rearrange(layer(rearrange(x, "b c t h w -> (b t) c h w")), "(b t) c h w -> b c t h w", b=x.shape[0])
+    out = None
+    for t, frame in enumerate(x.unbind(dim=2)):
+        y = layer(frame)                                               # [B, C', H', W']
+        if out is None:
+            out = y.new_empty(x.shape[0], x.shape[2], *y.shape[2:], y.shape[1]).movedim(-1, 1)
+        out[:, :, t] = y
+    return out
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"a": CausalConv3d(2, 4), "b": CausalConv3d(4, 1)})
+    name_caches(net)
+
+    def run(x: Tensor, plan: list[int]) -> Tensor:
+        old, out = None, []
+        for group in x.split(plan, dim=2):
+            new: Cache = {}
+            out.append(net["b"](net["a"](group, old, new), old, new))
+            old = new
+        return torch.cat(out, dim=2)
+
+    with torch.no_grad():
+        x = torch.randn(1, 2, 9, 8, 8)
+        whole = run(x, [9])
+        for plan in ([1] * 9, [1, 4, 4], [3, 2, 2, 2]):
+            print(f"chunks {plan}: largest difference to the whole {(run(x, plan) - whole).abs().max():.1e}")
+        x[:, :, 4] += 1
+        reached = (run(x, [9]) - whole).abs().amax(dim=(0, 1, 3, 4)) > 0
+        print("a change of frame 4 reaches frames", reached.nonzero().flatten().tolist())

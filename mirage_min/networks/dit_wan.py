@@ -1,0 +1,322 @@
+"""The Wan 2.1 text-to-video transformer: one latent video and a text in, one prediction out (ChopGrad B.4, C.2).
+
+Video patches attend to each other, then to the text, then pass a two-layer network. Queries and keys are rotated by the
+frame, row and column of their patch. The timestep becomes six vectors, two triples of shift, scale and gate; each block
+adds a learned table of its own to them. Norms, shifts and gates are computed in float32.
+
+The 1.3B and the 14B are this one network at two sizes. Their checkpoints come in two layouts, the original and that of
+diffusers; names here are the latter's, and `translate_key` and `translate_config` read the former. Left out:
+image-to-video, and Wan 2.2's small model.
+
+    python -m mirage_min.networks.dit_wan            # shapes, and what an odd size and a later t do
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from . import weights
+
+# The original layout: {its layer or parameter: ours}, first those within "blocks.<i>.", then the others.
+BLOCK_NAMES = {
+    "modulation": "scale_shift_table",
+    "self_attn.q": "attn1.to_q",
+    "self_attn.k": "attn1.to_k",
+    "self_attn.v": "attn1.to_v",
+    "self_attn.o": "attn1.to_out.0",
+    "self_attn.norm_q": "attn1.norm_q",
+    "self_attn.norm_k": "attn1.norm_k",
+    "norm3": "norm2",  # it stands second
+    "cross_attn.q": "attn2.to_q",
+    "cross_attn.k": "attn2.to_k",
+    "cross_attn.v": "attn2.to_v",
+    "cross_attn.o": "attn2.to_out.0",
+    "cross_attn.norm_q": "attn2.norm_q",
+    "cross_attn.norm_k": "attn2.norm_k",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+}
+NAMES = {
+    "patch_embedding": "patch_embedding",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "head.modulation": "scale_shift_table",
+    "head.head": "proj_out",
+}
+FIELDS = {  # of the original config.json; its "dim" is num_heads times our attention_head_dim
+    "num_heads": "num_attention_heads",
+    "in_dim": "in_channels",
+    "out_dim": "out_channels",
+    "freq_dim": "freq_dim",
+    "ffn_dim": "ffn_dim",
+    "num_layers": "num_layers",
+    "eps": "eps",
+}
+
+
+@dataclass
+class WanDiTConfig:
+    """The fields of config.json that shape the network; defaults are the 14B's."""
+
+    num_attention_heads: int = 40
+    attention_head_dim: int = 128
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    ffn_dim: int = 13824
+    num_layers: int = 40
+    eps: float = 1e-6
+
+    def __post_init__(self):
+        if self.in_channels != self.out_channels or self.in_channels == 48:
+            raise ValueError("in_channels must equal out_channels (else it is an image-to-video model), and 48 is Wan "
+                             f"2.2's small model; both are left out here; got {self.in_channels}, {self.out_channels}")
+
+
+class WanDiT(nn.Module):
+    """Predicts the flow from a noised latent video. `activation_checkpointing` keeps only the input of each block.
+
+    Published as `WanTransformer3DModel`, and in the original layout as `WanModel`.
+    """
+
+    CLASS_NAME = "WanTransformer3DModel"
+    Config = WanDiTConfig
+    FIXED = {"patch_size": [1, 2, 2], "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads",
+             "image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None}
+    IGNORED = {"rope_max_seq_len"}  # a size of the published table; here it is as large as the clip
+    from_pretrained = classmethod(weights.from_pretrained)
+    save_pretrained = weights.save_pretrained
+
+    def __init__(self, config: WanDiTConfig = WanDiTConfig()):
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        C, D = config.in_channels, config.num_attention_heads * config.attention_head_dim
+        self.patch_embedding = nn.Conv3d(C, D, (1, 2, 2), stride=(1, 2, 2))
+        self.condition_embedder = ConditionEmbedder(config, D)
+        self.blocks = nn.ModuleList(Block(config, D) for _ in range(config.num_layers))
+        self.norm_out = WideLayerNorm(D, config.eps, elementwise_affine=False)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, D) / D**0.5)
+        self.proj_out = nn.Linear(D, 4 * C)
+
+    def forward(self, z_t: Tensor, t: int | Tensor, text: Tensor) -> Tensor:
+        """z_t [B, C, F, h, w], t in 0 .. 1000 as a number or [B], text [B, L, text_dim] -> prediction like z_t.
+
+        Any F, h, w: where h or w is odd, the last row or column is repeated and the prediction there dropped. The
+        published pipeline has L = 512 and zeros behind the prompt.
+        """
+        self._check(z_t, text)
+        B, C, n, h, w = z_t.shape
+        # DEVIATION: the published transformer drops an odd last row or column; this one keeps its size.
+        z_t = F.pad(z_t, (0, w % 2, 0, h % 2, 0, 0), mode="replicate")
+        x = self.patch_embedding(z_t)                                  # [B, D, n, ⌈h/2⌉, ⌈w/2⌉]
+        grid = x.shape[2:]
+        x = rearrange(x, "b d f h w -> b (f h w) d")
+        rotation = rotary_table(tuple(grid), self.config.attention_head_dim, x.device)
+        time, modulation, text = self.condition_embedder(torch.as_tensor(t, device=x.device).expand(B), text)
+
+        for block in self.blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, text, modulation, rotation, use_reentrant=False)
+            else:
+                x = block(x, text, modulation, rotation)
+
+        shift, scale = (wide(self.scale_shift_table) + wide(time).unsqueeze(1)).chunk(2, dim=1)
+        x = self.proj_out(modulate(self.norm_out(x), shift, scale).to(x.dtype))
+        x = rearrange(x, "b (f h w) (ph pw c) -> b c f (h ph) (w pw)", f=n, h=grid[1], ph=2, pw=2)
+        return x[..., :h, :w]
+
+    def _check(self, z_t: Tensor, text: Tensor) -> None:
+        c = self.config
+        if z_t.ndim != 5 or z_t.shape[1] != c.in_channels:
+            raise ValueError(f"z_t must be [B, {c.in_channels}, F, h, w], got {list(z_t.shape)}")
+        if text.ndim != 3 or text.shape[0] != z_t.shape[0] or text.shape[2] != c.text_dim:
+            raise ValueError(f"text must be [B={z_t.shape[0]}, L, text_dim={c.text_dim}], got {list(text.shape)}")
+
+    @staticmethod
+    def translate_key(name: str) -> str:
+        """A tensor's name in the original layout -> its name here; any other name stays."""
+        block, rest = re.fullmatch(r"(blocks\.\d+\.)?(.*)", name).groups(default="")
+        names, (layer, _, parameter) = BLOCK_NAMES if block else NAMES, rest.rpartition(".")
+        if rest in names:
+            return block + names[rest]
+        return f"{block}{names[layer]}.{parameter}" if layer in names else name
+
+    @staticmethod
+    def translate_config(config: dict) -> dict:
+        """config.json of the original layout -> that of diffusers; any other stays."""
+        if config.get("_class_name") != "WanModel":
+            return config
+        if config.get("model_type") != "t2v":
+            raise ValueError(f"WanDiT understands model_type only as 't2v', got {config.get('model_type')!r}")
+        if missing := {"dim", *FIELDS} - config.keys():
+            raise ValueError(f"the config of a WanModel must have the fields {sorted(missing)}")
+        rest = {name: config[name] for name in config.keys() - FIELDS.keys() - {"model_type", "dim", "text_len"}}
+        return (rest | {ours: config[theirs] for theirs, ours in FIELDS.items()}
+                | {"_class_name": WanDiT.CLASS_NAME, "attention_head_dim": config["dim"] // config["num_heads"]})
+
+
+class ConditionEmbedder(nn.Module):
+    """Brings timestep and text to the transformer's width, and makes the blocks' six modulation vectors."""
+
+    def __init__(self, config: WanDiTConfig, D: int):
+        super().__init__()
+        self.freq_dim = config.freq_dim
+        self.time_embedder = TwoLayers(config.freq_dim, D)
+        self.time_proj = nn.Linear(D, 6 * D)
+        self.text_embedder = TwoLayers(config.text_dim, D)
+
+    def forward(self, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """t [B], text [B, L, text_dim] -> time [B, D], modulation [B, 6, D], text [B, L, D]"""
+        # In float32 whatever the rest: bfloat16 cannot tell 199 from 200.
+        a = angles(t.float(), self.freq_dim)                           # [B, freq_dim/2]
+        waves = torch.cat([a.cos(), a.sin()], dim=-1).to(self.time_embedder.linear_1.weight.dtype)
+        time = self.time_embedder(waves, F.silu).to(text.dtype)
+        modulation = self.time_proj(F.silu(time)).unflatten(1, (6, -1))
+        return time, modulation, self.text_embedder(text, gelu)
+
+
+class Block(nn.Module):
+    """Self-attention, attention to the text, feed-forward; the first and the last shifted, scaled and gated by time."""
+
+    def __init__(self, config: WanDiTConfig, D: int):
+        super().__init__()
+        self.norm1 = WideLayerNorm(D, config.eps, elementwise_affine=False)
+        self.attn1 = Attention(config, D)
+        self.norm2 = WideLayerNorm(D, config.eps)
+        self.attn2 = Attention(config, D)
+        self.norm3 = WideLayerNorm(D, config.eps, elementwise_affine=False)
+        self.ffn = FeedForward(D, config.ffn_dim)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, D) / D**0.5)
+
+    def forward(self, x: Tensor, text: Tensor, modulation: Tensor, rotation: Tensor) -> Tensor:
+        m = (wide(self.scale_shift_table) + wide(modulation)).chunk(6, dim=1)  # 6 x [B, 1, D]
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = m
+        dtype = x.dtype
+        y = modulate(self.norm1(x), shift, scale).to(dtype)
+        x = (x + self.attn1(y, y, rotation) * gate).to(dtype)
+        x = x + self.attn2(self.norm2(x).to(dtype), text)
+        y = self.ffn(modulate(self.norm3(x), ffn_shift, ffn_scale).to(dtype))
+        return (x + y * ffn_gate).to(dtype)
+
+
+class Attention(nn.Module):
+    """Attention of x to `context`; queries and keys are normalised over all heads at once, and may be rotated."""
+
+    def __init__(self, config: WanDiTConfig, D: int):
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.to_q, self.to_k, self.to_v = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
+        self.norm_q, self.norm_k = nn.RMSNorm(D, config.eps), nn.RMSNorm(D, config.eps)
+        self.to_out = nn.ModuleList([nn.Linear(D, D)])
+
+    def forward(self, x: Tensor, context: Tensor, rotation: Tensor | None = None) -> Tensor:
+        q, k, v = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(context)), self.to_v(context)
+        q, k, v = (rearrange(y, "b l (heads d) -> b l heads d", heads=self.heads) for y in (q, k, v))
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        q, k, v = (rearrange(y, "b l heads d -> b heads l d") for y in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out[0](rearrange(y, "b heads l d -> b l (heads d)"))
+
+
+class FeedForward(nn.Module):
+    """Two layers with a GELU between them."""
+
+    def __init__(self, D: int, ffn_dim: int):
+        super().__init__()
+        up = nn.Module()
+        up.proj = nn.Linear(D, ffn_dim)
+        self.net = nn.ModuleList([up, nn.Identity(), nn.Linear(ffn_dim, D)])  # published keys: net.0.proj, net.2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](gelu(self.net[0].proj(x)))
+
+
+class TwoLayers(nn.Module):
+    """Two layers, with the caller's activation between them."""
+
+    def __init__(self, d_in: int, D: int):
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(d_in, D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor, activation) -> Tensor:
+        return self.linear_2(activation(self.linear_1(x)))
+
+
+class WideLayerNorm(nn.LayerNorm):
+    """LayerNorm in float32, or in float64 if its input is; so is what it returns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (None if p is None else wide(p) for p in (self.weight, self.bias))
+        return F.layer_norm(wide(x), self.normalized_shape, weight, bias, self.eps)
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Tokens moved by the timestep."""
+    # x · (1 + scale) + shift
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU by its tanh approximation, as published."""
+    return F.gelu(x, approximate="tanh")
+
+
+def angles(positions: Tensor, dim: int) -> Tensor:
+    """positions [...] -> [..., dim/2]: position · 10000^(-2i/dim), the angles of the timestep and of the rotation."""
+    i = torch.arange(dim // 2, dtype=positions.dtype, device=positions.device)
+    return positions[..., None] * torch.exp(-math.log(10000) * i / (dim // 2))
+
+
+@lru_cache(maxsize=8)
+def rotary_table(grid: tuple[int, int, int], dim: int, device: torch.device) -> Tensor:
+    """Unit complex numbers [f*h*w, dim/2]: a third of a head's channel pairs turns with the row, a third with the
+    column, and with the frame what is left, a little more."""
+    f, h, w = grid
+    space = dim // 6 * 2
+    # A table made while inference_mode is on could never be used in training: keep it out of the cached tensor.
+    with torch.inference_mode(False), torch.no_grad():
+        turns = [angles(torch.arange(n, dtype=torch.float64), d) for n, d in zip(grid, (dim - 2 * space, space, space))]
+        turn = torch.cat([repeat(turns[0], "f d -> (f h w) d", h=h, w=w),
+                          repeat(turns[1], "h d -> (f h w) d", f=f, w=w),
+                          repeat(turns[2], "w d -> (f h w) d", f=f, h=h)], dim=-1)
+        return torch.polar(torch.ones_like(turn), turn).to(device, torch.complex64)
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """x [B, L, heads, d], rotation [L, d/2]: channels 2i and 2i+1 as one complex number, turned by their angle."""
+    pairs = rearrange(wide(x), "b l heads (i two) -> b l heads i two", two=2)
+    # (a + ib) · exp(iθ)
+    turned = torch.view_as_complex(pairs) * rotation[:, None]
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    dit = WanDiT(WanDiTConfig(num_attention_heads=4, attention_head_dim=16, text_dim=32, freq_dim=32, ffn_dim=128,
+                              num_layers=2)).eval()
+    text = torch.randn(1, 8, 32)
+    with torch.no_grad():
+        for size in ((3, 8, 12), (3, 7, 11), (1, 1, 1)):
+            z = torch.randn(1, 16, *size)
+            print(f"z_t {list(z.shape)} -> prediction {list(dit(z, 200, text).shape)}")
+        z = torch.randn(1, 16, 3, 8, 12)
+        print(f"t 200 against 999, mean change: {float((dit(z, 200, text) - dit(z, 999, text)).abs().mean()):.3f}")
+    print("blocks.7.self_attn.o.weight ->", WanDiT.translate_key("blocks.7.self_attn.o.weight"))

@@ -1,0 +1,346 @@
+"""The CogVideoX causal 3D VAE: 8 x 8 pixels and 4 frames to one latent cell of 16 channels (Mirage §3.2, Table 5).
+
+Encoder and decoder work group by group, 8 frames or 2 latents at a time; the first group takes what does not divide.
+GroupNorm averages over the frames of a group, so the grouping is part of the network: another grouping gives another
+result, and the official one is the one the weights were trained with.
+
+    x [B, 3, 9, H, W] -> encode -> z [B, 16, 3, H/8, W/8] -> decode -> x [B, 3, 9, H, W]
+
+    Enc-1 [128, 9, H, W]        Dec-4 [256, 9, H, W]       <- 2D features at H enter here    (Mirage §3.2.1)
+    Enc-2 [128, 5, H/2, W/2]    Dec-3 [256, 9, H/2, W/2]   <- 2D features at H/2 enter here
+    Enc-3 [256, 3, H/4, W/4]    Dec-2 [512, 5, H/4, W/4]
+    Enc-4 [256, 3, H/8, W/8]    Dec-1 [512, 3, H/8, W/8]       (Table 5: the input of each stage of the decoder)
+
+Attribute names are the published checkpoint's keys. Left out: the quantisation convolutions, which no checkpoint has.
+
+    python -m mirage_min.networks.vae_cogvideox      # the shapes of Table 5
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from . import weights
+from .causal_conv import Cache, CausalConv3d, Spent, each_frame, in_pieces, name_caches, normed_conv
+
+FRAMES, LATENTS = 8, 2  # of one group, as published
+
+
+@dataclass
+class CogVideoXVAEConfig:
+    """The fields of config.json that shape the network; defaults are CogVideoX-2b's."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = (128, 256, 256, 512)
+    latent_channels: int = 16
+    layers_per_block: int = 3
+    norm_eps: float = 1e-6
+    norm_num_groups: int = 32
+    scaling_factor: float = 1.15258426
+
+
+def repeat_frames(x: Tensor, T: int) -> Tensor:
+    """x [B, C, F, h, w] -> [B, C, T, h, w]: every frame repeated equally often, but for the first of an odd group.
+
+    That first frame stands alone, as it did in the encoder: 3 latents give 1 + 2 x 2 = 5 frames, 2 give 4, 1 gives 1.
+    """
+    n, alone = x.shape[2], T % 2
+    if T == n:
+        return x
+    count = torch.tensor([1] * alone + [(T - alone) // (n - alone)] * (n - alone), device=x.device)
+    x = rearrange(x, "b c t h w -> b t h w c")  # frames are repeated in the order in which they lie in memory
+    return rearrange(x.repeat_interleave(count, dim=1, output_size=T), "b t h w c -> b c t h w")
+
+
+class Conv(nn.Module):
+    """A causal convolution under the published name `.conv`; before the first frame stands that frame again."""
+
+    def __init__(self, c_in: int, c_out: int, kernel=3):
+        super().__init__()
+        self.conv = CausalConv3d(c_in, c_out, kernel, first="repeat")
+
+    def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
+        return self.conv(x, old, new)
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm that can go by bands of rows, with the mean and variance of all of them."""
+
+    def of(self, x: Tensor) -> Callable[[Tensor, slice], Tensor]:
+        """x [B, C, T, H, W] -> the function that normalises some rows of x as they are when x is normalised whole."""
+        if not in_pieces(x):
+            return lambda x, rows: self(x)
+        wide = torch.promote_types(x.dtype, torch.float32)
+
+        def of_group(v: Tensor) -> Tensor:  # the mean over a group, for each of its channels: [B, C, 1, 1]
+            return rearrange(v, "b (g c) -> b g c", g=self.num_groups).mean(2).repeat_interleave(
+                x.shape[1] // self.num_groups, dim=1)[..., None, None]
+
+        mean = of_group(x.mean(dim=(2, 3, 4), dtype=wide))
+        variance = of_group(sum((frame - mean).square_().mean(dim=(2, 3)) for frame in x.unbind(dim=2)) / x.shape[2])
+        # γ · (x − mean) / √(variance + ε) + β
+        gain = self.weight.to(wide)[:, None, None] * (variance + self.eps).rsqrt()
+        bias = self.bias.to(wide)[:, None, None] - mean * gain
+        return lambda x, rows: torch.addcmul(bias[:, :, None], x, gain[:, :, None]).to(x.dtype)
+
+
+class SpatialNorm(nn.Module):
+    """GroupNorm whose gain and bias are read from the latent cell above each pixel: f' = norm(f) * y(z) + b(z)."""
+
+    def __init__(self, c: int, c_z: int, groups: int):
+        super().__init__()
+        self.norm_layer = GroupNorm(groups, c, eps=1e-6)
+        self.conv_y = Conv(c_z, c, kernel=1)
+        self.conv_b = Conv(c_z, c, kernel=1)
+
+    def of(self, f: Tensor, z: Tensor) -> Callable[[Tensor, slice], Tensor]:
+        """f [B, C, T, H, W], z [B, Cz, F, h, w] -> the function that does this to some rows of f."""
+        norm, (T, H), (h, w) = self.norm_layer.of(f), f.shape[2:4], z.shape[-2:]
+        # A 1 x 1 convolution commutes with nearest upsampling: convolve at the size of the latent, then repeat; in
+        # space by broadcasting over the p x q pixels of a cell, so that y and b are never held at full size.
+        y, b = (rearrange(repeat_frames(conv(z, None, {}), T), "b c t h w -> b t h 1 w 1 c")
+                for conv in (self.conv_y, self.conv_b))
+
+        def of_rows(f: Tensor, rows: slice) -> Tensor:
+            cells = slice(None) if f.shape[3] == H else torch.arange(rows.start, rows.stop, device=f.device) * h // H
+            y_rows, b_rows = y[:, :, cells], b[:, :, cells]
+            f = rearrange(norm(f, rows), "b c t (h p) (w q) -> b t h p w q c", h=y_rows.shape[2], w=w)
+            f = torch.addcmul(b_rows, f, y_rows) if torch.is_grad_enabled() else f.mul_(y_rows).add_(b_rows)
+            return rearrange(f, "b t h p w q c -> b c t (h p) (w q)")
+        return of_rows
+
+
+class ResnetBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with SpatialNorm in the decoder and GroupNorm in the encoder.
+
+    Without gradients the sum may be made in x itself.
+    """
+
+    def __init__(self, c_in: int, c_out: int, config: CogVideoXVAEConfig, c_z: int | None = None):
+        super().__init__()
+        def norm(c):
+            if c_z is None:
+                return GroupNorm(config.norm_num_groups, c, eps=config.norm_eps)
+            return SpatialNorm(c, c_z, config.norm_num_groups)
+        self.norm1, self.conv1 = norm(c_in), Conv(c_in, c_out)
+        self.norm2, self.conv2 = norm(c_out), Conv(c_out, c_out)
+        self.conv_shortcut = nn.Conv3d(c_in, c_out, 1) if c_in != c_out else None
+
+    def forward(self, x: Tensor, z: tuple[Tensor, ...], old: Cache | None, new: Cache) -> Tensor:
+        """x [B, C, T, H, W]; z is (latent,) in the decoder and () in the encoder."""
+        h = normed_conv(self.norm1.of(x, *z), self.conv1.conv, x, old, new)
+        x = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return normed_conv(self.norm2.of(h, *z), self.conv2.conv, h, old, new, onto=x)
+
+
+class Downsample(nn.Module):
+    """Halve height and width and, in the first two stages, average pairs of frames."""
+
+    def __init__(self, c: int, time: bool):
+        super().__init__()
+        self.conv, self.time = nn.Conv2d(c, c, 3, stride=2), time
+
+    def forward(self, x: Tensor, *_) -> Tensor:
+        T = x.shape[2]
+        if self.time and T > 1:
+            pairs = (x[:, :, T % 2 :: 2] + x[:, :, T % 2 + 1 :: 2]) / 2
+            x = torch.cat([x[:, :, : T % 2], pairs], dim=2)            # [B, C, ⌈T/2⌉, H, W]
+        return each_frame(lambda frame: self.conv(F.pad(frame, (0, 1, 0, 1))), x)
+
+
+class Upsample(nn.Module):
+    """Double height and width and, in the first two stages, repeat every frame but a group's lone first one."""
+
+    def __init__(self, c: int, time: bool):
+        super().__init__()
+        self.conv, self.time = nn.Conv2d(c, c, 3, padding=1), time
+
+    def forward(self, x: Tensor, *_) -> Tensor:
+        T = x.shape[2]
+        x = each_frame(lambda frame: self.conv(F.interpolate(frame, scale_factor=2.0)), x)  # [B, C, T, 2H, 2W]
+        if self.time:  # after the convolution, which sees single frames: the same result at half the work
+            x = repeat_frames(x, 2 * T - T % 2)
+        return x
+
+
+class Stage(nn.Module):
+    """Resnet blocks, then a change of size: one stage of the encoder or of the decoder, or the middle of either.
+
+    Encoder and decoder run the layers themselves: a call to the stage would hold its input until its end.
+    """
+
+    def __init__(self, c_in: int, c_out: int, n: int, config: CogVideoXVAEConfig, c_z: int | None = None,
+                 down: bool | None = None, up: bool | None = None):
+        """`down` and `up` say whether the change of size includes time; None is no change of size."""
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out, config, c_z) for i in range(n))
+        self.downsamplers = None if down is None else nn.ModuleList([Downsample(c_out, down)])
+        self.upsamplers = None if up is None else nn.ModuleList([Upsample(c_out, up)])
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """Called with (x, z, old, new) in turn."""
+        return [*self.resnets, *(self.downsamplers or self.upsamplers or ())]
+
+
+class Encoder(nn.Module):
+    """Frames to the mean and log-variance of the latent."""
+
+    def __init__(self, config: CogVideoXVAEConfig):
+        super().__init__()
+        c, last = config.block_out_channels, len(config.block_out_channels) - 1
+        self.conv_in = Conv(config.in_channels, c[0])
+        self.down_blocks = nn.ModuleList(
+            Stage(c[max(i - 1, 0)], c[i], config.layers_per_block, config, down=i < 2 if i < last else None)
+            for i in range(len(c)))
+        self.mid_block = Stage(c[-1], c[-1], 2, config)
+        self.norm_out = GroupNorm(config.norm_num_groups, c[-1], eps=1e-6)
+        self.conv_out = Conv(c[-1], 2 * config.latent_channels)
+
+    def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
+        x = self.conv_in(x, old, new)
+        for stage in [*self.down_blocks, self.mid_block]:
+            for layer in stage.layers:
+                x = layer(x, (), old, new)
+        return normed_conv(self.norm_out.of(x), self.conv_out.conv, x, old, new)
+
+
+class Decoder(nn.Module):
+    """Latents to frames; the last two stages, whose input has the output's frames, take in the 2D features."""
+
+    def __init__(self, config: CogVideoXVAEConfig):
+        super().__init__()
+        c, last, c_z = config.block_out_channels[::-1], len(config.block_out_channels) - 1, config.latent_channels
+        self.conv_in = Conv(c_z, c[0])
+        self.mid_block = Stage(c[0], c[0], 2, config, c_z)
+        self.up_blocks = nn.ModuleList(
+            Stage(c[max(i - 1, 0)], c[i], config.layers_per_block + 1, config, c_z, up=i < 2 if i < last else None)
+            for i in range(len(c)))
+        self.norm_out = SpatialNorm(c[-1], c_z, config.norm_num_groups)
+        self.conv_out = Conv(c[-1], config.out_channels)
+
+    def forward(self, z: Tensor, old: Cache | None, new: Cache, fusion=None, inject: list[Tensor] | None = None):
+        h = self.conv_in(z, old, new)
+        for i, stage in enumerate([self.mid_block, *self.up_blocks]):
+            finest_first = len(self.up_blocks) - i  # Dec-4 is the last stage and takes inject[0]
+            if inject is not None and finest_first < 2:
+                h = fusion[finest_first](h, inject[finest_first])
+            for layer in stage.layers:
+                h = layer(h, (z,), old, new)
+        return normed_conv(self.norm_out.of(h, z), self.conv_out.conv, h, old, new)
+
+
+class CogVideoXVAE(nn.Module):
+    """CogVideoX's causal 3D VAE. Videos [B, 3, T, H, W] in [-1, 1]; latents [B, 16, F, H/8, W/8], scaled."""
+
+    CLASS_NAME = "AutoencoderKLCogVideoX"
+    Config = CogVideoXVAEConfig
+    FIXED = {"act_fn": "silu", "down_block_types": "CogVideoXDownBlock3D", "up_block_types": "CogVideoXUpBlock3D",
+             "temporal_compression_ratio": 4, "use_quant_conv": False, "use_post_quant_conv": False,
+             "shift_factor": None, "latents_mean": None, "latents_std": None}
+    IGNORED = {"sample_height", "sample_width", "force_upcast",
+               "invert_scale_latents"}  # concerns the image-to-video pipeline alone
+    from_pretrained = classmethod(weights.from_pretrained)
+    save_pretrained = weights.save_pretrained
+
+    def __init__(self, config: CogVideoXVAEConfig = CogVideoXVAEConfig()):
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.fusion = None  # injection.attach puts the Cross-Modal Fusion Blocks here
+        name_caches(self)
+
+    @property
+    def inject_channels(self) -> list[int]:
+        """Channels of the decoder where 2D features enter, finest first: Dec-4, Dec-3."""
+        return [self.config.block_out_channels[1], self.config.block_out_channels[2]]
+
+    def legal_length(self, T: int) -> int:
+        """The smallest 8k + 1 that is at least T: the lengths that encode and decode to themselves, in full groups."""
+        return -(-(T - 1) // FRAMES) * FRAMES + 1
+
+    def encode_groups(self, T: int) -> list[slice]:
+        """The official groups of T frames: 8 at a time, the first with the remainder."""
+        return _groups(T, FRAMES)
+
+    def decode_groups(self, F: int) -> list[slice]:
+        """The official groups of F latents: 2 at a time, the first with the remainder."""
+        return _groups(F, LATENTS)
+
+    def posterior_group(self, x_g: Tensor, cache: Cache | None = None) -> tuple[Tensor, Tensor, Cache]:
+        """Frames of one group -> (mean, log-variance), unscaled, each [B, 16, F, h, w], and the cache for the next."""
+        new: Cache = {}
+        x_g = x_g.contiguous(memory_format=torch.channels_last_3d)
+        mean, logvar = self.encoder(x_g, cache, new).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20), new
+
+    def encode_group(self, x_g: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
+        """Frames of one group [B, 3, T, H, W] -> (z_g [B, 16, F, h, w], the cache for the next group)."""
+        mean, _, new = self.posterior_group(x_g, cache)
+        return mean * self.config.scaling_factor, new
+
+    def decode_group(self, z_g: Tensor, cache: Cache | None = None,
+                     inject: list[Tensor] | None = None) -> tuple[Tensor, Cache]:
+        """Latents of one group -> (x_g [B, 3, T, H, W], the cache for the next group).
+
+        `inject` holds the 2D features of these frames, finest first: [B, C0, T, H, W], [B, C1, T, H/2, W/2].
+        """
+        if inject is not None and self.fusion is None:
+            raise ValueError("inject was given, but this VAE has no fusion blocks: call injection.attach first")
+        new: Cache = {}
+        z_g = (z_g / self.config.scaling_factor).contiguous(memory_format=torch.channels_last_3d)
+        return self.decoder(z_g, cache, new, self.fusion, inject), new
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x [B, 3, T, H, W] in [-1, 1] -> posterior mean x scaling_factor [B, 16, F, h, w]."""
+        B, C, T, H, W = x.shape
+        cache, z = Spent(), []
+        for g in self.encode_groups(T):
+            z_g, cache = self.encode_group(x[:, :, g], cache)
+            cache = Spent(cache)
+            z.append(z_g)
+        return torch.cat(z, dim=2)
+
+    def decode(self, z: Tensor, inject: list[Tensor] | None = None) -> Tensor:
+        """z [B, 16, F, h, w] as encode gives it -> x [B, 3, T, H, W], not clamped; `inject` for the whole clip."""
+        cache, x, start = Spent(), [], 0
+        for g in self.decode_groups(z.shape[2]):
+            count = _frames(g.stop - g.start)
+            frames = None if inject is None else [m[:, :, start : start + count] for m in inject]
+            x_g, cache = self.decode_group(z[:, :, g], cache, frames)
+            cache = Spent(cache)
+            x.append(x_g)
+            start += count
+        return torch.cat(x, dim=2)
+
+
+def _groups(n: int, size: int) -> list[slice]:
+    first = n if n < 2 * size else size + n % size
+    return [slice(0, first)] + [slice(i, i + size) for i in range(first, n, size)]
+
+
+def _frames(latents: int) -> int:
+    """Frames that a group of latents decodes to: two doublings, each sparing the first of an odd number."""
+    for _ in range(2):
+        latents = 2 * latents - latents % 2
+    return latents
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    vae = CogVideoXVAE(CogVideoXVAEConfig(layers_per_block=1))  # Mirage Table 5's channels, fewer layers
+    for name, stage in [(f"Enc-{i + 1}", s) for i, s in enumerate(vae.encoder.down_blocks)] + [
+            (f"Dec-{i + 1}", s) for i, s in enumerate(vae.decoder.up_blocks)]:
+        stage.layers[0].register_forward_pre_hook(
+            lambda m, a, name=name: print(f"  {name} input {list(a[0].shape[1:])}"))
+    with torch.no_grad():
+        x = torch.rand(1, 3, 9, 32, 48) * 2 - 1
+        print(f"x {list(x.shape)}")
+        z = vae.encode(x)
+        print(f"z {list(z.shape)}")
+        print(f"x {list(vae.decode(z).shape)}")

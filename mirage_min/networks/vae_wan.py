@@ -1,0 +1,350 @@
+"""The Wan 2.1 causal 3D VAE: 8 x 8 pixels and 4 frames to one latent cell of 16 channels (ChopGrad B.4, C.2).
+
+A video's first frame becomes a latent of its own, every four after it one more. Nothing looks across frames but the
+causal convolutions: the norm sees one position, attention one frame. So a video may be cut into groups in any way, all
+at once or 1 frame and then fours, and comes out the same.
+
+    Enc-1 [ 96, 9, H, W]                                    Dec-4 [ 96, 9, H, W]
+    Enc-2 [192, 9, H/2, W/2]  -> 2D features leave here     Dec-3 [192, 9, H/2, W/2]  <- and enter here
+    Enc-3 [384, 5, H/4, W/4]                                Dec-2 [384, 5, H/4, W/4]
+    Enc-4 [384, 3, H/8, W/8]  -> z [16, 3, H/8, W/8] ->     Dec-1 [384, 3, H/8, W/8]
+
+The 2D features are this encoder's too, of frames run alone; they leave before its first change of the frame rate and
+enter behind the decoder's last. Attribute names are the published keys (diffusers layout). Left out: Wan 2.2's VAE.
+
+    python -m mirage_min.networks.vae_wan            # the shapes, and that two ways to cut a video agree
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from . import weights
+from .causal_conv import Cache, CausalConv3d, Spent, each_frame, in_pieces, name_caches, normed_conv
+
+FRAMES = 4  # to one latent, save a video's first
+
+
+@dataclass
+class WanVAEConfig:
+    """The fields of config.json that shape the network, as every published Wan 2.1 has them."""
+
+    base_dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temperal_downsample: tuple[bool, ...] = (False, True, True)  # as the published config spells it
+    latents_mean: tuple[float, ...] = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+                                       0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
+    latents_std: tuple[float, ...] = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+                                      3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+
+    def __post_init__(self):
+        if len(self.temperal_downsample) != len(self.dim_mult) - 1 or sum(self.temperal_downsample) != 2:
+            raise ValueError(f"temperal_downsample must have one value less than dim_mult={list(self.dim_mult)} and be "
+                             f"true twice, got {list(self.temperal_downsample)}")
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * gamma over the channels of one position, so that any rows may come alone."""
+
+    def __init__(self, c: int, dims: int = 3):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(c, *[1] * dims))
+
+    def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(1e-12)
+        y = x * (x.shape[1] ** 0.5 / norm)
+        return y * self.gamma if torch.is_grad_enabled() else y.mul_(self.gamma)
+
+
+class ResnetBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))); without gradients the sum may be made in x itself."""
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        self.norm1, self.conv1 = RMSNorm(c_in), CausalConv3d(c_in, c_out)
+        self.norm2, self.conv2 = RMSNorm(c_out), CausalConv3d(c_out, c_out)
+        self.conv_shortcut = nn.Conv3d(c_in, c_out, 1) if c_in != c_out else None
+
+    def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
+        h = normed_conv(self.norm1, self.conv1, x, old, new)
+        x = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return normed_conv(self.norm2, self.conv2, h, old, new, onto=x)
+
+
+class FrameAttention(nn.Module):
+    """Single-head self-attention over the cells of one frame, added to its input."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.norm = RMSNorm(c, dims=2)
+        self.to_qkv, self.proj = nn.Conv2d(c, 3 * c, 1), nn.Conv2d(c, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, T, H, W = x.shape
+        frames = rearrange(x, "b c t h w -> (b t) c h w")
+        q, k, v = rearrange(self.to_qkv(self.norm(frames)), "n (three c) h w -> three n 1 (h w) c", three=3)
+        y = F.scaled_dot_product_attention(q, k, v)                    # [B*T, 1, H*W, C]
+        y = self.proj(rearrange(y, "n 1 (h w) c -> n c h w", h=H))
+        return x + rearrange(y, "(b t) c h w -> b c t h w", b=B)
+
+
+class MidBlock(nn.Module):
+    """A resnet block, attention within each frame, a resnet block."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResnetBlock(c, c), ResnetBlock(c, c)])
+        self.attentions = nn.ModuleList([FrameAttention(c)])
+
+    def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x, old, new)), old, new)
+
+
+class Downsample(nn.Module):
+    """Halve height and width, then, where `time`, the frames: the first of a video stays, each two behind it merge."""
+
+    def __init__(self, c: int, time: bool, key: str):
+        super().__init__()
+        self.key = key  # in the cache
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(c, c, 3, stride=2))
+        self.time_conv = nn.Conv3d(c, c, (3, 1, 1), stride=(2, 1, 1)) if time else None
+
+    def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
+        x = each_frame(self.resample, x)                               # [B, C, T, H/2, W/2]
+        if self.time_conv is None:
+            return x
+        # Output k is made of frames 2k - 2, 2k - 1 and 2k: of the past, one frame is all it needs.
+        seen = torch.cat([old[self.key], x], dim=2) if old else x
+        new[self.key] = x[:, :, -1:].clone()
+        if seen.shape[2] == 1:
+            return x
+        merged = self.time_conv(seen)                                  # [B, C, T//2, H/2, W/2]
+        return merged if old else torch.cat([x[:, :, :1], merged], dim=2)
+
+
+class Upsample(nn.Module):
+    """Double, where `time`, every frame but a video's first, then height and width; halve the channels."""
+
+    def __init__(self, c: int, time: bool):
+        super().__init__()
+        self.resample = nn.Sequential(nn.Upsample(scale_factor=2.0, mode="nearest-exact"),
+                                      nn.Conv2d(c, c // 2, 3, padding=1))
+        self.time_conv = CausalConv3d(c, 2 * c, (3, 1, 1)) if time else None
+
+    def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
+        B, C, T, H, W = x.shape
+        # A video's first frame passes by, and the convolution never sees it: its past begins behind it, with zeros.
+        if self.time_conv is not None and not old and T == 1:
+            new[self.time_conv.key] = x.new_zeros(B, 2, H, W, C).movedim(-1, 1)
+        elif self.time_conv is not None:
+            twice = self.time_conv(x if old else x[:, :, 1:], old, new)
+            twice = rearrange(twice, "b (two c) t h w -> b (t two) h w c", two=2).movedim(-1, 1)
+            x = twice if old else torch.cat([x[:, :, :1], twice], dim=2)  # [B, C, 2T or 2T-1, H, W]
+        return each_frame(self.resample, x)
+
+
+class UpBlock(nn.Module):
+    """Resnet blocks, then a doubling of the size; `time` says if of the frames too, None is no doubling.
+
+    The decoder runs the layers itself: a call to the block would hold the block's input until its end.
+    """
+
+    def __init__(self, c_in: int, c_out: int, n: int, time: bool | None):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out) for i in range(n))
+        self.upsamplers = None if time is None else nn.ModuleList([Upsample(c_out, time)])
+
+
+def one_by_one(layers: list, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
+    """Layers that keep the frame rate, in turn; where `in_pieces`, frame after frame, so that little is held."""
+    done, kept = [], {}
+    for frame in x.split(1, dim=2) if in_pieces(x) else [x]:
+        kept = {}
+        for layer in layers:
+            frame = layer(frame, old, kept)
+        done.append(frame)
+        old = Spent(kept)
+    new.update(kept)
+    return torch.cat(done, dim=2)
+
+
+class Encoder(nn.Module):
+    """Frames to what quant_conv makes the mean and log-variance of."""
+
+    def __init__(self, config: WanVAEConfig):
+        super().__init__()
+        c = [config.base_dim * m for m in config.dim_mult]
+        self.conv_in = CausalConv3d(3, c[0])
+        self.down_blocks = nn.ModuleList()  # one flat list, as published
+        for i, c_out in enumerate(c):
+            c_in = [c[max(i - 1, 0)]] + [c_out] * (config.num_res_blocks - 1)
+            self.down_blocks.extend(ResnetBlock(n, c_out) for n in c_in)
+            if i < len(c) - 1:
+                key = f"encoder.down_blocks.{len(self.down_blocks)}"
+                self.down_blocks.append(Downsample(c_out, config.temperal_downsample[i], key))
+        self.mid_block = MidBlock(c[-1])
+        self.norm_out = RMSNorm(c[-1])
+        self.conv_out = CausalConv3d(c[-1], 2 * config.z_dim)
+
+    def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
+        n = next(i for i, layer in enumerate(self.down_blocks) if getattr(layer, "time_conv", None) is not None)
+        x = one_by_one([self.conv_in, *self.down_blocks[:n]], x, old, new)
+        for layer in [*self.down_blocks[n:], self.mid_block]:
+            x = layer(x, old, new)
+        return normed_conv(self.norm_out, self.conv_out, x, old, new)
+
+
+class Decoder(nn.Module):
+    """Latents to frames; 2D features enter behind the last block that changes the frame rate."""
+
+    def __init__(self, config: WanVAEConfig):
+        super().__init__()
+        c = [config.base_dim * m for m in reversed(config.dim_mult)]
+        time = [*reversed(config.temperal_downsample), None]
+        self.conv_in = CausalConv3d(config.z_dim, c[0])
+        self.mid_block = MidBlock(c[0])
+        # An upsampler halves the channels even where the next block goes back to as many.
+        self.up_blocks = nn.ModuleList(
+            UpBlock(c[i - 1] // 2 if i else c[0], c[i], config.num_res_blocks + 1, time[i]) for i in range(len(c)))
+        self.norm_out = RMSNorm(c[-1])
+        self.conv_out = CausalConv3d(c[-1], 3)
+        self.last_doubling = max(i for i in range(len(c)) if time[i])
+
+    def forward(self, z: Tensor, old: Cache | None, new: Cache, fusion=None, inject: list[Tensor] | None = None):
+        output = partial(normed_conv, self.norm_out, self.conv_out)
+        layers = [[*block.resnets, *(block.upsamplers or ())] for block in self.up_blocks]
+        h = self.mid_block(self.conv_in(z, old, new), old, new)
+        for layer in sum(layers[: self.last_doubling + 1], []):
+            h = layer(h, old, new)
+        if inject is not None:
+            h = fusion[0](h, inject[0])
+        return one_by_one([*sum(layers[self.last_doubling + 1 :], []), output], h, old, new)
+
+
+class WanVAE(nn.Module):
+    """Wan 2.1's causal 3D VAE. Videos [B, 3, T, H, W] in [-1, 1]; latents [B, 16, F, H/8, W/8], normalised."""
+
+    CLASS_NAME = "AutoencoderKLWan"
+    Config = WanVAEConfig
+    FIXED = {"in_channels": 3, "out_channels": 3, "patch_size": None, "is_residual": False, "decoder_base_dim": None,
+             "attn_scales": [], "dropout": 0.0}
+    IGNORED = {"scale_factor_temporal", "scale_factor_spatial"}  # follow from the fields above
+    PUBLISHED = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers, subfolder vae"  # the original Wan2.1_VAE.pth is pickled
+    from_pretrained = classmethod(weights.from_pretrained)
+    save_pretrained = weights.save_pretrained
+
+    def __init__(self, config: WanVAEConfig = WanVAEConfig()):
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quant_conv, self.post_quant_conv = (nn.Conv3d(c, c, 1) for c in (2 * config.z_dim, config.z_dim))
+        self.fusion = None  # injection.attach puts the Cross-Modal Fusion Block here
+        name_caches(self)
+
+    @property
+    def inject_channels(self) -> list[int]:
+        """Channels of the decoder where 2D features enter: one place, at H/2."""
+        return [self.decoder.up_blocks[self.decoder.last_doubling].upsamplers[0].resample[1].out_channels]
+
+    def legal_length(self, T: int) -> int:
+        """The smallest 4k + 1 that is at least T: the lengths that encode and decode to themselves."""
+        return -(-(T - 1) // FRAMES) * FRAMES + 1
+
+    def encode_groups(self, T: int) -> list[slice]:
+        """The official groups of T = 4k + 1 frames: 1, then 4 at a time."""
+        return [slice(0, 1)] + [slice(i, i + FRAMES) for i in range(1, T, FRAMES)]
+
+    def decode_groups(self, F: int) -> list[slice]:
+        """The official groups of F latents: 1 at a time."""
+        return [slice(i, i + 1) for i in range(F)]
+
+    def posterior_group(self, x_g: Tensor, cache: Cache | None = None) -> tuple[Tensor, Tensor, Cache]:
+        """A video's first 4k + 1 frames, or its next 4k -> (mean, log-variance, the cache for the next group)."""
+        T, alone = x_g.shape[2], 0 if cache else 1
+        if T % FRAMES != alone:
+            raise ValueError(f"x_g must be [B, 3, T, H, W] with T = {FRAMES}k + {alone} here, got {list(x_g.shape)}")
+        new: Cache = {}
+        h = self.encoder(x_g.contiguous(memory_format=torch.channels_last_3d), cache, new)
+        mean, logvar = self.quant_conv(h).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20), new
+
+    def encode_group(self, x_g: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
+        """Frames of one group [B, 3, T, H, W] -> (z_g [B, 16, F, h, w], the cache for the next group)."""
+        mean, _, new = self.posterior_group(x_g, cache)
+        return self._normalise(mean), new
+
+    def decode_group(self, z_g: Tensor, cache: Cache | None = None,
+                     inject: list[Tensor] | None = None) -> tuple[Tensor, Cache]:
+        """Latents of one group [B, 16, F, h, w], any F -> (x_g [B, 3, T, H, W], the cache for the next group).
+
+        T is 4F, or 4F - 3 in a video's first group. `inject` is the 2D features of these frames, [[B, C, T, H/2, W/2]].
+        """
+        if inject is not None and self.fusion is None:
+            raise ValueError("inject was given, but this VAE has no fusion blocks: call injection.attach first")
+        new, (mean, std) = {}, self._statistics(z_g)
+        z_g = self.post_quant_conv(z_g * std + mean).contiguous(memory_format=torch.channels_last_3d)
+        return self.decoder(z_g, cache, new, self.fusion, inject), new
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, 3, T, H, W] in [-1, 1] -> mean and log-variance, not normalised, each [B, 16, F, h, w]."""
+        missing = self.legal_length(x.shape[2]) - x.shape[2]
+        # DEVIATION: the published encode drops the frames beyond the last 4k + 1; here the last one is repeated.
+        x = F.pad(x, (0, 0, 0, 0, 0, missing), mode="replicate") if missing else x
+        cache, parts = Spent(), []
+        for g in self.encode_groups(x.shape[2]):
+            *part, cache = self.posterior_group(x[:, :, g], cache)
+            cache = Spent(cache)
+            parts.append(part)
+        return tuple(torch.cat(p, dim=2) for p in zip(*parts))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x [B, 3, T, H, W] in [-1, 1] -> normalised posterior mean [B, 16, F, h, w]; any T, filled up to 4k + 1."""
+        return self._normalise(self.posterior(x)[0])
+
+    def decode(self, z: Tensor, inject: list[Tensor] | None = None) -> Tensor:
+        """z [B, 16, F, h, w] as encode gives it -> x [B, 3, 4F - 3, H, W], not clamped; `inject` for the whole clip."""
+        # DEVIATION: the published decode clamps to [-1, 1], where the gradient of a loss on x would be lost.
+        cache, x, n = Spent(), [], z.shape[2]
+        for g, t in zip(self.decode_groups(n), self.encode_groups(FRAMES * (n - 1) + 1)):
+            x_g, cache = self.decode_group(z[:, :, g], cache, None if inject is None else [m[:, :, t] for m in inject])
+            cache = Spent(cache)
+            x.append(x_g)
+        return torch.cat(x, dim=2)
+
+    def mids2d(self, x: Tensor) -> list[Tensor]:
+        """x [B, 3, T, H, W] -> 2D features of its frames, each encoded alone (ChopGrad B.4): [[B, C, T, H/2, W/2]]."""
+        features = []
+        for h in x.contiguous(memory_format=torch.channels_last_3d).split(1, dim=2):
+            for layer in [self.encoder.conv_in, *self.encoder.down_blocks]:
+                if isinstance(layer, Downsample) and layer.time_conv is not None:
+                    break
+                h = layer(h, None, {})  # every frame is a video's first, and no second will ask for the cache
+            features.append(h)
+        return [torch.cat(features, dim=2)]
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        both = torch.tensor([self.config.latents_mean, self.config.latents_std], dtype=like.dtype, device=like.device)
+        return both.view(2, 1, -1, 1, 1, 1).unbind()
+
+    def _normalise(self, mu: Tensor) -> Tensor:
+        mean, std = self._statistics(mu)
+        # z = (μ − mean) / std
+        return (mu - mean) / std
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    vae = WanVAE(WanVAEConfig(base_dim=16, num_res_blocks=1))
+    x = torch.rand(1, 3, 9, 64, 96) * 2 - 1
+    with torch.no_grad():
+        z, _ = vae.encode_group(x)  # all nine frames as one group
+        whole, _ = vae.decode_group(z)
+        print(f"z {list(z.shape)}, x {list(whole.shape)}, 2D features {[list(m.shape) for m in vae.mids2d(x)]}")
+        print(f"by 1, 4, 4 frames z differs by {(vae.encode(x) - z).abs().max():.1e}, "
+              f"by 1, 1, 1 latents x differs by {(vae.decode(z) - whole).abs().max():.1e}")

@@ -1,0 +1,297 @@
+"""Published weights in and out: safetensors in the diffusers layout, from a folder or from the hub.
+
+    model = AutoencoderKL.from_pretrained("stabilityai/sd-vae-ft-mse")
+    model = CogVideoXDiT.from_pretrained("folder/of/CogVideoX1.5-5B", subfolder="transformer", dtype=torch.bfloat16)
+    model.save_pretrained("folder")
+
+A folder holds config.json and one *.safetensors, or shards with *.safetensors.index.json. Every model class names its
+published counterpart and says which fields of config.json it understands:
+
+    CLASS_NAME        `_class_name` in config.json
+    Config            a dataclass: the fields that the code reads, with the published defaults
+    FIXED             {field: value} understood at this one value (of a list: at every element)
+    IGNORED           fields that cannot change the result
+    translate_key     optional, static: a tensor's name in the file -> its name in the model (older or other layouts)
+    translate_config  optional, static: config.json as another layout has it -> config.json as published by diffusers
+    PUBLISHED         optional: where these weights are as safetensors, for whoever has another file
+
+The model is built on the meta device and the tensors of the memory-mapped file are assigned to it, so the weights are
+in memory once. What is not in the file does not exist then: a model computes its tables when they are first used, or
+makes them with an explicit `device="cpu"`. Nothing is ever unpickled.
+
+    python -m mirage_min.networks.weights            # a model saved, loaded, and loaded wrongly
+"""
+
+import dataclasses
+import json
+import os
+import re
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+CONFIG, WEIGHTS, INDEX = "config.json", "diffusion_pytorch_model.safetensors", "*.safetensors.index.json"
+PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
+
+
+def from_pretrained(cls, path: str | Path, subfolder: str | None = None, dtype: torch.dtype | None = None,
+                    device: torch.device | str | None = None) -> nn.Module:
+    """Build a `cls` from a local folder or a hub id ("org/name"), strictly: every tensor is used and none is missing.
+
+    `dtype` defaults to the file's own and `device` to the CPU; left at both, the parameters are the mapped file itself
+    (training changes them, not the file). The model is in eval mode and its parameters require gradients. Whatever is
+    wrong with the files is a ValueError that says which and how.
+    """
+    folder = locate(cls, path, subfolder)
+    files = weight_files(cls, folder)
+    config = read_config(cls, read_json(folder / CONFIG), folder / CONFIG)
+    with torch.device("meta"):
+        model = cls(config)
+
+    source = find_tensors(cls, files)
+    given = {key: tuple(file.get_slice(name).get_shape()) for key, (file, name) in source.items()}
+    wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    check_match(wanted, given, " + ".join(map(str, files)), folder / CONFIG)
+
+    state = {}
+    for key, (file, name) in source.items():
+        tensor = file.get_tensor(name)
+        state[key] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+    model.load_state_dict(state, assign=True)
+    if unmade := [key for key, tensor in model.named_buffers() if tensor.is_meta and key not in source]:
+        raise ValueError(f"{cls.__name__}: no file holds the buffers {unmade[:5]}: compute them when first used")
+    return model.to(device=device).eval()
+
+
+def save_pretrained(self: nn.Module, folder: str | Path) -> None:
+    """Write config.json and the weights as diffusers lays them out and reads them: each file whole or not at all.
+
+    Written is exactly what from_pretrained asks for; adapters and fusion blocks have files of their own.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if others := sorted(f.name for f in folder.glob("*.safetensors*") if f.name != WEIGHTS):
+        raise ValueError(f"{folder}: holds other weights ({', '.join(others[:5])}); save into an empty folder")
+    with torch.device("meta"):
+        keys = type(self)(self.config).state_dict().keys()
+    state = self.state_dict()
+    save_tensors(folder / WEIGHTS, {key: state[key] for key in keys}, {"format": "pt"})
+    with whole_file(folder / CONFIG) as temporary:
+        temporary.write_text(json.dumps(config_fields(self), indent=2) + "\n")
+
+
+# ---- config.json ----------------------------------------------------------------------------------------------------
+
+
+def read_config(cls, config: dict, where: str | Path):
+    """config.json as a dict -> cls.Config. A field that is neither known, fixed nor ignored is refused by its name."""
+    if hasattr(cls, "translate_config"):
+        config = cls.translate_config(config)
+    if (name := config.get("_class_name")) != cls.CLASS_NAME:
+        raise ValueError(f"{where}: wanted _class_name {cls.CLASS_NAME!r}, got {name!r}{hint(cls)}")
+    known = {field.name for field in dataclasses.fields(cls.Config)}
+    values = {}
+    for name, value in config.items():
+        if name in known:
+            values[name] = tuple(value) if isinstance(value, list) else value
+        elif name in cls.FIXED:
+            wanted = cls.FIXED[name]
+            if not matches(value, wanted):
+                raise ValueError(f"{where}: {cls.__name__} understands {name} only as {wanted!r}, got {value!r}")
+        elif name not in cls.IGNORED and not name.startswith("_"):
+            raise ValueError(f"{where}: {cls.__name__} does not know the field {name} (here {value!r})")
+    return cls.Config(**values)
+
+
+def matches(value, wanted) -> bool:
+    """Whether a field has its one understood value; a list does if each element has, or if all of `wanted` is meant."""
+    if isinstance(wanted, (list, tuple)):
+        return isinstance(value, list) and value == list(wanted)
+    return all(v == wanted for v in value) if isinstance(value, list) else value == wanted
+
+
+def config_fields(model: nn.Module) -> dict:
+    """What config.json says of a model: its class, its Config and the fields that are fixed."""
+    config = {"_class_name": model.CLASS_NAME} | dataclasses.asdict(model.config)
+    for name, value in model.FIXED.items():
+        # A list of block types has an entry per stage, and diffusers builds as many stages as it has entries.
+        config[name] = [value] * len(model.config.block_out_channels) if name.endswith("_block_types") else value
+    return config
+
+
+# ---- which files ----------------------------------------------------------------------------------------------------
+
+
+def locate(cls, path: str | Path, subfolder: str | None, config: str = CONFIG) -> Path:
+    """The folder with the file `config` and the weights; fetched from the hub if `path` is an id, not a folder."""
+    local = Path(path).expanduser()
+    if local.suffix in PICKLES or local.is_file():
+        raise ValueError(f"{path}: {unpickling(cls) if local.suffix in PICKLES else 'is a file: name its folder'}")
+    if local.is_dir():
+        folder = local
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        folder = download(str(path), subfolder, config)
+    else:
+        raise ValueError(f"{path}: no such folder, and not a hub id of the form org/name")
+    folder = folder / (subfolder or "")
+    if not (folder / config).is_file():
+        raise ValueError(f"{path}: no {config} in {folder}")
+    return folder
+
+
+def download(repo: str, subfolder: str | None, config: str = CONFIG) -> Path:
+    """Fetch config and weights of a hub repository, or of one of its subfolders, into the hub's own cache."""
+    from huggingface_hub import snapshot_download  # imported here: local folders do without it
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    # A star also matches "/", so every pattern starts with the folder and the usual stem; shards are matched to their
+    # last digit, so that fp16 copies beside the full weights are left where they are.
+    start = f"{subfolder}/" if subfolder else ""
+    stem = WEIGHTS.removesuffix(".safetensors")
+    names = [config, WEIGHTS, f"{stem}-*-of-?????.safetensors", f"{stem}{INDEX[1:]}"]
+    try:
+        return Path(snapshot_download(repo, allow_patterns=[start + name for name in names]))
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"{repo}: neither a folder here nor a model on the hub, or a private or gated one "
+                         "(then: hf auth login)") from error
+    except Exception as error:  # the network has many ways to fail, and every version of the hub its own classes
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{repo}: no such folder here, not whole in the hub's cache, and the hub could not be asked "
+                         f"(offline?): {reason}") from error
+
+
+def weight_files(cls, folder: Path) -> list[Path]:
+    """The safetensors files of a folder: the shards that its index names, the file of the usual name, or the only."""
+    if indices := sorted(folder.glob(INDEX)):
+        index = read_json(indices[0])
+        names = index.get("weight_map", {})
+        if not isinstance(names, dict):
+            raise ValueError(f"{indices[0]}: wanted weight_map to be an object, got a {type(names).__name__}")
+        files = [folder / name for name in sorted(set(names.values()))]
+        if gone := [file.name for file in files if not file.is_file()]:
+            raise ValueError(f"{indices[0]}: {len(gone)} of {len(files)} shards are not there: {', '.join(gone[:5])}")
+        if not files:
+            raise ValueError(f"{indices[0]}: names no shards (no weight_map)")
+        return files
+    files = sorted(folder.glob("*.safetensors"))
+    if folder / WEIGHTS in files:
+        return [folder / WEIGHTS]
+    if len(files) > 1:
+        raise ValueError(f"{folder}: several safetensors and neither an index nor {WEIGHTS}: "
+                         f"{', '.join(file.name for file in files[:5])}")
+    if not files:
+        pickles = sorted(file for file in folder.iterdir() if file.suffix in PICKLES)
+        raise ValueError(f"{pickles[0]}: {unpickling(cls)}" if pickles else f"{folder}: no *.safetensors{hint(cls)}")
+    return files
+
+
+def unpickling(cls) -> str:
+    """Why a pickle is refused, and how to convert it."""
+    return ("not loaded, because unpickling a file can run any code in it; convert it once with "
+            f"safetensors.torch.save_file(torch.load(file, weights_only=True), {WEIGHTS!r}){hint(cls)}")
+
+
+def hint(cls) -> str:
+    """Where these weights are as safetensors, if that is known."""
+    return f"; as safetensors: {cls.PUBLISHED}" if hasattr(cls, "PUBLISHED") else ""
+
+
+# ---- reading and writing single files -------------------------------------------------------------------------------
+
+
+def find_tensors(cls, files: list[Path]) -> dict[str, tuple[safe_open, str]]:
+    """{name in the model: (the open file that has it, its name there)}; nothing is read but the files' headers."""
+    source = {}
+    for path in files:
+        with one_line(path):
+            file = safe_open(path, framework="pt")
+        for name in file.keys():
+            key = cls.translate_key(name) if hasattr(cls, "translate_key") else name
+            if key in source:
+                raise ValueError(f"{path}: {name} is a second tensor for {key}")
+            source[key] = file, name
+    return source
+
+
+def check_match(wanted: dict[str, tuple], given: dict[str, tuple], file: str, config: Path) -> None:
+    """Raise unless the file has just the names and shapes that the model, built from the config, wants."""
+    shapes = [key for key in wanted if key in given and wanted[key] != given[key]]
+    found = {"missing": [key for key in wanted if key not in given],
+             "unexpected": [key for key in given if key not in wanted],
+             "wrongly shaped": [f"{key} (wanted {list(wanted[key])}, got {list(given[key])})" for key in shapes]}
+    if any(found.values()):
+        raise ValueError("\n  ".join(
+            [f"{file} ({len(given)} tensors) does not fit the model that {config} describes ({len(wanted)} tensors)"]
+            + [f"{len(keys)} {what}: {', '.join(keys[:5])}{', ...' * (len(keys) > 5)}"
+               for what, keys in found.items() if keys]))
+
+
+def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write named tensors and a {str: str} note to one safetensors file, whole or not at all."""
+    with whole_file(Path(path)) as temporary:  # save_file would hide the file from all other users, whatever the umask
+        temporary.write_bytes(save({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, metadata))
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A safetensors file -> (its tensors, memory-mapped on the CPU, and its metadata)."""
+    with one_line(Path(path)), safe_open(path, framework="pt") as tensors:
+        return {key: tensors.get_tensor(key) for key in tensors.keys()}, tensors.metadata() or {}
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; ValueError of one line otherwise."""
+    with one_line(path):
+        content = json.loads(path.read_text())
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: wanted a JSON object, got a {type(content).__name__}")
+    return content
+
+
+@contextmanager
+def whole_file(path: Path):
+    """Lend a temporary path beside `path` that takes its place at the end, if nothing was raised until then."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def one_line(path: Path):
+    """Turn what can be wrong with a file into a ValueError of one line that names it."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        with open(path, "rb") as file:
+            pointer = file.read(40).startswith(b"version https://git-lfs")
+        reason = "only a Git LFS pointer (git lfs pull)" if pointer else f"truncated or corrupt: {error}"
+        raise ValueError(f"{path}: {reason}") from error
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    from .vae_2d import AutoencoderKL, AutoencoderKLConfig
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = AutoencoderKL(AutoencoderKLConfig(block_out_channels=(16, 32), norm_num_groups=8))
+        model.save_pretrained(folder)
+        print({file.name: file.stat().st_size for file in Path(folder).iterdir()})
+        again = AutoencoderKL.from_pretrained(folder, dtype=torch.bfloat16)
+        print(sum(p.numel() for p in again.parameters()), "parameters,", next(again.parameters()).dtype)
+        for change in ({"block_out_channels": [16, 48]}, {"act_fn": "relu"}, {"colour": "red"}):
+            Path(folder, CONFIG).write_text(json.dumps(config_fields(model) | change))
+            try:
+                AutoencoderKL.from_pretrained(folder)
+            except ValueError as error:
+                print(f"\n{change} -> {error}")
