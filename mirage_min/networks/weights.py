@@ -11,7 +11,8 @@ published counterpart and says which fields of config.json it understands:
     Config            a dataclass: the fields that the code reads, with the published defaults
     FIXED             {field: value} understood at this one value (of a list: at every element)
     IGNORED           fields that cannot change the result
-    translate_key     optional, static: a tensor's name in the file -> its name in the model (older or other layouts)
+    translate_key     optional, static: a tensor's name in the file -> its name in the model (older or other layouts);
+                      None: known, and without effect
     translate_config  optional, static: config.json as another layout has it -> config.json as published by diffusers
     PUBLISHED         optional: where these weights are as safetensors, for whoever has another file
 
@@ -211,6 +212,8 @@ def find_tensors(cls, files: list[Path]) -> dict[str, tuple[safe_open, str]]:
             file = safe_open(path, framework="pt")
         for name in file.keys():
             key = cls.translate_key(name) if hasattr(cls, "translate_key") else name
+            if key is None:
+                continue
             if key in source:
                 raise ValueError(f"{path}: {name} is a second tensor for {key}")
             source[key] = file, name

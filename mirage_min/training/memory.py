@@ -23,10 +23,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..networks import dit_cogvideox, dit_wan
+from ..networks import dit_cogvideox, dit_cosmos, dit_wan
 
 GIB = 2**30
-TABLES = (dit_cogvideox.rotary_table, dit_cogvideox.sincos_table, dit_wan.rotary_table)
+TABLES = (dit_cogvideox.rotary_table, dit_cogvideox.sincos_table, dit_cosmos.rotary_table, dit_wan.rotary_table)
 LESS = {  # what can be changed in a recipe, in the order in which it is cheapest to give up
     "accumulate": lambda r, n: r.batch // n, "checkpoint_decoder": lambda r, n: True,
     "checkpoint_dit": lambda r, n: True, "shard": lambda r, n: n > 1, "tiles": lambda r, n: 2 * r.tiles,
