@@ -146,6 +146,40 @@ def test_mids_runs_no_more_of_the_encoder_than_it_returns():
             vae.mids(x, count=count)
 
 
+@pytest.mark.parametrize(("N", "h", "w"), [(1, 4, 6), (2, 5, 3)])
+@torch.no_grad()
+def test_the_inputs_of_the_down_blocks_are_given_and_skips_enter_before_the_up_blocks(pair, N, h, w):
+    """img2img-turbo's and Difix's wiring, against hooks on diffusers' own blocks."""
+    theirs, ours = pair()
+    x = torch.rand(N, 3, 8 * h, 8 * w, dtype=torch.float64) * 2 - 1
+    seen, skips = [], [torch.randn(N, c, s * h, s * w, dtype=torch.float64) for c, s in ((48, 1), (48, 2), (32, 4),
+                                                                                         (32, 8))]
+    for block in theirs.encoder.down_blocks:
+        block.register_forward_pre_hook(lambda block, args: seen.append(args[0]))
+    for block, skip in zip(theirs.decoder.up_blocks, skips):
+        block.register_forward_pre_hook(lambda block, args, skip=skip: (args[0] + skip, *args[1:]))
+    mean = theirs.encode(x).latent_dist.mean
+    z, features = ours.encode_with_features(x)
+    assert torch.equal(z, ours.encode(x))
+    assert_equal_in_float64("z", z, mean * 0.13025)
+    assert len(features) == len(seen) == 4
+    for i, (f, s) in enumerate(zip(features, seen)):
+        assert_equal_in_float64(f"features[{i}]", f, s)
+    wanted = theirs.decode(mean).sample
+    assert_equal_in_float64("decode with skips", ours.decode(z, skips), wanted)
+    assert_equal_in_float64("skips made on the way", ours.decode(z, (skip for skip in skips)), wanted)
+    assert (ours.decode(z) - wanted).abs().max() > 0.1 * wanted.std()
+    assert ours.skip_channels() == [(f.shape[1], s.shape[1]) for f, s in zip(reversed(features), skips)]
+    with pytest.raises(ValueError, match="skip must have the shape"):
+        ours.decode(z, skips[1:])
+
+
+def test_official_skips_are_those_of_img2img_turbo():
+    with torch.device("meta"):
+        vae = AutoencoderKL(AutoencoderKLConfig(block_out_channels=(128, 256, 512, 512), layers_per_block=2))
+    assert vae.skip_channels() == [(512, 512), (256, 512), (128, 512), (128, 256)]
+
+
 def test_both_spellings_of_the_attention_keys_load_and_agree(tmp_path):
     published().save_pretrained(tmp_path / "new")
     (tmp_path / "old").mkdir()

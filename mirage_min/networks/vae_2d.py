@@ -7,14 +7,18 @@ the encoder downsamples, and injects them into the video decoder (injection.py).
     x [N, 3, H, W] -> encode -> z [N, 4, H/8, W/8] -> decode -> x [N, 3, H, W]
                    -> mids   -> [N, 128, H, W], [N, 256, H/2, W/2], [N, 512, H/4, W/4]
 
+img2img-turbo, Difix and R3D2-BIG take features at other places, the inputs of the four down blocks, and add what their
+skip convolutions (method/skips.py) make of them to the inputs of the four up blocks.
+
 Reads sd-vae-ft-mse, sd-turbo and sdxl; attribute names are the published checkpoint's keys. Left out: tiling, slicing
 and the posterior's sample (the mean is used).
 
     python -m mirage_min.networks.vae_2d             # the shapes, and that a frame's features are its own
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 import torch
 import torch.nn.functional as F
@@ -151,11 +155,15 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for stage in self.down_blocks:
             x = stage(x)
+        return self.finish(x)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """From the last down block's output on."""
         return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
 
 
 class Decoder(nn.Module):
-    """Latents to frames."""
+    """Latents to frames; each of `skips`, coarsest first, is added to the input of an up block."""
 
     def __init__(self, config: AutoencoderKLConfig):
         super().__init__()
@@ -167,11 +175,20 @@ class Decoder(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, c[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(c[-1], config.out_channels, 3, padding=1)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, skips: Iterable[Tensor] = ()) -> Tensor:
         x = self.mid_block(self.conv_in(z))
-        for stage in self.up_blocks:
-            x = stage(x)
+        for stage, skip in zip_longest(self.up_blocks, skips):
+            x = stage(add_skip(x, skip))
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+def add_skip(x: Tensor, skip: Tensor | None) -> Tensor:
+    """x + skip; ValueError unless they have one shape, so that no batch is repeated unseen."""
+    if skip is None:
+        return x
+    if skip.shape != x.shape:
+        raise ValueError(f"a skip must have the shape of what it is added to, {list(x.shape)}, got {list(skip.shape)}")
+    return x + skip
 
 
 class AutoencoderKL(nn.Module):
@@ -215,7 +232,9 @@ class AutoencoderKL(nn.Module):
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [N, 3, H, W] in [-1, 1] -> (mean, log-variance) of the latent, unscaled, each [N, 4, H/8, W/8]."""
-        h = self.encoder(x)
+        return self._moments(self.encoder(x))
+
+    def _moments(self, h: Tensor) -> tuple[Tensor, Tensor]:
         mean, logvar = (h if self.quant_conv is None else self.quant_conv(h)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
@@ -223,10 +242,28 @@ class AutoencoderKL(nn.Module):
         """x [N, 3, H, W] in [-1, 1] -> posterior mean x scaling_factor [N, 4, H/8, W/8]"""
         return self.posterior(x)[0] * self.config.scaling_factor
 
-    def decode(self, z: Tensor) -> Tensor:
-        """z [N, 4, h, w] as encode gives it -> x [N, 3, 8h, 8w], not clamped"""
+    def encode_with_features(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """x [N, 3, H, W] in [-1, 1] -> what encode gives, and the inputs of the four down blocks, finest first:
+        [N, 128, H, W], [N, 128, H/2, W/2], [N, 256, H/4, W/4], [N, 512, H/8, W/8]."""
+        features = [self.encoder.conv_in(x)]
+        for stage in self.encoder.down_blocks:
+            features.append(stage(features[-1]))
+        mean, _ = self._moments(self.encoder.finish(features.pop()))
+        return mean * self.config.scaling_factor, features
+
+    def skip_channels(self) -> list[tuple[int, int]]:
+        """Channels of each of these features, and of what the decoder takes for it, coarsest first."""
+        c = self.config.block_out_channels
+        return [(c[max(i - 1, 0)], c[min(i + 1, len(c) - 1)]) for i in reversed(range(len(c)))]
+
+    def decode(self, z: Tensor, skips: Iterable[Tensor] = ()) -> Tensor:
+        """z [N, 4, h, w] as encode gives it -> x [N, 3, 8h, 8w], not clamped.
+
+        skips: what is added to the input of each up block, coarsest first: [N, 512, h, w], [N, 512, 2h, 2w],
+        [N, 512, 4h, 4w], [N, 256, 8h, 8w]. They may be made one by one, as they are asked for.
+        """
         z = z / self.config.scaling_factor
-        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z), skips)
 
 
 if __name__ == "__main__":
