@@ -236,6 +236,39 @@ def test_another_layout_is_read_through_the_class_own_translations(tmp_path):
     assert refusal(tmp_path, cls=Elsewhere).endswith("as safetensors: org/table")
 
 
+WRONG_VALUES = [
+    ({"layers_per_block": "2"}, "layers_per_block: wanted an integer from 1 to 1000, got '2'"),
+    ({"layers_per_block": 10**9}, "layers_per_block: wanted an integer from 1 to 1000, got 1000000000"),
+    ({"layers_per_block": 10**30}, "layers_per_block: wanted an integer from 1 to 1000"),
+    ({"norm_num_groups": 0}, "norm_num_groups: wanted an integer from 1 to 1048576, got 0"),
+    ({"norm_num_groups": 3}, "describes no AutoencoderKL"), ({"norm_num_groups": True}, "wanted an integer"),
+    ({"latent_channels": -4}, "latent_channels: wanted an integer"), ({"latent_channels": None}, "wanted an integer"),
+    ({"block_out_channels": {}}, "block_out_channels: wanted a list"), ({"block_out_channels": []}, "wanted a list"),
+    ({"block_out_channels": [8, [16]]}, r"block_out_channels[1]: wanted an integer"),
+    ({"scaling_factor": "x"}, "scaling_factor: wanted one finite number"), ({"use_quant_conv": 1}, "true or false"),
+]
+
+
+@pytest.mark.parametrize("changes, words", WRONG_VALUES, ids=lambda value: str(value)[:40])
+def test_a_field_of_the_wrong_type_sign_or_size_is_named(folder, changes, words):
+    edit_config(folder, **changes)
+    message = refusal(folder)
+    assert message.startswith(f"{folder / 'config.json'}: ") and words in message, message
+
+
+def test_json_may_begin_with_a_byte_order_mark(model, folder):
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert_same_weights(AutoencoderKL.from_pretrained(folder), model)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' * 100_000, '{"a": 1' + "0" * 5000 + "}", "\xff"])
+def test_json_that_cannot_be_read_is_one_line(folder, text):
+    (folder / "config.json").write_bytes(text.encode("latin-1"))
+    message = refusal(folder)
+    assert message.startswith(f"{folder / 'config.json'}: truncated or corrupt"), message
+
+
 # ---- strictness and spoilt files ------------------------------------------------------------------------------------
 
 
@@ -288,6 +321,46 @@ def test_a_missing_shard_is_named_with_the_index(folder):
     gone.unlink()
     message = refusal(folder)
     assert gone.name in message and f"{FILE}.index.json: 1 of 3 shards" in message, message
+
+
+@pytest.mark.parametrize("name", ["../stolen.safetensors", "/etc/hosts", "sub/stolen.safetensors", "..", ""])
+def test_shards_lie_in_the_folder_of_their_index(model, folder, name):
+    """A downloaded folder does not decide what else is read."""
+    (folder / "sub").mkdir()
+    for place in (folder.parent, folder / "sub"):
+        shutil.copy(folder / FILE, place / "stolen.safetensors")
+    (folder / f"{FILE}.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(model.state_dict(), name)}))
+    message = refusal(folder)
+    wanted = "1 of 1 shards are not there" if name in ("", "..") else f"wanted files of this folder, got {name!r}"
+    assert wanted in message
+
+
+@pytest.mark.parametrize("names, words", [
+    ([], "weight_map: wanted an object, got []"), ({"x": ["a"]}, "weight_map.x: wanted text, got ['a']"),
+    ({"x": None}, "weight_map.x: wanted text"), ("a", "weight_map: wanted an object")])
+def test_an_index_of_other_values_than_names_is_refused(folder, names, words):
+    (folder / f"{FILE}.index.json").write_text(json.dumps({"weight_map": names}))
+    assert f"{FILE}.index.json: {words}" in refusal(folder)
+
+
+def test_the_index_of_the_usual_name_wins_over_that_of_a_variant(model, folder):
+    """As a download of all brings them: half-precision shards sort before the full ones."""
+    low = {key: tensor.half() for key, tensor in model.state_dict().items()}
+    shard(folder)
+    save_file(low, folder / "diffusion_pytorch_model.fp16-00001-of-00001.safetensors")
+    (folder / "diffusion_pytorch_model.fp16.safetensors.index.json").write_text(json.dumps(
+        {"weight_map": dict.fromkeys(low, "diffusion_pytorch_model.fp16-00001-of-00001.safetensors")}))
+    (folder / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text("{}")
+    assert_same_weights(AutoencoderKL.from_pretrained(folder), model)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes in the file system")
+def test_a_pipe_is_refused_and_not_waited_for(folder):
+    (folder / FILE).unlink()
+    os.mkfifo(folder / FILE)
+    assert "is no file" in refusal(folder)
+    with pytest.raises(ValueError, match="is no file"):
+        weights.load_tensors(folder / FILE)
 
 
 def test_an_empty_index_a_broken_config_and_missing_files_are_named(folder):

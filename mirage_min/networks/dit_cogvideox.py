@@ -22,7 +22,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import weights
+from . import checked, weights
 
 
 @dataclass
@@ -36,7 +36,7 @@ class CogVideoXDiTConfig:
     time_embed_dim: int = 512
     text_embed_dim: int = 4096
     max_text_seq_length: int = 226
-    num_layers: int = 30
+    num_layers: checked.Depth = 30
     sample_width: int = 90  # latent columns and rows of the training clips: what 5b's rotation is stretched over
     sample_height: int = 60
     patch_size: int = 2

@@ -22,7 +22,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import weights
+from . import checked, weights
 
 # The original layout: {its layer or parameter: ours}, first those within "blocks.<i>.", then the others.
 BLOCK_NAMES = {
@@ -75,7 +75,7 @@ class WanDiTConfig:
     text_dim: int = 4096
     freq_dim: int = 256
     ffn_dim: int = 13824
-    num_layers: int = 40
+    num_layers: checked.Depth = 40
     eps: float = 1e-6
 
     def __post_init__(self):

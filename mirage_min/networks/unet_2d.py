@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import weights
+from . import checked, weights
 from .dit_cogvideox import angles
 from .unet_attention import Transformer
 
@@ -40,7 +40,7 @@ class UNet2DConfig:
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers_per_block: int = 2
+    layers_per_block: checked.Depth = 2
     cross_attention_dim: int = 1280
     attention_head_dim: int | tuple[int, ...] = 8  # the number of heads, of all stages or of each: published so
     use_linear_projection: bool = False

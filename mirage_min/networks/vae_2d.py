@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from . import weights
+from . import checked, weights
 
 
 @dataclass
@@ -35,7 +35,7 @@ class AutoencoderKLConfig:
     in_channels: int = 3
     out_channels: int = 3
     block_out_channels: tuple[int, ...] = (64,)
-    layers_per_block: int = 1
+    layers_per_block: checked.Depth = 1
     latent_channels: int = 4
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215

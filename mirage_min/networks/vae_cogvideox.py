@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from . import weights
+from . import checked, weights
 from .causal_conv import Cache, CausalConv3d, Spent, each_frame, in_pieces, name_caches, normed_conv
 
 FRAMES, LATENTS = 8, 2  # of one group, as published
@@ -38,7 +38,7 @@ class CogVideoXVAEConfig:
     out_channels: int = 3
     block_out_channels: tuple[int, ...] = (128, 256, 256, 512)
     latent_channels: int = 16
-    layers_per_block: int = 3
+    layers_per_block: checked.Depth = 3
     norm_eps: float = 1e-6
     norm_num_groups: int = 32
     scaling_factor: float = 1.15258426

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from . import weights
+from . import checked, weights
 from .causal_conv import Cache, CausalConv3d, Spent, each_frame, in_pieces, name_caches, normed_conv
 
 FRAMES = 4  # to one latent, save a video's first
@@ -36,7 +36,7 @@ class WanVAEConfig:
     base_dim: int = 96
     z_dim: int = 16
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
+    num_res_blocks: checked.Depth = 2
     temperal_downsample: tuple[bool, ...] = (False, True, True)  # as the published config spells it
     latents_mean: tuple[float, ...] = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
                                        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)

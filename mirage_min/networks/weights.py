@@ -35,6 +35,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from . import checked
+
 CONFIG, WEIGHTS, INDEX = "config.json", "diffusion_pytorch_model.safetensors", "*.safetensors.index.json"
 PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
 
@@ -50,8 +52,11 @@ def from_pretrained(cls, path: str | Path, subfolder: str | None = None, dtype: 
     folder = locate(cls, path, subfolder)
     files = weight_files(cls, folder)
     config = read_config(cls, read_json(folder / CONFIG), folder / CONFIG)
-    with torch.device("meta"):
-        model = cls(config)
+    try:
+        with torch.device("meta"):
+            model = cls(config)
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / CONFIG}: describes no {cls.__name__}: {error}") from error
 
     source = find_tensors(cls, files)
     given = {key: tuple(file.get_slice(name).get_shape()) for key, (file, name) in source.items()}
@@ -91,21 +96,24 @@ def save_pretrained(self: nn.Module, folder: str | Path) -> None:
 def read_config(cls, config: dict, where: str | Path):
     """config.json as a dict -> cls.Config. A field that is neither known, fixed nor ignored is refused by its name."""
     if hasattr(cls, "translate_config"):
-        config = cls.translate_config(config)
+        try:
+            config = cls.translate_config(config)
+        except (LookupError, TypeError) as error:
+            raise ValueError(f"{where}: {cls.__name__} does not understand this layout: {error!r}") from error
     if (name := config.get("_class_name")) != cls.CLASS_NAME:
         raise ValueError(f"{where}: wanted _class_name {cls.CLASS_NAME!r}, got {name!r}{hint(cls)}")
     known = {field.name for field in dataclasses.fields(cls.Config)}
     values = {}
     for name, value in config.items():
         if name in known:
-            values[name] = tuple(value) if isinstance(value, list) else value
+            values[name] = value
         elif name in cls.FIXED:
             wanted = cls.FIXED[name]
             if not matches(value, wanted):
                 raise ValueError(f"{where}: {cls.__name__} understands {name} only as {wanted!r}, got {value!r}")
         elif name not in cls.IGNORED and not name.startswith("_"):
             raise ValueError(f"{where}: {cls.__name__} does not know the field {name} (here {value!r})")
-    return cls.Config(**values)
+    return checked.record(cls.Config, values, where, integers=checked.COUNT)
 
 
 def matches(value, wanted) -> bool:
@@ -166,13 +174,15 @@ def download(repo: str, subfolder: str | None, config: str = CONFIG) -> Path:
 
 
 def weight_files(cls, folder: Path) -> list[Path]:
-    """The safetensors files of a folder: the shards that its index names, the file of the usual name, or the only."""
-    if indices := sorted(folder.glob(INDEX)):
-        index = read_json(indices[0])
-        names = index.get("weight_map", {})
-        if not isinstance(names, dict):
-            raise ValueError(f"{indices[0]}: wanted weight_map to be an object, got a {type(names).__name__}")
-        files = [folder / name for name in sorted(set(names.values()))]
+    """The safetensors files of a folder: the shards that its index names, the file of the usual name, or the only.
+
+    Of several indices the one of the usual name counts: the others name the shards of variants, such as fp16.
+    """
+    if indices := sorted(folder.glob(INDEX), key=lambda path: (path.name != f"{WEIGHTS}.index.json", path)):
+        names = checked.record(Index, read_json(indices[0]), indices[0]).weight_map.values()
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"{indices[0]}: weight_map: wanted files of this folder, got {outside[0]!r}")
+        files = [folder / name for name in sorted(set(names))]
         if gone := [file.name for file in files if not file.is_file()]:
             raise ValueError(f"{indices[0]}: {len(gone)} of {len(files)} shards are not there: {', '.join(gone[:5])}")
         if not files:
@@ -188,6 +198,13 @@ def weight_files(cls, folder: Path) -> list[Path]:
         pickles = sorted(file for file in folder.iterdir() if file.suffix in PICKLES)
         raise ValueError(f"{pickles[0]}: {unpickling(cls)}" if pickles else f"{folder}: no *.safetensors{hint(cls)}")
     return files
+
+
+@dataclasses.dataclass
+class Index:
+    """*.safetensors.index.json: which shard has which tensor."""
+
+    weight_map: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def unpickling(cls) -> str:
@@ -248,7 +265,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def read_json(path: Path) -> dict:
     """A JSON object from a file; ValueError of one line otherwise."""
     with one_line(path):
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows' editors begin it with a byte order mark
     if not isinstance(content, dict):
         raise ValueError(f"{path}: wanted a JSON object, got a {type(content).__name__}")
     return content
@@ -268,17 +285,25 @@ def whole_file(path: Path):
 @contextmanager
 def one_line(path: Path):
     """Turn what can be wrong with a file into a ValueError of one line that names it."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: is no file")  # a pipe would be waited for, without end
     try:
         yield
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        with open(path, "rb") as file:
-            pointer = file.read(40).startswith(b"version https://git-lfs")
-        reason = "only a Git LFS pointer (git lfs pull)" if pointer else f"truncated or corrupt: {error}"
+    except (SafetensorError, ValueError, RecursionError) as error:
+        reason = "only a Git LFS pointer (git lfs pull)" if is_lfs_pointer(path) else f"truncated or corrupt: {error}"
         raise ValueError(f"{path}: {reason}") from error
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is the stand-in that a clone without Git LFS holds."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(40).startswith(b"version https://git-lfs")
 
 
 if __name__ == "__main__":
