@@ -3,6 +3,7 @@
 The model here is the small AutoencoderKL; each network's own test file checks that its published counterpart loads.
 """
 
+import errno
 import gc
 import http.server
 import json
@@ -505,6 +506,27 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(folder, monkeypatch)
         AutoencoderKL(CONFIG).save_pretrained(folder)
     assert (folder / FILE).read_bytes() == before
     assert sorted(f.name for f in folder.iterdir()) == ["config.json", FILE]
+
+
+def test_the_bytes_are_on_the_disk_before_the_file_has_its_name(tmp_path, monkeypatch):
+    events, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: events.append(("fsync", os.fstat(number).st_ino)))
+    monkeypatch.setattr(os, "replace", lambda a, b: events.append(("name", os.stat(a).st_ino)) or replace(a, b))
+    weights.save_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(3)})
+    number = (tmp_path / "x.safetensors").stat().st_ino
+    assert events == [("fsync", number), ("name", number)]
+
+
+def test_a_full_disk_names_the_file_that_it_leaves_as_it_was(tmp_path, monkeypatch):
+    weights.save_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(3)})
+    before = (tmp_path / "x.safetensors").read_bytes()
+
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"\[Errno 28\] No space left on device: '.*x.safetensors'"):
+        weights.save_tensors(tmp_path / "x.safetensors", {"a": torch.ones(3)})
+    assert (tmp_path / "x.safetensors").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
 def test_saving_beside_other_weights_is_refused(model, folder):

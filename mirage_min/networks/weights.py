@@ -273,11 +273,21 @@ def read_json(path: Path) -> dict:
 
 @contextmanager
 def whole_file(path: Path):
-    """Lend a temporary path beside `path` that takes its place at the end, if nothing was raised until then."""
+    """Lend a temporary path next to `path`, which replaces `path` at the end if nothing was raised until then.
+
+    The bytes are on the disk before the name is, so a power cut leaves the old file or the new one. An OSError that
+    names no file (a full disk) gets the name of this one.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
