@@ -1,6 +1,7 @@
 """Mirage with small random networks, for the tests: the shipped classes with smaller numbers."""
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,6 +14,15 @@ from mirage_min.networks.vae_2d import AutoencoderKL, AutoencoderKLConfig
 from mirage_min.networks.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
 from mirage_min.networks.vae_wan import WanVAE, WanVAEConfig
 from mirage_min.systems.mirage import Mirage
+
+
+@contextmanager
+def unchanged(*tensors: torch.Tensor):
+    """What runs inside must leave these tensors as they are: a function that spoils its inputs spoils a test's too."""
+    before = [tensor.detach().clone() for tensor in tensors]
+    yield
+    changed = [i for i, (old, tensor) in enumerate(zip(before, tensors)) if not torch.equal(old, tensor)]
+    assert not changed, f"of the {len(tensors)} tensors given, {changed} were changed"
 
 
 def parts(patch_size_t: int | None = None, latent_channels: int = 4):

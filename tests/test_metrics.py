@@ -26,6 +26,7 @@ from mirage_min.method.metrics import (
     warp,
     warp_error,
 )
+from tests.small import unchanged
 
 
 def videos(B: int = 2, T: int = 3, H: int = 33, W: int = 26) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,7 +60,8 @@ def test_psnr_counts_only_the_masked_pixels():
     mask = torch.zeros(1, 1, 3, 4, 5, dtype=torch.bool)
     mask[:, :, 0, :2] = mask[:, :, 1, 3:, 1:3] = True  # nothing in the third frame
     y = torch.where(mask, 0.2, 0.9).expand_as(x)
-    got = psnr(x, y, mask).item()
+    with unchanged(x, y, mask):
+        got = psnr(x, y, mask).item()
     assert abs(got - 20) <= 1e-5, f"an error of 0.1 of the range is 20 dB, got {got}"
     assert psnr(x, x).item() == math.inf
     assert math.isnan(psnr(x, y, torch.zeros_like(mask)).item())
@@ -122,7 +124,8 @@ def test_warp_equals_bilinear_interpolation_in_loops():
     flow[0, :, 1, 1] = torch.tensor([W - 2.0, H - 2.0])  # exactly the last pixel
     for k, (u, v) in enumerate([(W - 0.6, 1.0), (1.0, H - 0.6), (W, 1.0), (1.0, H), (-0.4, 1.0), (1.0, -0.4)]):
         flow[0, :, 2, k] = torch.tensor([u - k, v - 2.0])  # half a pixel and one beyond each border: outside
-    y, inside = warp(x, flow)
+    with unchanged(x, flow):
+        y, inside = warp(x, flow)
     for i in range(H):
         for j in range(W):
             u, v = j + flow[0, 0, i, j].item(), i + flow[0, 1, i, j].item()
@@ -188,7 +191,8 @@ def test_warp_error_counts_only_visible_pixels_and_leaves_out_pairs_without_any(
     x[:, :, 1, :, :3] = 1.0
     seen = torch.zeros(2, 1, 2, 4, 6, dtype=torch.bool)
     seen[0, :, 0, :, 3:] = True
-    got = warp_error(x, torch.zeros(2, 2, 2, 4, 6), seen)
+    with unchanged(x, seen):
+        got = warp_error(x, torch.zeros(2, 2, 2, 4, 6), seen)
     assert abs(got[0].item() - 10) <= 1e-5, f"10³ · 0.1² = 10 over the visible half, got {got[0].item()}"
     assert math.isnan(got[1].item()), "a video of which nothing is visible has no warp error"
 
@@ -220,7 +224,8 @@ def test_flow_consistency_finds_exactly_what_a_moving_square_covers():
     wanted = torch.ones(H, W, dtype=torch.bool)
     wanted[3:8, 10 : 10 + step] = False
     wanted[0] = False
-    got = visible_by_consistency(forward, backward)
+    with unchanged(forward, backward):
+        got = visible_by_consistency(forward, backward)
     assert got.shape == (1, 1, 1, H, W) and got.dtype == torch.bool
     assert torch.equal(got[0, 0, 0], wanted), f"{(got[0, 0, 0] != wanted).sum()} pixels differ"
 
@@ -236,7 +241,9 @@ def test_the_frechet_distance_equals_its_closed_form_for_covariances_that_share_
     s1, s2 = torch.rand(2, 6, dtype=torch.float64) + 0.1
     mu1, mu2 = torch.randn(2, 6, dtype=torch.float64)
     wanted = ((mu1 - mu2).square().sum() + (s1 - s2).square().sum()).item()
-    got = frechet(mu1, axes * s1.square() @ axes.T, mu2, axes * s2.square() @ axes.T)
+    cov1, cov2 = axes * s1.square() @ axes.T, axes * s2.square() @ axes.T
+    with unchanged(mu1, cov1, mu2, cov2):
+        got = frechet(mu1, cov1, mu2, cov2)
     assert abs(got - wanted) <= 1e-10 * wanted, f"closed form {wanted}, got {got}"
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mirage_min.method import one_step
+from tests.small import unchanged
 from tests.torchvision_stub import stub
 
 CONFIGS = Path(__file__).parents[2] / "shared" / "checkpoint_configs"
@@ -62,8 +63,10 @@ def test_z0_and_v_name_the_same_point():
     z0, eps = latents()
     for t in (0, 199, 999):
         a = one_step.alpha_bar()[t]
-        z_t, v = one_step.add_noise(z0, eps, a), one_step.v_target(z0, eps, a)
-        torch.testing.assert_close(one_step.z0_from_v(z_t, v, a), z0, rtol=0, atol=1e-12)
+        with unchanged(z0, eps, a):
+            z_t, v = one_step.add_noise(z0, eps, a), one_step.v_target(z0, eps, a)
+            with unchanged(z_t, v):
+                torch.testing.assert_close(one_step.z0_from_v(z_t, v, a), z0, rtol=0, atol=1e-12)
         # (z_t, v) is (z0, ε) turned by an angle, so lengths are kept
         torch.testing.assert_close(z_t**2 + v**2, z0**2 + eps**2, rtol=0, atol=1e-12)
 
@@ -91,7 +94,8 @@ def test_flow_finds_the_start_of_the_line():
     sigma = torch.tensor([0.2, 0.9], dtype=torch.float64)
     s = sigma.reshape(2, 1, 1, 1, 1)
     z_t, v = (1 - s) * x0 + s * eps, eps - x0
-    torch.testing.assert_close(one_step.z0_from_flow(z_t, v, sigma), x0, rtol=0, atol=1e-12)
+    with unchanged(z_t, v, sigma):
+        torch.testing.assert_close(one_step.z0_from_flow(z_t, v, sigma), x0, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("t", [199, torch.tensor([199, 399])], ids=["int", "tensor"])
@@ -104,20 +108,22 @@ def test_denoise_calls_the_transformer_once_on_the_latent_as_it_is(t):
         return v
 
     table = one_step.alpha_bar()
-    got = one_step.denoise(dit, z_ni, t, "text", table)
-    (given,) = calls
-    assert given[0] is z_ni and given[1] is t and given[2] == "text"
     a = table[t].reshape(-1, 1, 1, 1, 1)
-    torch.testing.assert_close(got, a.sqrt() * z_ni - (1 - a).sqrt() * v, rtol=0, atol=1e-12)
-    assert torch.equal(one_step.denoise(dit, z_ni, t, "text"), z_ni - v)
+    wanted, wanted_flow = a.sqrt() * z_ni - (1 - a).sqrt() * v, z_ni - v
+    with unchanged(z_ni, v, table):
+        got = one_step.denoise(dit, z_ni, t, "text", table)
+        (given,) = calls
+        assert given[0] is z_ni and given[1] is t and given[2] == "text"
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+        assert torch.equal(one_step.denoise(dit, z_ni, t, "text"), wanted_flow)
 
 
 def test_bfloat16_latents_keep_full_precision_weights():
     z_t, v = latents(torch.bfloat16)
     a = one_step.alpha_bar()[199]
+    wanted = one_step.z0_from_v(z_t.double(), v.double(), a).float().bfloat16()
     got = one_step.z0_from_v(z_t, v, a)
-    assert got.dtype == torch.bfloat16
-    assert torch.equal(got, one_step.z0_from_v(z_t.double(), v.double(), a).float().bfloat16())
+    assert got.dtype == torch.bfloat16 and torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("name, shift", [("cogvideox-2b", 3.0), ("cogvideox-5b", 1.0)])
