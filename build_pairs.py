@@ -38,7 +38,7 @@ from mirage_min.data import align
 from mirage_min.data.scene import SceneFolder, moved, on, read_scene
 from mirage_min.data.splat import Camera, Gaussians, load_ply, render
 from mirage_min.data.video import Video, to_bytes
-from mirage_min.method.metrics import actor_crops, psnr
+from mirage_min.method.metrics import actor_crops, cropped, psnr
 from mirage_min.networks import weights
 from mirage_min.training import run
 
@@ -98,12 +98,6 @@ def by_position(asset: Gaussians, actor: Gaussians, size: Tensor, R: Tensor) -> 
     return s, R, actor.means.mean(0) - s * (low + high) / 2
 
 
-def mask_box(alpha: Tensor) -> Tensor:
-    """Pixels [1, H, W] that are at least half covered -> x0, y0, x1, y1, edges; zeros if there are none."""
-    ys, xs = (alpha[0] >= 0.5).nonzero(as_tuple=True)
-    return torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]).float() if len(ys) else torch.zeros(4)
-
-
 def composite(back: tuple[Tensor, ...], front: tuple[Tensor, ...], margin: float) -> tuple[Tensor, Tensor]:
     """Asset over background, behind what stands before it (§8.4) -> (frame [3, H, W], what is seen of its alpha).
 
@@ -130,7 +124,7 @@ def align_asset(scene: SceneFolder, asset: Gaussians, turn: Tensor, actor: int, 
              for stage, similarity in similarities.items()}
     for t in frames:
         for insertion in found.values():
-            insertion.boxes[t] = mask_box(insertion.render(t, scene.cameras[t], track.pose[t])[1])
+            insertion.boxes[t] = align.mask_box(insertion.render(t, scene.cameras[t], track.pose[t])[1][0])
         bar.update()
     rows = slice(frames.start, frames.stop)
     scaling, displacement = align.fine_2d(found["coarse"].boxes[rows], track.box[rows].float())
@@ -182,10 +176,8 @@ def make_pair(scene: SceneFolder, insertions: dict[str, Insertion], actor: int, 
     x_ni = {name: torch.stack([frame for frame, _ in shot], dim=1) * 2 - 1 for name, shot in shots.items()}
     alpha, middle = torch.stack([alpha for _, alpha in shots[stage]], dim=1), x_gt.shape[1] // 2
     crops = actor_crops(track.box[rows], *x_gt.shape[2:])
-
-    def cropped(x: Tensor) -> Tensor:
-        return torch.stack([x[:, t, ys, xs] for t, (ys, xs) in enumerate(crops)], dim=1)[None]
-    figures = {"crop_psnr": {name: float(psnr(cropped(x), cropped(x_gt))) for name, x in x_ni.items()}}
+    x_gt_cropped = cropped(x_gt[None], crops)
+    figures = {"crop_psnr": {name: float(psnr(cropped(x[None], crops), x_gt_cropped)) for name, x in x_ni.items()}}
     return {"x_ni": to_bytes(x_ni[stage]), "x_gt": to_bytes(x_gt), "actor": (alpha * 255).round().byte(),
             "boxes": insertions[stage].aligned_boxes()[rows], "boxes_gt": track.box[rows].float(),
             "naive": to_bytes(x_ni["none"][:, middle])}, figures
@@ -210,14 +202,17 @@ def made_before(path: Path, settings: dict) -> dict | None:
 
 
 def contact_sheet(out: Path, name: str, clips: list[dict]) -> None:
-    """The middle frame of every clip around the actor: naive unaligned | x_NI | x_GT, lines along the annotated box."""
+    """The middle frame of every clip: naive unaligned | x_NI | x_GT, with lines along the annotated box.
+
+    A panel shows the crop that is scored (metrics.actor_crops), and what is around it."""
     rows = []
     for clip in clips:
         tensors, _ = weights.load_tensors(out / clip["file"])
         middle = tensors["x_gt"].shape[1] // 2
         x0, y0, x1, y1 = tensors["boxes_gt"][middle].tolist()
-        h = 1.6 * max(y1 - y0, (x1 - x0) / 1.5)
-        left, top, scale = (x0 + x1 - 1.5 * h) / 2, (y0 + y1 - h) / 2, 160 / h
+        ys, xs = actor_crops(tensors["boxes_gt"], *tensors["x_gt"].shape[2:])[middle]
+        scale = min(240 / (xs.stop - xs.start), 160 / (ys.stop - ys.start))
+        left, top = (xs.start + xs.stop - 240 / scale) / 2, (ys.start + ys.stop - 160 / scale) / 2
         panels = [Image.fromarray(x.permute(1, 2, 0).numpy()).transform(
             (240, 160), Image.AFFINE, (1 / scale, 0, left, 0, 1 / scale, top), Image.BILINEAR)
             for x in (tensors["naive"], tensors["x_ni"][:, middle], tensors["x_gt"][:, middle])]
@@ -237,7 +232,7 @@ def contact_sheet(out: Path, name: str, clips: list[dict]) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Every scene in turn; returns how many were broken."""
-    run.check_device(args.device)
+    args.device = run.choose_device(args.device)
     args.out.mkdir(parents=True, exist_ok=True)
     path, broken = args.out / "manifest.json", 0
     manifest = weights.read_json(path) if path.exists() else {}

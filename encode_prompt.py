@@ -32,7 +32,7 @@ from mirage_min.training import run
 def main(args: argparse.Namespace) -> None:
     if args.out.is_dir() or not args.out.parent.is_dir():
         raise ValueError(f"{args.out}: wanted a file in a folder that exists")
-    run.check_device(args.device)
+    args.device = run.choose_device(args.device)
     try:
         from transformers import AutoTokenizer, T5EncoderModel, UMT5EncoderModel
     except ImportError as error:

@@ -265,7 +265,7 @@ def add_vfid(means: dict, features: dict[tuple[str, str], list[Tensor]]) -> dict
 
 
 def main(args) -> None:
-    run.check_device(args.device)
+    args.device = run.choose_device(args.device)
     methods, speeds = {TRUTH: videos(args.gt)} | ({NAIVE: videos(args.ni)} if args.ni else {}), {}
     for label, folder in args.pred:
         if label in methods:

@@ -52,7 +52,7 @@ class Settings:
 
 def main(args: argparse.Namespace, settings: Settings) -> None:
     check_paths(args.input, args.output, args.overwrite)
-    device = choose_device(args.device)
+    device = run.choose_device(args.device)
     dtype = DTYPES.get(args.dtype, torch.bfloat16 if device == "cuda" else torch.float32)
     with Video(args.input, settings.fps, args.skip_broken) as video:
         output = video.format
@@ -138,13 +138,6 @@ def is_media(path: Path) -> bool:
     """Whether libav knows the ending of this name as that of a file that it can write."""
     formats = (av.ContainerFormat(name) for name in av.formats_available)
     return any(path.suffix[1:].lower() in f.extensions for f in formats if f.is_output)
-
-
-def choose_device(name: str) -> str:
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name != "auto" and not there[name]:
-        raise ValueError(f"--device {name}: there is none that this torch can use")
-    return next(device for device in there if there[device] and name in ("auto", device))
 
 
 def peak_memory() -> str:

@@ -27,11 +27,10 @@ from torch import Tensor
 
 from mirage_min.data.align import Similarity, coarse_3d
 from mirage_min.data.splat import Gaussians
-from mirage_min.data.toy_world import car
+from mirage_min.data.toy_world import FACES, car
 from mirage_min.networks.weights import whole_file
 
 CASES = ("copies", "clean", "noise", "floaters", "half", "all", "cut")
-FACES = ((4, 5, 6, 7), (3, 2, 1, 0), (0, 1, 5, 4), (1, 2, 6, 5), (2, 3, 7, 6), (3, 0, 4, 7))  # corners of a prism
 
 
 def surface(parts: list, N: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:

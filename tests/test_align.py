@@ -14,6 +14,7 @@ from mirage_min.data.align import (
     fine_2d,
     iou,
     long_axis,
+    mask_box,
     middle,
     move_boxes,
     points,
@@ -284,6 +285,13 @@ def test_a_layer_moves_as_its_box_does(scale, shift):
     ys, xs = moved.nonzero(as_tuple=True)
     given = torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
     assert (given - wanted).abs().max() <= 0.5, f"pixels {given.tolist()}, box {wanted.tolist()}"
+
+
+def test_the_box_of_a_mask_bounds_what_is_at_least_half_covered():
+    alpha = torch.zeros(6, 9)
+    assert mask_box(alpha).tolist() == [0, 0, 0, 0]
+    alpha[2, 3], alpha[4, 7], alpha[0, 0] = 0.5, 1, 0.49
+    assert mask_box(alpha).tolist() == [3, 2, 8, 5], "edges, not centres of pixels"
 
 
 def test_iou_by_counting_cells():

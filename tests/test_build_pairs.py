@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 import build_pairs
 from mirage_min.data import align, scene, splat, toy_render, toy_scene, toy_world
@@ -90,7 +91,7 @@ def test_the_fine_stage_undoes_six_percent_of_error_and_adds_no_jitter(scenes, s
     placed = build_pairs.Insertion(asset.transformed(1.06 * s, R, t + off), torch.zeros(T, 4))
 
     def boxes(insertion):
-        return torch.stack([build_pairs.mask_box(insertion.render(i, street.cameras[i], track.pose[i])[1])
+        return torch.stack([align.mask_box(insertion.render(i, street.cameras[i], track.pose[i])[1][0])
                             for i in range(T)])
     placed.boxes = boxes(placed)
     fine = build_pairs.replace(placed, **dict(zip(("scaling", "displacement"),
@@ -112,7 +113,7 @@ def test_the_fine_stage_as_a_camera_is_the_warp_of_the_rendered_layer(scenes):
     street = scene.read_scene(scenes / "s4")
     insertion = build_pairs.Insertion(street.objects[1], torch.zeros(T, 4))
     layers = torch.cat(insertion.render(1, street.cameras[1], street.tracks[1].pose[1])[:2])
-    insertion.boxes[1] = box = build_pairs.mask_box(layers[3:])
+    insertion.boxes[1] = box = align.mask_box(layers[3])
     insertion.scaling, insertion.displacement = (1.2, 0.9), (5.0, -3.0)
     moved = torch.cat(insertion.render(1, street.cameras[1], street.tracks[1].pose[1])[:2])
     warped = align.apply_fine(layers, box, insertion.scaling, insertion.displacement)
@@ -186,6 +187,53 @@ def test_the_asset_is_hidden_by_what_stands_before_it_alone():
             a = 0.0 if hidden else alpha[0, y, x]
             wanted = a * rgb[:, y, x] + (1 - a) * background[:, y, x]
             assert torch.allclose(frame[:, y, x], wanted, atol=1e-6) and seen[0, y, x] == a, (y, x)
+
+
+def plate(camera, depth):
+    """A grid of opaque Gaussians over the whole view of a camera, at one depth."""
+    u, v = torch.meshgrid(torch.linspace(-0.1, 1.1, 60), torch.linspace(-0.1, 1.1, 60), indexing="xy")
+    pixels = torch.stack([u * camera.width, v * camera.height, torch.ones_like(u)], dim=-1).view(-1, 3)
+    points = depth * pixels @ torch.linalg.inv(camera.K).T
+    to_world = torch.linalg.inv(camera.world_to_camera)
+    means = points @ to_world[:3, :3].T + to_world[:3, 3]
+    sizes = torch.full_like(means, 0.02 * depth).log()
+    return splat.Gaussians(means, sizes, torch.tensor([1.0, 0, 0, 0]).repeat(len(means), 1),
+                           torch.full((len(means),), 6.0), torch.zeros(len(means), 1, 3))
+
+
+@torch.no_grad()
+def test_what_stands_before_the_asset_hides_it_from_its_smallest_side_on(scenes):
+    """A plate before the whole view, nearer than the asset's nearest point, or its farthest, by that side."""
+    street = scene.read_scene(scenes / "s0")
+    street.objects = {1: street.objects[1]}              # no other vehicle is in the way
+    asset, track, camera = street.objects[1], street.tracks[1], street.cameras[0]
+    solid = asset.select(asset.logit_opacities > 0)      # without floaters
+    insertion = build_pairs.Insertion(solid, torch.zeros(T, 4))
+    _, alpha, depth = insertion.render(0, camera, track.pose[0])
+    depth, side = depth[alpha > 0.5], track.size[0].min().item()
+    still = street.still
+
+    def shown(at):
+        street.still = splat.Gaussians.cat([still, plate(camera, at)])
+        file, _ = build_pairs.make_pair(street, dict.fromkeys(build_pairs.STAGES, insertion), 1, slice(0, 1),
+                                        torch.zeros(3, 1, H, W), "full", tqdm(disable=True))
+        return file["actor"].float().sum().item() / (255 * alpha.sum().item())
+    hidden, seen = shown(depth.min().item() - 1.1 * side), shown(depth.max().item() - 0.9 * side)
+    assert hidden < 0.02, f"1.1 sides before all of it, {hidden:.1%} of the asset is seen, wanted nothing"
+    assert seen > 0.98, f"0.9 sides before its farthest point, {seen:.1%} of the asset is seen, wanted all of it"
+
+
+def test_the_naive_placement_has_the_length_of_the_actors_box_and_its_middle_at_the_mean_of_the_actors_gaussians():
+    torch.manual_seed(0)
+    means = torch.rand(50, 3) * torch.tensor([2.0, 1.0, 0.5]) + torch.tensor([7.0, -3.0, 1.0])
+    asset = splat.Gaussians(means, means, torch.ones(50, 4), means[:, 0], means[:, None])
+    actor = splat.Gaussians(means[:20] * 3, means[:20], torch.ones(20, 4), means[:20, 0], means[:20, None])
+    turn = build_pairs.axes("RDF")
+    placed = asset.transformed(*build_pairs.by_position(asset, actor, torch.tensor([4.5, 1.8, 1.5]), turn)).means
+    low, high = placed.amin(0), placed.amax(0)
+    off = ((low + high) / 2 - actor.means.mean(0)).abs().max()
+    assert off < 1e-5, f"the middle of its box is {off:.1e} from the mean of the actor's Gaussians"
+    assert abs((high - low)[0] - 4.5) < 1e-5, f"it is {(high - low)[0]:.3f} long, wanted 4.5"
 
 
 # ---- the scene folder ------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from mirage_min.data.toy_world import WorldConfig, make_clip
 from mirage_min.method.metrics import (
     actor_crops,
     clip_features,
+    cropped,
     dists,
     flow_dis,
     frechet,
@@ -114,6 +115,16 @@ def test_a_crop_holds_the_actor_with_a_quarter_on_every_side_and_follows_it_insi
             assert columns.start <= box[0] and box[2] <= columns.stop and rows.start <= box[1] and box[3] <= rows.stop
     assert actor_crops(torch.zeros(3, 4), H, W) == [None] * 3, "an actor that is never seen"
     assert actor_crops(torch.tensor([[0.0, 0, 160, 100]]), H, W) == [(slice(0, H), slice(0, W))], "an actor all over"
+
+
+def test_cropped_cuts_each_frame_at_its_own_place_and_leaves_out_frames_without_a_crop():
+    x = torch.arange(2 * 3 * 5 * 6.0).view(1, 2, 3, 5, 6)
+    crops = [(slice(0, 2), slice(1, 4)), None, (slice(3, 5), slice(0, 3))]
+    y = cropped(x, crops)
+    assert torch.equal(y[:, :, 0], x[:, :, 0, 0:2, 1:4]) and torch.equal(y[:, :, 1], x[:, :, 2, 3:5, 0:3])
+    assert y.shape == (1, 2, 2, 2, 3)
+    with pytest.raises(ValueError, match="the actor is hidden all the time"):
+        cropped(x, [None] * 3)
 
 
 def test_warp_equals_bilinear_interpolation_in_loops():

@@ -7,6 +7,7 @@ from PIL import Image
 
 from mirage_min.data.pairs import Pairs
 from mirage_min.data.video import write_clip
+from mirage_min.method.metrics import actor_crops
 from mirage_min.networks import weights
 from mirage_min.training import run
 
@@ -141,12 +142,12 @@ def test_nothing_to_train_on_is_fatal_and_says_why(tmp_path):
         Pairs(tmp_path, 9)
 
 
-def test_the_crop_of_the_actor_holds_its_boxes_and_lies_in_the_frame(tmp_path):
+def test_the_crops_of_a_clip_are_those_that_evaluate_scores_of_its_first_frames(tmp_path):
     boxes = torch.tensor([[60.0, 2.0, 70.5, 9.0], [64.0, 4.0, 79.5, 12.5], [0, 0, 0, 0], [0, 0, 40, 40]])
     save(tmp_path / "a.safetensors", T=4, H=48, W=80, boxes=boxes)
     save(tmp_path / "b.safetensors", T=4, H=48, W=80)
     save(tmp_path / "c.safetensors", T=4, H=48, W=80, boxes=torch.zeros(4, 4))
-    pairs = Pairs(tmp_path, 3)  # the box of the fourth frame does not count, nor that of the hidden third
-    assert pairs.actor(0) == (slice(0, 32), slice(48, 80))
-    assert pairs.actor(0, least=1) == (slice(2, 13), slice(60, 80))
-    assert pairs.actor(1) is None and pairs.actor(2) is None
+    pairs = Pairs(tmp_path, 3)  # the fourth frame's box, the largest, does not count
+    assert pairs.crops(0) == actor_crops(boxes[:3], 48, 80) and pairs.crops(0)[2] is None
+    assert pairs.crops(0)[0] == (slice(0, 32), slice(48, 80))
+    assert pairs.crops(1) is None and pairs.crops(2) is None

@@ -59,13 +59,20 @@ def test_booleans_are_what_they_say(word, wanted):
         run.override(Recipe(), ["bf16=perhaps"])
 
 
+def test_a_device_is_the_one_named_and_auto_is_the_best_that_torch_can_use(monkeypatch):
+    assert run.choose_device("cpu") == "cpu"
+    for there, wanted in (((True, True), "cuda"), ((False, True), "mps"), ((False, False), "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: there[0])
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: there[1])
+        assert run.choose_device("auto") == wanted
+
+
 def test_what_no_recipe_can_mean_and_no_machine_has_is_refused():
     run.check(Recipe())
     with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
         run.check(Recipe(batch=0))
-    run.check_device("cpu")
     with pytest.raises(ValueError, match="--device nonsense: "):
-        run.check_device("nonsense")
+        run.choose_device("nonsense")
 
 
 def test_clips_of_neighbouring_steps_and_seeds_have_random_numbers_of_their_own():

@@ -158,6 +158,14 @@ def fine_2d(boxes_rendered: Tensor, boxes_gt: Tensor) -> tuple[tuple[float, floa
     return tuple((size_gt / size)[both].mean(0).tolist()), tuple((c_gt - c)[both].mean(0).tolist())
 
 
+def mask_box(alpha: Tensor) -> Tensor:
+    """The box [4] x0, y0, x1, y1 (edges, in pixels) of what of a mask [H, W] is at least 0.5; zeros if nothing is."""
+    ys, xs = (alpha >= 0.5).nonzero(as_tuple=True)
+    if len(ys) == 0:
+        return torch.zeros(4)
+    return torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]).float().cpu()
+
+
 def centres(boxes: Tensor) -> tuple[Tensor, Tensor]:
     """[..., 4] -> centres [..., 2] and sizes [..., 2]"""
     return (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]

@@ -83,11 +83,8 @@ class Folder:
     aspect = Fraction(1)
 
     def __init__(self, path: Path, fps: Fraction):
-        def natural(file: Path) -> list:
-            return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name.lower())]
-
         images = (file for file in path.iterdir() if file.suffix.lower() in IMAGES and not file.name.startswith("."))
-        self.files = sorted(images, key=natural)
+        self.files = sorted(images, key=lambda file: natural_order(file.name))
         self.count = len(self.files)
         self.rate, self.time_base = fps, 1 / fps
 
@@ -109,6 +106,11 @@ class Folder:
 
     def close(self) -> None:
         pass
+
+
+def natural_order(name: str) -> list:
+    """A key to sort names by: numbers in them go by value (9.png before 10.png), capitals do not count."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
 
 
 def open_file(path: Path) -> av.container.InputContainer:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .video import Video, from_bytes, read_clip, to_bytes
+from ..method.metrics import actor_crops
 
 
 class Pairs:
@@ -85,8 +86,8 @@ class Pairs:
         t, h, w = self._cut(x.shape, integer)
         return x[:, t, h, w], y[:, t, h, w]
 
-    def actor(self, i: int, least: int = 32) -> tuple[slice, slice] | None:
-        """Rows and columns that hold the actor in the clip's first frames, `least` pixels or more; None if unknown."""
+    def crops(self, i: int) -> list[tuple[slice, slice] | None] | None:
+        """metrics.actor_crops of the clip's first frames; None if its boxes are not known, or show no actor there."""
         clip = self.folder / self.names[i]
         if clip.suffix != ".safetensors":
             return None
@@ -94,15 +95,8 @@ class Pairs:
             if "boxes" not in file.keys():
                 return None
             boxes, (H, W) = file.get_tensor("boxes")[: self.frames], file.get_slice("x_gt").get_shape()[2:]
-        boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(dim=1)]
-        if not len(boxes):
-            return None
-        (x0, y0), (x1, y1) = boxes[:, :2].amin(0).int().tolist(), boxes[:, 2:].amax(0).ceil().int().tolist()
-
-        def side(a: int, b: int, n: int) -> slice:
-            a = max(0, min(a, (a + b - least) // 2, n - least))
-            return slice(a, min(n, max(b, a + least)))
-        return side(y0, y1, H), side(x0, x1, W)
+        crops = actor_crops(boxes, H, W)
+        return crops if any(crops) else None
 
     def _usable(self, name: str) -> bool:
         """Whether both videos can be opened and fit; if not, left_out says why."""

@@ -19,13 +19,13 @@ All other Gaussians stand still. Lens distortion is not modelled: undistort the 
 """
 
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .decode import natural_order
 from .splat import Camera, Gaussians, load_ply
 from .video import Video
 from ..networks.weights import read_json
@@ -113,10 +113,8 @@ def read_cameras(path: Path, width: int, height: int) -> list[Camera]:
     """transforms.json -> the camera of every frame of a video of this size, with OpenCV's axes."""
     about, cameras = read_json(path), []
 
-    def natural(numbered: tuple[int, dict]) -> list:
-        return [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", str(numbered[1].get("file_path", "")))]
-
-    for i, frame in sorted(enumerate(entries(about, "frames", str(path))), key=natural):
+    numbered = enumerate(entries(about, "frames", str(path)))
+    for i, frame in sorted(numbered, key=lambda pair: natural_order(str(pair[1].get("file_path", "")))):
         where, here = f"{path}: frames[{i}]", about | frame            # a frame's own intrinsics come first
 
         def number(name: str, default: float | None = None) -> float:

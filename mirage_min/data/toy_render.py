@@ -308,14 +308,6 @@ def motion(scene: Scene, config) -> tuple[Tensor, Tensor, Tensor]:
         torch.stack(visible, dim=1) if visible else torch.zeros(1, 0, H, W)
 
 
-def box(alpha: Tensor) -> Tensor:
-    """The pixels [H, W] that are at least half covered -> (x0, y0, x1, y1), edges; zeros if there are none."""
-    ys, xs = (alpha >= 0.5).nonzero(as_tuple=True)
-    if len(ys) == 0:
-        return torch.zeros(4)
-    return torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]).float()
-
-
 if __name__ == "__main__":
     from PIL import Image
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import toy_render, toy_world
+from .align import mask_box
 from .scene import OPENGL_TO_OPENCV, moved
 from .splat import Gaussians, quaternions, save_ply
 from .toy_render import Body, Hits, Light, Scene
@@ -30,7 +31,6 @@ Z_UP = torch.tensor([[1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
 SPACING = 0.08                # metres between the asset's Gaussians
 NOISE = 0.05                  # metres, of a reconstructed surface
 DRIFT = (0.16, -0.08, 0.0)    # metres: poses are never exact, so a reconstruction stands a little beside its object
-FACES = (4, 5, 6, 7), (3, 2, 1, 0), (0, 1, 5, 4), (1, 2, 6, 5), (2, 3, 7, 6), (3, 0, 4, 7)  # of toy_world.prism
 
 
 def from_box(body: Body) -> Tensor:
@@ -69,7 +69,7 @@ def surface(scene: Scene, b: int, t: int, light: Light, spacing: float) -> tuple
     """Points on a grid over body b, their normals, both in its coordinates, and their linear colours: all [N, 3]."""
     body, points, normals, of_part = scene.bodies[b], [], [], []
     for k, part in enumerate(body.parts):
-        for n, face in zip(part.normals, FACES):
+        for n, face in zip(part.normals, toy_world.FACES):
             c = part.corners[list(face)]
             u, v = (torch.arange(m) / m + 0.5 / m for m in
                     (max(1, round(((c[i] - c[0]).norm() / spacing).item())) for i in (1, 3)))
@@ -138,7 +138,7 @@ def write_scene(folder: Path, seed: int, config: toy_world.WorldConfig) -> None:
         g = moved(reconstructed(scene, b, reference, draws), Z_UP @ body.pose[reference])
         parts.append(replace(g, ids=torch.full((len(g),), b + 1)))
         for t in range(T):
-            box = toy_render.box((bodies[t] == b).float().mean(dim=(1, 3)))
+            box = mask_box((bodies[t] == b).float().mean(dim=(1, 3)))
             entries.append({"frame": t, "pose": (Z_UP @ body.pose[t] @ from_box(body)).tolist(), "box": box.tolist(),
                             "size": body.size[[2, 0, 1]].tolist(), "visible": bool(box.any())})
         objects.append({"id": b + 1, "category": "car", "reference": reference, "frames": entries})

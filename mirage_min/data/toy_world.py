@@ -28,7 +28,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..networks import weights
-from .toy_render import Body, Light, Part, Scene, box, frame, intrinsics, motion
+from .align import mask_box
+from .toy_render import Body, Light, Part, Scene, frame, intrinsics, motion
 from .video import from_bytes, to_bytes, to_uint8, write_clip
 
 
@@ -64,6 +65,9 @@ class Clip:
 
 # ---- shapes ----------------------------------------------------------------------------------------------------------
 
+FACES = (4, 5, 6, 7), (3, 2, 1, 0), (0, 1, 5, 4), (1, 2, 6, 5), (2, 3, 7, 6), (3, 0, 4, 7)  # corners of a prism's faces
+
+
 def prism(x0, x1, y0, y1, z0, z1, top=(1.0, 1.0, 0.0), paint="plain") -> Part:
     """A box from y0 (top) to y1 (bottom) whose top is scaled by top[:2] in x and z and shifted by top[2] in z."""
     cx, cz, hx, hz = (x0 + x1) / 2, (z0 + z1) / 2, (x1 - x0) / 2, (z1 - z0) / 2
@@ -71,11 +75,10 @@ def prism(x0, x1, y0, y1, z0, z1, top=(1.0, 1.0, 0.0), paint="plain") -> Part:
     high = [(cx + sx * hx * top[0], y0, cz + sz * hz * top[1] + top[2])
             for sx, sz in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
     c = torch.tensor(low + high)
-    faces = [(4, 5, 6), (3, 2, 1), (0, 1, 5), (1, 2, 6), (2, 3, 7), (3, 0, 4)]
-    n = torch.stack([torch.linalg.cross(c[b] - c[a], c[d] - c[b]) for a, b, d in faces])
+    n = torch.stack([torch.linalg.cross(c[b] - c[a], c[d] - c[b]) for a, b, d, _ in FACES])
     n = F.normalize(n, dim=1)
-    n = n * torch.sign((n * (c[[f[0] for f in faces]] - c.mean(0))).sum(1, keepdim=True))
-    return Part(n, (n * c[[f[0] for f in faces]]).sum(1), paint, c)
+    n = n * torch.sign((n * (c[[face[0] for face in FACES]] - c.mean(0))).sum(1, keepdim=True))
+    return Part(n, (n * c[[face[0] for face in FACES]]).sum(1), paint, c)
 
 
 def car(length: float, width: float, height: float) -> list[Part]:
@@ -217,7 +220,7 @@ def render(scene: Scene, config: WorldConfig = WorldConfig(), extras: bool = Tru
     clip = Clip(x_ni, x_gt, actor, shadow)
     if extras:
         clip.depth, clip.flow, clip.visible = motion(scene, config)
-        clip.boxes = torch.stack([box(a) for a in actor[0]])
+        clip.boxes = torch.stack([mask_box(a) for a in actor[0]])
         clip.pose, clip.size = scene.bodies[0].pose, scene.bodies[0].size
         clip.K, clip.c2w = intrinsics(config), scene.c2w
     return clip

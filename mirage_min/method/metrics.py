@@ -117,6 +117,14 @@ def actor_crops(boxes: Tensor, H: int, W: int) -> list[tuple[slice, slice] | Non
             for (x, y), seen in zip(corners.long().tolist(), shown.tolist())]
 
 
+def cropped(x: Tensor, crops: list[tuple[slice, slice] | None]) -> Tensor:
+    """The crops of a video [B, C, T, H, W], a window for each frame (actor_crops) -> [B, C, T', h, w], frames without
+    one left out. ValueError if none has one."""
+    if not any(crops):
+        raise ValueError("no frame has a crop: the actor is hidden all the time")
+    return torch.stack([x[:, :, t][(..., *crop)] for t, crop in enumerate(crops) if crop], dim=2)
+
+
 # ---- stability over time ---------------------------------------------------------------------------------------------
 
 def warp(x: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:

@@ -66,7 +66,7 @@ def launch(main, args: argparse.Namespace, recipes: dict) -> None:
     try:
         recipe = override(recipes[args.recipe], args.set)
         check(recipe)
-        check_device(args.device)
+        args.device = choose_device(args.device)
         args.out.mkdir(parents=True, exist_ok=True)
         if "WORLD_SIZE" in os.environ:
             cuda = args.device.startswith("cuda")
@@ -105,12 +105,16 @@ def check(recipe) -> None:
             raise ValueError(f"{key} must be at least 1, got {getattr(recipe, key)}")
 
 
-def check_device(device: str) -> None:
-    """ValueError if it is not there."""
+def choose_device(name: str) -> str:
+    """The device of this name; "auto" is the first of cuda, mps and cpu that torch can use. ValueError if it cannot."""
+    if name == "auto":
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        return next(device for device in there if there[device])
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: {error}") from error
+        raise ValueError(f"--device {name}: there is none that this torch can use ({error})") from error
+    return name
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------

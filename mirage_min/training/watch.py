@@ -82,9 +82,11 @@ class Log:
                 except ValueError as error:  # what only shows when it is read: the run goes on without it
                     run.say("left out:", error)
                     continue
-                x_i, crop = now(x_ni, y).float(), val.actor(i)
-                for part, where in {"": (), "_actor": crop}.items() if crop else [("", ())]:
-                    a, b = (v[(..., *where)] for v in (x_i, y))
+                x_i, crops = now(x_ni, y).float(), val.crops(i)
+                views = {"": (x_i, y)}
+                if crops:
+                    views["_actor"] = metrics.cropped(x_i, crops), metrics.cropped(y, crops)
+                for part, (a, b) in views.items():
                     scores.setdefault(f"val_psnr{part}", []).append(metrics.psnr(a, b).item())
                     scores.setdefault(f"val_lpips{part}", []).append(metrics.lpips(a, b, lpips).item())
             run.say(self(step, {k: sum(v) / len(v) for k, v in scores.items()}))
