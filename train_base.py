@@ -1,10 +1,15 @@
 """Train the small base that stands in for published weights: in the paper it comes from CogVideoX and AutoencoderKL.
 
     python -m mirage_min.data.toy_world --out data/toy --clips 2000
-    python train_base.py vae_2d   --data data/toy --perceptual DIR
-    python train_base.py vae      --data data/toy --perceptual DIR
+    python -m mirage_min.data.real_clips --out data/real
+    python train_base.py vae_2d   --data data/toy --real data/real/train --perceptual DIR
+    python train_base.py vae      --data data/toy --real data/real/train --perceptual DIR    # CogVideoX's
+    python train_base.py vae_wan  --data data/toy --real data/real/train --perceptual DIR    # Wan's
     python train_base.py prior    --data data/toy      # the transformer, as a diffusion model of true videos
     python train_base.py one_step --data data/toy      # DEVIATION: the paper has no such stage, see below
+
+The autoencoders see every clip under one photometric variation (mirage_min/data/photometric.py), in crops of mixed
+sizes, and their loss weighs coarse tone by itself: a network that has seen the tones of one drive shifts the others'.
 
 The networks are CogVideoX's and AutoencoderKL's classes with small numbers. The stage `one_step` trains the
 transformer to name z_GT from z_NI in latent space before stage H does so through pixels. The paper has none, because
@@ -12,6 +17,7 @@ its transformer starts from a strong prior; one of four million parameters does 
 """
 
 import argparse
+import copy
 import json
 import sys
 from dataclasses import asdict, dataclass
@@ -20,19 +26,24 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from torch import Tensor
 from tqdm import tqdm
 
 from mirage_min.data.pairs import Pairs
+from mirage_min.data.photometric import vary
+from mirage_min.data.real_clips import RealClips
 from mirage_min.method.one_step import add_noise, alpha_bar, denoise, v_target
 from mirage_min.method.perceptual import Features, Lpips
 from mirage_min.networks.dit_cogvideox import CogVideoXDiT, CogVideoXDiTConfig
 from mirage_min.networks.vae_2d import AutoencoderKL, AutoencoderKLConfig
 from mirage_min.networks.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
+from mirage_min.networks.vae_wan import WanVAE, WanVAEConfig
 from mirage_min.training import run, watch
 
 SMALL_VAE_2D = AutoencoderKLConfig(block_out_channels=(16, 32, 32, 32), norm_num_groups=8, layers_per_block=1,
                                    latent_channels=4)
 SMALL_VAE = CogVideoXVAEConfig(block_out_channels=(16, 32, 64, 64), norm_num_groups=8, layers_per_block=1)
+SMALL_VAE_WAN = WanVAEConfig(base_dim=16, num_res_blocks=1, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16)
 SMALL_DIT = CogVideoXDiTConfig(num_attention_heads=3, num_layers=6, time_embed_dim=64, text_embed_dim=16,
                                max_text_seq_length=1, sample_height=12, sample_width=18,
                                use_rotary_positional_embeddings=True)
@@ -48,24 +59,26 @@ class Recipe:
 
     steps: int
     batch: int
-    height: int = 64
-    width: int = 64
-    frames: int = 9
+    frames: int = 9         # of the pairs
     lr: float = 2e-3
     warmup: int = 100
     weight_decay: float = 0.01
-    real: float = 0.15      # share of crops from the real clip
-    real_frames: int = 0    # use only so many of its frames; 0: all
-    bf16: bool = True
+    real: float = 0.5       # share of crops from the real clips
+    sizes: str = "9x64x64 9x96x96 1x192x320"  # of the autoencoders' crops: one is drawn a step, the first with
+                                              # `batch` clips, the others with as many pixels, but two clips at least
+    norm_groups: int = 8    # of CogVideoX's VAE
+    width: float = 1.0      # factor on the autoencoders' channels
+    bf16: bool = False      # on a CPU that multiplies it natively
     seed: int = 0
     every: int = 200        # steps between checkpoints
 
 
 RECIPES = {
-    "vae_2d": Recipe(steps=600, batch=8, frames=1, lr=2e-3),
-    "vae": Recipe(steps=4000, batch=2),
-    "prior": Recipe(steps=1500, batch=16, height=96, width=144, lr=1e-3, real=0.0),
-    "one_step": Recipe(steps=9000, batch=16, height=96, width=144, lr=1e-3, real=0.0),
+    "vae_2d": Recipe(steps=4000, batch=8, sizes="1x64x64 1x96x144 1x192x320"),
+    "vae": Recipe(steps=10000, batch=2),
+    "vae_wan": Recipe(steps=10000, batch=2, lr=1e-3),
+    "prior": Recipe(steps=1500, batch=16, lr=1e-3),
+    "one_step": Recipe(steps=9000, batch=16, lr=1e-3),
 }
 
 
@@ -75,15 +88,17 @@ def kl(mean, logvar):
 
 
 def reconstruction(y, x, lpips, mean, logvar):
-    """L = MSE + 0.1 L1 + 0.1 LPIPS + 1e-4 KL"""
-    y, frames = y.float(), lambda v: rearrange(v, "b c t h w -> (b t) c h w")
-    return {"mse": F.mse_loss(y, x), "l1": 0.1 * F.l1_loss(y, x), "lpips": 0.1 * lpips(frames(y), frames(x)).mean(),
+    """L = MSE + 2 tone + 0.1 L1 + 0.1 LPIPS + 1e-4 KL; tone is the MSE of means over 16 x 16 pixels."""
+    y = rearrange(y.float(), "b c t h w -> (b t) c h w")
+    x = rearrange(x, "b c t h w -> (b t) c h w")
+    tone = F.avg_pool2d(y - x, 16).square().mean()
+    return {"mse": F.mse_loss(y, x), "tone": 2 * tone, "l1": 0.1 * F.l1_loss(y, x), "lpips": 0.1 * lpips(y, x).mean(),
             "kl": 1e-4 * kl(mean.float(), logvar.float())}
 
 
 def vae_2d_loss(model, batch, draws, lpips):
     """Frames through the 2D VAE and back."""
-    x = batch[1]
+    x = batch[0]
     frames = rearrange(x, "b c t h w -> (b t) c h w")
     mean, logvar = model.posterior(frames)
     z = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=draws)
@@ -93,10 +108,12 @@ def vae_2d_loss(model, batch, draws, lpips):
 
 def vae_loss(model, batch, draws, lpips):
     """Clips of one group through the 3D VAE and back."""
-    x = batch[1]
+    x = batch[0]
     mean, logvar, _ = model.posterior_group(x)
     z = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=draws)
-    return reconstruction(model.decode(z * model.config.scaling_factor), x, lpips, mean, logvar)
+    # Wan's latents are normalised only after training; CogVideoX's are scaled as its decoder undoes it.
+    y, _ = model.decode_group(z * getattr(model.config, "scaling_factor", 1.0))
+    return reconstruction(y, x, lpips, mean, logvar)
 
 
 def prior_loss(model, batch, draws, schedule):
@@ -160,24 +177,72 @@ class Latents:
         return z[:, 0], z[:, 1]
 
 
+class Crops:
+    """Crops of toy and real clips at mixed sizes, each clip under one photometric variation."""
+
+    def __init__(self, pairs: Pairs, real: RealClips | None, recipe: Recipe):
+        self.pairs, self.real, self.recipe = pairs, real, recipe
+        self.toy = pairs.read(0, lambda n: 0)[0].shape[-2:]
+        self.sizes = [tuple(map(int, size.split("x"))) for size in recipe.sizes.split()]
+
+    def batch(self, step: int) -> tuple[Tensor, list[str]]:
+        """The crops of a step, [n, 3, T, h, w] in [-1, 1], and the names of their clips."""
+        draws = run.draws(self.recipe.seed, step)
+        T, h, w = size = self.sizes[int(torch.randint(len(self.sizes), (), generator=draws))]
+        first = self.sizes[0]
+        # two: PyTorch's CPU chooses a convolution that is many times slower for one small clip
+        n = max(2, round(self.recipe.batch * first[0] * first[1] * first[2] / (T * h * w)))
+        crops = [self.crop(size, run.draws(self.recipe.seed, step, k + 1)) for k in range(n)]
+        return torch.stack([x for x, _ in crops]), [name for _, name in crops]
+
+    def crop(self, size: tuple[int, int, int], draws: torch.Generator) -> tuple[Tensor, str]:
+        """One crop [3, T, h, w]: real where the toy clips are smaller than it, else by the recipe's share."""
+        T, h, w = size
+        H, W = self.toy
+        if self.real and (h > H or w > W or torch.rand((), generator=draws) < self.recipe.real):
+            x, name = self.real.crop((h, w), draws, T)
+        else:
+            i, side, t = (int(torch.randint(n, (), generator=draws)) for n in (len(self.pairs), 2, 10**6))
+            x = self.pairs.read(i, lambda n: 0)[side]                  # the naive insertion, or the truth
+            t %= x.shape[1] - T + 1
+            y, z = (int(torch.randint(n + 1, (), generator=draws)) for n in (x.shape[2] - h, x.shape[3] - w))
+            x, name = x[:, t : t + T, y : y + h, z : z + w], self.pairs.names[i]
+        return vary(x, draws), name
+
+
+def widened(config, recipe: Recipe):
+    """The small autoencoder's config with the recipe's width and groups."""
+    config = copy.copy(config)
+    if isinstance(config, WanVAEConfig):
+        config.base_dim = round(config.base_dim * recipe.width)
+        return config
+    config.block_out_channels = tuple(round(c * recipe.width) for c in config.block_out_channels)
+    if isinstance(config, CogVideoXVAEConfig):
+        config.norm_num_groups = recipe.norm_groups
+    return config
+
+
 def main(args, recipe: Recipe) -> None:
     torch.manual_seed(recipe.seed)
     base, folder = args.out / "base", args.runs / args.stage
-    pixels = args.stage in ("vae_2d", "vae")
-    data = Pairs(args.data, recipe.frames, (recipe.height, recipe.width) if pixels else None, args.real,
-                 recipe.real_frames)
-    settings = run.settings(args, recipe, data.names)
+    pixels = args.stage in ("vae_2d", "vae", "vae_wan")
+    pairs = Pairs(args.data, recipe.frames)
+    real = RealClips(args.real, 9) if args.real else None
+    settings = run.settings(args, recipe, pairs.names + (real.names if real else []))
     if pixels:
         what = Lpips(Features("squeeze", args.perceptual))
+        data = Crops(pairs, real, recipe)
         if args.stage == "vae_2d":
-            model, loss, out = AutoencoderKL(SMALL_VAE_2D), vae_2d_loss, args.out / "vae_2d"
+            model, loss, out = AutoencoderKL(widened(SMALL_VAE_2D, recipe)), vae_2d_loss, args.out / "vae_2d"
+        elif args.stage == "vae":
+            model, loss, out = CogVideoXVAE(widened(SMALL_VAE, recipe)), vae_loss, base / "vae"
         else:
-            model, loss, out = CogVideoXVAE(SMALL_VAE), vae_loss, base / "vae"
+            model, loss, out = WanVAE(widened(SMALL_VAE_WAN, recipe)), vae_loss, args.out / "base_wan" / "vae"
     else:
         what, out = alpha_bar(), base / "transformer"
         loss = prior_loss if args.stage == "prior" else one_step_loss
         model = new_transformer() if args.stage == "prior" else CogVideoXDiT.from_pretrained(out)
-        data = Latents(data, CogVideoXVAE.from_pretrained(base, "vae"), recipe, args.runs / "latents.safetensors")
+        data = Latents(pairs, CogVideoXVAE.from_pretrained(base, "vae"), recipe, args.runs / "latents.safetensors")
     model.train()
     params = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(params.values(), lr=recipe.lr, weight_decay=recipe.weight_decay)
@@ -187,7 +252,7 @@ def main(args, recipe: Recipe) -> None:
 
     for step in (bar := tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, unit="step")):
         draws = run.draws(recipe.seed, step)
-        batch = data.batch([draws] * recipe.batch, recipe.real)
+        batch = data.batch(step) if pixels else data.batch([draws] * recipe.batch, 0)
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
             terms = loss(model, batch, draws, what)
 
@@ -197,7 +262,7 @@ def main(args, recipe: Recipe) -> None:
         sum(terms.values()).backward()
         terms = {name: value.detach() for name, value in terms.items()}
         norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
-        run.check_finite(step, terms, norm, batch[2] if pixels else [])
+        run.check_finite(step, terms, norm, batch[1] if pixels else [])
         optimizer.step()
 
         if step % 20 == 0:
@@ -207,24 +272,29 @@ def main(args, recipe: Recipe) -> None:
     if args.stage == "prior":
         (base / "scheduler").mkdir(parents=True, exist_ok=True)
         (base / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
-    if args.stage == "vae":
-        model.config.scaling_factor = 1 / latent_std(model, data, recipe)
+    if args.stage in ("vae", "vae_wan"):
+        normalise_latents(model, data, recipe)
     model.save_pretrained(out)
     print(f"{args.stage}: {recipe.steps} steps -> {out}")
 
 
 @torch.no_grad()
-def latent_std(model, data, recipe) -> float:
-    """The standard deviation of latents, whose inverse becomes scaling_factor."""
-    x = data.batch([run.draws(recipe.seed, recipe.steps)] * 16)[1]
-    return (model.encode(x) / model.config.scaling_factor).std().item()
+def normalise_latents(model, data: Crops, recipe: Recipe, batches: int = 32) -> None:
+    """Measure what makes latents of unit variance: CogVideoX's one factor, Wan's mean and std for each channel."""
+    z = torch.cat([model.posterior_group(data.batch(recipe.steps + k)[0])[0].transpose(0, 1).flatten(1)
+                   for k in range(batches)], dim=1)                    # [C, values]
+    if isinstance(model, CogVideoXVAE):
+        model.config.scaling_factor = 1 / z.std().item()
+    else:
+        model.config.latents_mean = tuple(z.mean(1).tolist())
+        model.config.latents_std = tuple(z.std(1).tolist())
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("stage", choices=list(RECIPES), help="what is trained, in the order above")
     parser.add_argument("--data", type=Path, default=Path("data/toy"), help="folder of pairs (default data/toy)")
-    parser.add_argument("--real", type=Path, help="a real video, its own truth, mixed into the VAEs' crops")
+    parser.add_argument("--real", type=Path, help="folder of real clips for the autoencoders' crops (real_clips.py)")
     parser.add_argument("--perceptual", type=Path, default=Path("data/perceptual"),
                         help="folder with squeezenet1_1_features.safetensors, for LPIPS (default data/perceptual)")
     parser.add_argument("--out", type=Path, default=Path("weights"),
