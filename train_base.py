@@ -1,19 +1,20 @@
-"""Train the small base that stands in for published weights: in the paper it comes from CogVideoX and AutoencoderKL.
+"""Train the small bases that stand in for the published weights of CogVideoX, Wan and AutoencoderKL.
 
     python -m mirage_min.data.toy_world --out data/toy --clips 2000
     python -m mirage_min.data.real_clips --out data/real
     python train_base.py vae_2d   --data data/toy --real data/real/train --perceptual DIR
-    python train_base.py vae      --data data/toy --real data/real/train --perceptual DIR    # CogVideoX's
-    python train_base.py vae_wan  --data data/toy --real data/real/train --perceptual DIR    # Wan's
+    python train_base.py vae      --data data/toy --real data/real/train --perceptual DIR
     python train_base.py prior    --data data/toy      # the transformer, as a diffusion model of true videos
     python train_base.py one_step --data data/toy      # DEVIATION: the paper has no such stage, see below
+
+With `--family wan`, vae, prior and one_step train a base of Wan's classes instead of CogVideoX's.
 
 The autoencoders see every clip under one photometric variation (mirage_min/data/photometric.py), in crops of mixed
 sizes, and their loss weighs coarse tone by itself: a network that has seen the tones of one drive shifts the others'.
 
-The networks are CogVideoX's and AutoencoderKL's classes with small numbers. The stage `one_step` trains the
-transformer to name z_GT from z_NI in latent space before stage H does so through pixels. The paper has none, because
-its transformer starts from a strong prior; one of four million parameters does not (DEVIATIONS.md).
+The networks are the published classes with small numbers. The stage `one_step` trains the transformer to predict z_GT
+from z_NI in latent space before stage H does so through pixels. The paper has none, because its transformer starts from
+a strong prior; one of four million parameters does not (DEVIATIONS.md).
 """
 
 import argparse
@@ -35,6 +36,7 @@ from mirage_min.data.real_clips import RealClips
 from mirage_min.method.one_step import add_noise, alpha_bar, denoise, v_target
 from mirage_min.method.perceptual import Features, Lpips
 from mirage_min.networks.dit_cogvideox import CogVideoXDiT, CogVideoXDiTConfig
+from mirage_min.networks.dit_wan import WanDiT, WanDiTConfig
 from mirage_min.networks.vae_2d import AutoencoderKL, AutoencoderKLConfig
 from mirage_min.networks.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
 from mirage_min.networks.vae_wan import WanVAE, WanVAEConfig
@@ -47,7 +49,10 @@ SMALL_VAE_WAN = WanVAEConfig(base_dim=16, num_res_blocks=1, latents_mean=(0.0,) 
 SMALL_DIT = CogVideoXDiTConfig(num_attention_heads=3, num_layers=6, time_embed_dim=64, text_embed_dim=16,
                                max_text_seq_length=1, sample_height=12, sample_width=18,
                                use_rotary_positional_embeddings=True)
-T_ONE_STEP = 199  # Mirage §3.2
+SMALL_DIT_WAN = WanDiTConfig(num_attention_heads=3, attention_head_dim=64, text_dim=16, freq_dim=64, ffn_dim=768,
+                             num_layers=6)
+SCHEDULER_WAN = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "flow_shift": 3.0}
+T_ONE_STEP, T_ONE_STEP_WAN = 199, 200  # Mirage §3.2, ChopGrad B.4
 SCHEDULER = {"_class_name": "CogVideoXDDIMScheduler",
              "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
              "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "snr_shift_scale": 1.0}
@@ -75,8 +80,8 @@ class Recipe:
 
 RECIPES = {
     "vae_2d": Recipe(steps=4000, batch=8, sizes="1x64x64 1x96x144 1x192x320"),
-    "vae": Recipe(steps=10000, batch=2),
-    "vae_wan": Recipe(steps=10000, batch=2, lr=1e-3),
+    "vae": Recipe(steps=2800, batch=2),
+    "vae_wan": Recipe(steps=2800, batch=2, lr=1e-3),  # at twice the rate it does not settle
     "prior": Recipe(steps=1500, batch=16, lr=1e-3),
     "one_step": Recipe(steps=9000, batch=16, lr=1e-3),
 }
@@ -117,31 +122,57 @@ def vae_loss(model, batch, draws, lpips):
 
 
 def prior_loss(model, batch, draws, schedule):
-    """v-prediction on true latents at a random t."""
+    """v-prediction on true latents at a random t; without a schedule, flow matching at a random σ = t / 1000."""
     z0 = batch[1]
     t = torch.randint(1000, (z0.shape[0],), generator=draws)
     eps = torch.randn(z0.shape, generator=draws)
-    v = model(add_noise(z0, eps, schedule[t]), t, torch.zeros(z0.shape[0], 1, SMALL_DIT.text_embed_dim))
-    return {"v": F.mse_loss(v.float(), v_target(z0, eps, schedule[t]))}
+    if schedule is None:
+        sigma = (t / 1000).view(-1, 1, 1, 1, 1)
+        # z_t = (1 − σ) · z0 + σ · ε,  v = ε − z0
+        z_t, target = torch.lerp(z0, eps, sigma), eps - z0
+    else:
+        z_t, target = add_noise(z0, eps, schedule[t]), v_target(z0, eps, schedule[t])
+    return {"v": F.mse_loss(model(z_t, t, empty_prompt(z0.shape[0])).float(), target)}
 
 
 def one_step_loss(model, batch, draws, schedule):
     """z_GT from z_NI in one call."""
     z_ni, z_gt = batch
-    text = torch.zeros(z_ni.shape[0], 1, SMALL_DIT.text_embed_dim)
-    return {"z": F.mse_loss(denoise(model, z_ni, T_ONE_STEP, text, schedule).float(), z_gt)}
+    t = T_ONE_STEP_WAN if schedule is None else T_ONE_STEP
+    z_dr = denoise(model, z_ni, t, empty_prompt(z_ni.shape[0]), schedule)
+    return {"z": F.mse_loss(z_dr.float(), z_gt)}
+
+
+def empty_prompt(batch: int) -> Tensor:
+    """The embedding [batch, 1, D] that both small transformers are given."""
+    return torch.zeros(batch, 1, SMALL_DIT.text_embed_dim)
 
 
 @torch.no_grad()
-def new_transformer() -> CogVideoXDiT:
+def new_transformer(family: str = "cogvideox") -> CogVideoXDiT | WanDiT:
     """A transformer that starts as nothing: every block's gates and the output are zero (adaLN-zero, DiT)."""
+    if family == "wan":
+        model = WanDiT(SMALL_DIT_WAN)
+        time_proj = model.condition_embedder.time_proj
+        for k in (2, 5):  # of shift, scale, gate, for attention and for the feed-forward layers
+            time_proj.weight.view(6, -1, time_proj.in_features)[k].zero_()
+            time_proj.bias.view(6, -1)[k].zero_()
+            for block in model.blocks:
+                block.scale_shift_table[:, k].zero_()
+        for block in model.blocks:  # cross-attention has no gate
+            block.attn2.to_out[0].weight.zero_()
+            block.attn2.to_out[0].bias.zero_()
+        model.proj_out.weight.zero_()
+        model.proj_out.bias.zero_()
+        return model
     model = CogVideoXDiT(SMALL_DIT)
     for block in model.transformer_blocks:
         for norm in (block.norm1, block.norm2):  # the thirds are shift, scale, gate for the video, then for the text
             for k in (2, 5):
                 norm.linear.weight.view(6, -1, norm.linear.in_features)[k].zero_()
                 norm.linear.bias.view(6, -1)[k].zero_()
-    model.proj_out.weight.zero_(), model.proj_out.bias.zero_()
+    model.proj_out.weight.zero_()
+    model.proj_out.bias.zero_()
     return model
 
 
@@ -151,7 +182,7 @@ class Latents:
     ValueError if the file is there and holds those of other pairs or of another VAE.
     """
 
-    def __init__(self, pairs: Pairs, vae: CogVideoXVAE, recipe: Recipe, file: Path):
+    def __init__(self, pairs: Pairs, vae: CogVideoXVAE | WanVAE, recipe: Recipe, file: Path):
         of = {"pairs": str(len(pairs)), "first": pairs.names[0], "last": pairs.names[-1],
               "vae": f"{sum(p.double().sum().item() for p in vae.encoder.parameters()):.6f}"}  # of what encodes
         if not file.exists():
@@ -224,8 +255,9 @@ def widened(config, recipe: Recipe):
 
 def main(args, recipe: Recipe) -> None:
     torch.manual_seed(recipe.seed)
-    base, folder = args.out / "base", args.runs / args.stage
-    pixels = args.stage in ("vae_2d", "vae", "vae_wan")
+    wan = args.family == "wan" and args.stage != "vae_2d"
+    base, folder = args.out / ("base_wan" if wan else "base"), args.runs / (args.stage + "_wan" * wan)
+    pixels = args.stage in ("vae_2d", "vae")
     pairs = Pairs(args.data, recipe.frames)
     real = RealClips(args.real, 9) if args.real else None
     settings = run.settings(args, recipe, pairs.names + (real.names if real else []))
@@ -234,15 +266,16 @@ def main(args, recipe: Recipe) -> None:
         data = Crops(pairs, real, recipe)
         if args.stage == "vae_2d":
             model, loss, out = AutoencoderKL(widened(SMALL_VAE_2D, recipe)), vae_2d_loss, args.out / "vae_2d"
-        elif args.stage == "vae":
-            model, loss, out = CogVideoXVAE(widened(SMALL_VAE, recipe)), vae_loss, base / "vae"
         else:
-            model, loss, out = WanVAE(widened(SMALL_VAE_WAN, recipe)), vae_loss, args.out / "base_wan" / "vae"
+            VAE, config = (WanVAE, SMALL_VAE_WAN) if wan else (CogVideoXVAE, SMALL_VAE)
+            model, loss, out = VAE(widened(config, recipe)), vae_loss, base / "vae"
     else:
-        what, out = alpha_bar(), base / "transformer"
+        what, out = None if wan else alpha_bar(), base / "transformer"
         loss = prior_loss if args.stage == "prior" else one_step_loss
-        model = new_transformer() if args.stage == "prior" else CogVideoXDiT.from_pretrained(out)
-        data = Latents(pairs, CogVideoXVAE.from_pretrained(base, "vae"), recipe, args.runs / "latents.safetensors")
+        VAE, DiT = (WanVAE, WanDiT) if wan else (CogVideoXVAE, CogVideoXDiT)
+        model = new_transformer(args.family) if args.stage == "prior" else DiT.from_pretrained(out)
+        vae = VAE.from_pretrained(base, "vae")
+        data = Latents(pairs, vae, recipe, args.runs / f"latents{'_wan' * wan}.safetensors")
     model.train()
     params = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(params.values(), lr=recipe.lr, weight_decay=recipe.weight_decay)
@@ -271,8 +304,9 @@ def main(args, recipe: Recipe) -> None:
             run.save(folder, step + 1, params, optimizer, settings)
     if args.stage == "prior":
         (base / "scheduler").mkdir(parents=True, exist_ok=True)
-        (base / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
-    if args.stage in ("vae", "vae_wan"):
+        (base / "scheduler" / "scheduler_config.json").write_text(
+            json.dumps(SCHEDULER_WAN if wan else SCHEDULER, indent=2) + "\n")
+    if args.stage == "vae":
         normalise_latents(model, data, recipe)
     model.save_pretrained(out)
     print(f"{args.stage}: {recipe.steps} steps -> {out}")
@@ -292,7 +326,9 @@ def normalise_latents(model, data: Crops, recipe: Recipe, batches: int = 32) -> 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("stage", choices=list(RECIPES), help="what is trained, in the order above")
+    parser.add_argument("stage", choices=["vae_2d", "vae", "prior", "one_step"], help="what is trained, in this order")
+    parser.add_argument("--family", choices=["cogvideox", "wan"], default="cogvideox",
+                        help="whose classes the 3D VAE and the transformer are (default cogvideox)")
     parser.add_argument("--data", type=Path, default=Path("data/toy"), help="folder of pairs (default data/toy)")
     parser.add_argument("--real", type=Path, help="folder of real clips for the autoencoders' crops (real_clips.py)")
     parser.add_argument("--perceptual", type=Path, default=Path("data/perceptual"),
@@ -304,7 +340,7 @@ if __name__ == "__main__":
                         help="change a value of the recipe (a wrong key names them all)")
     args = parser.parse_args()
     try:
-        recipe = run.override(RECIPES[args.stage], args.set)
+        recipe = run.override(RECIPES.get(f"{args.stage}_{args.family}", RECIPES[args.stage]), args.set)
         run.check(recipe)
         main(args, recipe)
     except (ValueError, OSError, ImportError) as error:

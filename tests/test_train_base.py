@@ -1,4 +1,4 @@
-"""train_base.py: its four stages make a base that loads, one after the other, and encode every pair both ways round."""
+"""train_base.py: its stages make bases that load, one after the other, and encode every pair both ways round."""
 
 import argparse
 import json
@@ -8,17 +8,21 @@ import torch
 
 import train_base
 from mirage_min.data.pairs import Pairs
+from mirage_min.data.real_clips import RealClips
 from mirage_min.method import perceptual
 from mirage_min.networks import weights
 from mirage_min.networks.dit_cogvideox import CogVideoXDiTConfig
 from mirage_min.networks.vae_2d import AutoencoderKL
 from mirage_min.networks.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
+from mirage_min.networks.vae_wan import WanVAE, WanVAEConfig
 from mirage_min.systems.mirage import Mirage
 
 SMALL_VAE = CogVideoXVAEConfig(block_out_channels=(4, 4, 8, 8), norm_num_groups=4, layers_per_block=1)
 SMALL_DIT = CogVideoXDiTConfig(num_attention_heads=1, num_layers=2, time_embed_dim=8, text_embed_dim=16,
                                max_text_seq_length=1, sample_height=4, sample_width=6,
                                use_rotary_positional_embeddings=True)
+
+SMALL_VAE_WAN = WanVAEConfig(base_dim=4, num_res_blocks=1, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16)
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +38,21 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_base, "SMALL_VAE", SMALL_VAE)
         patch.setattr(train_base, "SMALL_DIT", SMALL_DIT)
+        patch.setattr(train_base, "SMALL_VAE_WAN", SMALL_VAE_WAN)
         for stage in ("vae", "vae_2d", "prior", "one_step"):
             train(folder, stage, steps=2)
             (folder / stage).mkdir()
             for file in (folder / "out").rglob("*.safetensors"):
                 (folder / stage / file.parent.name).write_bytes(file.read_bytes())
+        for stage in ("vae", "prior", "one_step"):
+            train(folder, stage, family="wan", steps=2)
     return folder
 
 
-def train(folder, stage, **settings):
-    args = argparse.Namespace(stage=stage, data=folder / "pairs", real=None, perceptual=folder, out=folder / "out",
-                              runs=folder / "runs")
-    recipe = dict(batch=2, height=32, width=32, warmup=1, bf16=False) | settings
+def train(folder, stage, family="cogvideox", **settings):
+    args = argparse.Namespace(stage=stage, family=family, data=folder / "pairs", real=None, perceptual=folder,
+                              out=folder / "out", runs=folder / "runs")
+    recipe = dict(batch=2, sizes="9x32x32 1x32x48", norm_groups=4, warmup=1) | settings
     train_base.main(args, train_base.Recipe(**recipe))
 
 
@@ -65,6 +72,40 @@ def test_the_base_loads_as_published_ones_do_and_mirage_stands_on_it(folder):
     assert mirage(torch.zeros(1, 3, 9, 32, 48)).shape == (1, 3, 9, 32, 48)
     config = json.loads((folder / "out" / "base" / "scheduler" / "scheduler_config.json").read_text())
     assert config["prediction_type"] == "v_prediction" and abs(float(mirage.alpha_bar[199]) - 0.7387) < 1e-4
+
+
+def test_a_base_of_wans_classes_loads_too_and_its_latents_are_normalised(folder):
+    mirage = Mirage.from_base(folder / "out" / "base_wan", None, text=torch.zeros(1, 512, 16))
+    assert isinstance(mirage.vae, WanVAE) and mirage.alpha_bar is None and mirage.t == 200
+    assert mirage(torch.zeros(1, 3, 9, 32, 48)).shape == (1, 3, 9, 32, 48)
+    recipe = train_base.Recipe(2, 2, sizes="9x32x32 1x32x48")
+    crops = train_base.Crops(Pairs(folder / "pairs", 9), None, recipe)  # those by which they were normalised
+    with torch.no_grad():
+        z = torch.cat([mirage.vae.encode(crops.batch(2 + k)[0]).transpose(0, 1).flatten(1) for k in range(32)], dim=1)
+    mean, std = z.mean(dim=1), z.std(dim=1)
+    assert mean.abs().max() < 1e-3 and (std - 1).abs().max() < 1e-3, f"channel means {mean}, standard deviations {std}"
+
+
+def test_crops_come_at_the_recipes_sizes_and_larger_ones_than_the_toy_clips_are_real(folder, tmp_path):
+    weights.save_tensors(tmp_path / "street.safetensors", {"x": torch.randint(0, 256, (3, 12, 96, 160)).byte()})
+    real = RealClips(tmp_path, 9)
+    recipe = train_base.Recipe(1, 4, sizes="9x16x16 1x64x96", real=0.5)
+    crops, shapes = train_base.Crops(Pairs(folder / "pairs", 9), real, recipe), {}
+    for step in range(24):
+        x, names = crops.batch(step)
+        shapes.setdefault(tuple(x.shape), []).extend(names)
+        assert x.abs().max() <= 1 and torch.equal(x, crops.batch(step)[0]), "a step's crops are a function of the step"
+    assert set(shapes) == {(4, 3, 9, 16, 16), (2, 3, 1, 64, 96)}
+    assert set(shapes[2, 3, 1, 64, 96]) == {"street"} and len(set(shapes[4, 3, 9, 16, 16])) > 2
+
+
+def test_a_frame_that_is_uniformly_too_bright_costs_its_tone_and_noise_does_not(folder):
+    lpips = perceptual.Lpips(perceptual.Features("squeeze", folder))
+    x, zero = torch.zeros(1, 3, 1, 64, 64), torch.zeros(1)
+    bright = train_base.reconstruction(x + 0.1, x, lpips, zero, zero)
+    noise = train_base.reconstruction(x + 0.1 * torch.randn_like(x).sign(), x, lpips, zero, zero)
+    assert abs(bright["mse"] - 0.01) < 1e-6 and abs(bright["tone"] - 0.02) < 1e-6
+    assert abs(noise["mse"] - 0.01) < 1e-6 and noise["tone"] < 2e-4
 
 
 def test_latents_are_scaled_to_a_standard_deviation_of_about_one(folder):
@@ -122,6 +163,32 @@ def test_a_new_transformer_says_nothing_whatever_it_is_given(monkeypatch):
             torch.nn.init.normal_(block.ff.net["2"].weight)
             torch.nn.init.normal_(block.attn1.to_out[0].weight)
         assert before.abs().max() > 0 and torch.equal(model(x, 199, text), before)
+
+
+def test_a_new_wan_transformer_says_nothing_whatever_it_is_given():
+    torch.manual_seed(0)
+    model, x, text = train_base.new_transformer("wan"), torch.randn(1, 16, 1, 4, 6), torch.randn(1, 1, 16)
+    with torch.no_grad():
+        assert model(x, 200, text).abs().max() == 0
+        torch.nn.init.normal_(model.proj_out.weight)
+        before = model(x, 200, text)
+        for block in model.blocks:  # their gates are shut
+            torch.nn.init.normal_(block.ffn.net[2].weight)
+            torch.nn.init.normal_(block.attn1.to_out[0].weight)
+        assert before.abs().max() > 0 and torch.equal(model(x, 200, text), before)
+
+
+def test_without_a_schedule_the_losses_are_those_of_a_flow():
+    z_ni, z_gt, v = torch.randn(3, 2, 16, 3, 4, 6)
+    got = train_base.one_step_loss(lambda z, t, text: v, (z_ni, z_gt), None, None)["z"]
+    assert abs(got - (z_ni - v - z_gt).square().mean()) < 1e-5
+    again, seen = torch.Generator().manual_seed(3), []
+    t, eps = torch.randint(1000, (2,), generator=again), torch.randn(2, 16, 3, 4, 6, generator=again)
+    got = train_base.prior_loss(lambda z, t, text: seen.append((z, t)) or v, (z_ni, z_gt),
+                                torch.Generator().manual_seed(3), None)["v"]
+    sigma = t.view(2, 1, 1, 1, 1) / 1000
+    assert torch.equal(seen[0][1], t) and torch.allclose(seen[0][0], (1 - sigma) * z_gt + sigma * eps, atol=1e-5)
+    assert abs(got - (v - (eps - z_gt)).square().mean()) < 1e-5
 
 
 def test_the_losses_are_their_formulas(folder):

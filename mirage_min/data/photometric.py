@@ -34,11 +34,10 @@ def vary(x: Tensor, draws: Generator, kind: str | None = None) -> Tensor:
     if kind == "haze":
         veil = uniform(draws, 0.2, 0.6)
         x = x * (1 - veil) + veil * uniform(draws, 0.6, 1.0)
+    x = camera(x, draws)
     if kind == "grey":
         x = luma(x).expand_as(x)
-    else:
-        x = camera(x, draws)
-    if kind == "bars":
+    elif kind == "bars":
         x = bars(x, draws)
     elif kind == "fade":
         x = fade(x, draws)

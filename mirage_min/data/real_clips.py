@@ -89,7 +89,8 @@ class RealClips:
             if shape[1] >= frames:
                 self.files.append((file, shape))
         if not self.files:
-            raise ValueError(f"{folder}: wanted clips of at least {frames} frames (python -m mirage_min.data.real_clips)")
+            raise ValueError(f"{folder}: wanted NAME.safetensors clips of at least {frames} frames, found none "
+                             f"(python -m mirage_min.data.real_clips makes them)")
         self.names = [file.stem for file, _ in self.files]
 
     def crop(self, size: tuple[int, int], draws: Generator, frames: int | None = None) -> tuple[Tensor, str]:

@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..networks.weights import whole_file
 from . import toy_render, toy_world
 from .align import mask_box
 from .scene import OPENGL_TO_OPENCV, moved
 from .splat import Gaussians, quaternions, save_ply
 from .toy_render import Body, Hits, Light, Scene
 from .video import write_clip
-from ..networks.weights import whole_file
 
 Z_UP = torch.tensor([[1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]])  # toy world (y down) to the file's
 SPACING = 0.08                # metres between the asset's Gaussians
