@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .video import Video, from_bytes, read_clip, to_bytes
 from ..method.metrics import actor_crops
+from .video import Video, from_bytes, read_clip, to_bytes
 
 
 class Pairs:

@@ -25,10 +25,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..networks.weights import read_json
 from .decode import natural_order
 from .splat import Camera, Gaussians, load_ply
 from .video import Video
-from ..networks.weights import read_json
 
 OPENGL_TO_OPENCV = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64))  # y up, z back: both turned
 DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
