@@ -41,7 +41,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mirage_min.data.video import Video, from_bytes
-from mirage_min.method import metrics
+from mirage_min.method import metrics, optical_flow
 from mirage_min.method.perceptual import Dists, Features, Lpips
 from mirage_min.networks import weights
 from mirage_min.training import run
@@ -153,8 +153,8 @@ def load_networks(args) -> tuple[dict[str, Callable], Callable | None, dict[str,
 
 def dis(y: Tensor, t: int) -> tuple[Tensor, Tensor]:
     """Flow [1, 2, 1, H, W] from one frame to the next of y [1, 3, 2, H, W], and where it leads to something visible."""
-    w = metrics.flow_dis(y)
-    return w, metrics.visible_by_consistency(w, metrics.flow_dis(y.flip(2)))
+    w = optical_flow.flow_dis(y)
+    return w, optical_flow.visible_by_consistency(w, optical_flow.flow_dis(y.flip(2)))
 
 
 def exact(path: Path, T: int, H: int, W: int) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
@@ -186,7 +186,7 @@ def score(paths: dict[str, Path], views: list[dict], flow, distances: dict, netw
                 inside = torch.zeros_like(seen)
                 inside[..., rows, columns] = seen[..., rows, columns]
                 for method, x in pairs.items():
-                    values[region, method]["E*warp"].append(metrics.warp_error(x, w, inside).item())
+                    values[region, method]["E*warp"].append(optical_flow.warp_error(x, w, inside).item())
         for key, clip in clips.items():
             if len(clip) == CLIP or (clip and t == len(views) - 1):
                 features[key].append(metrics.clip_features(network, torch.cat(clip, dim=2)).cpu())

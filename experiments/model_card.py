@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from mirage_min.data.toy_world import Clip, WorldConfig, make_clip
 from mirage_min.data.video import read_clip
-from mirage_min.method import metrics
+from mirage_min.method import metrics, optical_flow
 from mirage_min.method.perceptual import Features, Lpips
 from mirage_min.systems.mirage import Mirage
 
@@ -48,8 +48,8 @@ def toy_figures(mirage: Mirage, clip: Clip, lpips: Lpips | None) -> tuple[dict[s
     behind = seen * (around[:, :, :-1] & around[:, :, 1:])  # what is seen twice, both times outside actor and shadow
     out = {}
     for name, x in (("naive", x_ni), ("ours", x_dr), ("truth", x_gt)):
-        out |= {f"warp_{name}": metrics.warp_error(x, clip.flow[None], seen).item(),
-                f"warp_background_{name}": metrics.warp_error(x, clip.flow[None], behind).item()}
+        out |= {f"warp_{name}": optical_flow.warp_error(x, clip.flow[None], seen).item(),
+                f"warp_background_{name}": optical_flow.warp_error(x, clip.flow[None], behind).item()}
     for name, x in (("naive", x_ni), ("ours", x_dr)):
         out |= {f"crop_psnr_{name}": metrics.psnr(x[..., ys, xs], x_gt[..., ys, xs]).item(),
                 f"actor_psnr_{name}": metrics.psnr(x, x_gt, inside).item(),

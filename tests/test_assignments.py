@@ -138,7 +138,7 @@ MISTAKES = {
     "gram": [
         ("f @ f.transpose(1, 2)", "f @ f.transpose(1, 2) / f.shape[2]"),                # mean for sum
         ("f @ f.transpose(1, 2)", "f.transpose(1, 2) @ f"),
-        ('"N d h w -> N d (h w)")', '"N d h w -> N d (h w)") - f.mean()'),
+        ('"n d h w -> n d (h w)")', '"n d h w -> n d (h w)") - f.mean()'),
     ],
     "gram_loss": [
         (".mean(dim=(1, 2))", ".sum(dim=(1, 2))"),                                      # sum for mean
@@ -153,7 +153,7 @@ MISTAKES = {
         ("/ weights.sum(dim=(1, 3, 4))", "/ x[0, :, 0].numel()"),                       # the mask forgotten
         (".sum(dim=(1, 3, 4)) / weights.sum(dim=(1, 3, 4))", ".sum(dim=(1, 2, 3, 4), keepdim=True)[:, :, 0, 0, 0]"
                                                              " / weights.sum(dim=(1, 2, 3, 4))[:, None]"),
-        ("> 0)", ">= 0)"),
+        ("> 0", ">= 0"),
     ],
     "warp": [
         ("align_corners=False", "align_corners=True"),
@@ -171,7 +171,7 @@ MISTAKES = {
         ("/ 2).square()", ").square()"),                                                # on [-1, 1]
         ("C * counts[-1]", "counts[-1]"),                                               # channels
         ("C * counts[-1]", "C * H * W"),                                                # over all pixels
-        ("> 0)", ">= 0)"),                                                              # pairs without any counted
+        ("> 0", ">= 0"),                                                                # pairs without any counted
         ("1e3 * ", ""),
     ],
     "frechet": [

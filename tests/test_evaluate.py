@@ -16,8 +16,9 @@ from torch import Tensor, nn
 import evaluate
 import infer
 from mirage_min.data.video import read_clip, write_clip
-from mirage_min.method import metrics
-from mirage_min.method.perceptual import Dists, Features, Lpips, alexnet, vgg16
+from mirage_min.method import metrics, optical_flow
+from mirage_min.method.perceptual import Dists, Features, Lpips
+from mirage_min.networks.imagenet import alexnet, vgg16
 
 T, H, W = 18, 40, 48
 NAMES = ("one", "two")
@@ -107,7 +108,7 @@ def test_the_full_frame_has_the_numbers_of_the_metrics_themselves(work, scores):
                              for key, c in (("flow", 2), ("visible", 1)))
             for metric, distance in distances.items():
                 found[metric].append(distance(x, y).item())
-            found["E*warp"].append(metrics.warp_error(x, flow, visible).item())
+            found["E*warp"].append(optical_flow.warp_error(x, flow, visible).item())
         for metric, values in found.items():
             for name, value in zip(NAMES, values, strict=True):
                 close(scores["videos"][evaluate.FULL][label][name][metric], value, f"{metric} of {label}, {name}")
@@ -128,7 +129,7 @@ def test_the_crops_follow_the_actor_and_leave_out_the_frames_without_it(work, sc
         for t in shown:
             if t < T - 1:
                 inside[:, :, t][(..., *window(name, t))] = 1
-        wanted = metrics.warp_error(clip(work, "good", name), flow, visible * inside).item()
+        wanted = optical_flow.warp_error(clip(work, "good", name), flow, visible * inside).item()
         close(got["E*warp"], wanted, f"E*warp, {name}")
     assert "33 of them with crops" in scores["remarks"]["scored"], scores["remarks"]
 
@@ -243,10 +244,10 @@ def test_dis_is_the_flow_where_no_other_is_given_and_is_named(work, tmp_path, ca
     assert status == 0 and "along the truth's flow: OpenCV DIS" in out
     for name in NAMES:
         y = clip(work, "gt", name)
-        forward, backward = metrics.flow_dis(y), metrics.flow_dis(y.flip(2)).flip(2)
-        visible = metrics.visible_by_consistency(forward, backward)
+        forward, backward = optical_flow.flow_dis(y), optical_flow.flow_dis(y.flip(2)).flip(2)
+        visible = optical_flow.visible_by_consistency(forward, backward)
         for method, label in (("good", "good"), ("gt", evaluate.TRUTH)):
-            wanted = metrics.warp_error(clip(work, method, name), forward, visible).item()
+            wanted = optical_flow.warp_error(clip(work, method, name), forward, visible).item()
             close(found[label][name]["E*warp"], wanted, f"{label}, {name}")
 
 

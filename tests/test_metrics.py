@@ -1,8 +1,6 @@
 """The metrics against scikit-image, scipy, loops and closed forms."""
 
 import math
-import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,21 +9,17 @@ from scipy.linalg import sqrtm
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch.nn.functional import interpolate
 
-from mirage_min.data.toy_world import WorldConfig, make_clip
 from mirage_min.method.metrics import (
     actor_crops,
     clip_features,
     cropped,
     dists,
-    flow_dis,
     frechet,
     lpips,
+    per_video,
     psnr,
     ssim,
     vfid,
-    visible_by_consistency,
-    warp,
-    warp_error,
 )
 from tests.small import unchanged
 
@@ -84,7 +78,7 @@ def test_lpips_and_dists_are_means_over_the_frames_of_each_video():
 
 def test_metrics_name_the_shapes_they_refuse():
     x, y = videos(1, 2, 12, 12)
-    for metric in (psnr, ssim):
+    for metric in (psnr, ssim, lambda x, y: per_video(torch.sub, x, y)):
         with pytest.raises(ValueError, match=r"got \[1, 3, 2, 12, 12\] and \[1, 3, 1, 12, 12\]"):
             metric(x, y[:, :, :1])
     with pytest.raises(ValueError, match=r"mask \[1, 1, 2, 12, 12\], got \[1, 12, 12\]"):
@@ -92,8 +86,27 @@ def test_metrics_name_the_shapes_they_refuse():
     for where in ((..., slice(8)), (..., slice(8), slice(None))):
         with pytest.raises(ValueError, match="11×11"):
             ssim(x[where], y[where])
-    with pytest.raises(ValueError, match="wanted T ≥ 2"):
-        warp_error(x[:, :, :1], torch.zeros(1, 2, 0, 12, 12), torch.zeros(1, 1, 0, 12, 12))
+
+
+def test_a_frame_that_is_not_finite_is_not_left_out():
+    x = torch.zeros(1, 3, 4, 12, 12)
+    x[:, :, 2, 5, 5] = math.nan
+    assert psnr(x, torch.ones_like(x)).isnan()
+
+
+def test_micro_batches_of_frames_give_the_same_mean():
+    x, y = (v.double() for v in videos(2, 5))
+
+    def distance(a, b):
+        return (a - b).abs().amax(dim=(1, 2, 3))
+    wanted = torch.stack([torch.stack([distance(x[b : b + 1, :, t], y[b : b + 1, :, t])[0] for t in range(5)]).mean()
+                          for b in range(2)])
+    for n in (1, 3, 100):  # frames to a micro-batch: each alone, straddling two videos, all at once
+        sizes = []
+        got = per_video(lambda a, b: (sizes.append(len(a)), distance(a, b))[1], x, y, pixels=n * 33 * 26 + 7)
+        difference = (got - wanted).abs().max().item()
+        assert difference <= 1e-12, f"{n} frames a batch: largest difference {difference:.1e} > 1e-12"
+        assert sizes == {1: [1] * 10, 3: [3, 3, 3, 1], 100: [10]}[n], f"micro-batches {sizes}"
 
 
 def test_a_crop_holds_the_actor_with_a_quarter_on_every_side_and_follows_it_inside_the_frame():
@@ -125,120 +138,6 @@ def test_cropped_cuts_each_frame_at_its_own_place_and_leaves_out_frames_without_
     assert y.shape == (1, 2, 2, 2, 3)
     with pytest.raises(ValueError, match="the actor is hidden all the time"):
         cropped(x, [None] * 3)
-
-
-def test_warp_equals_bilinear_interpolation_in_loops():
-    torch.manual_seed(0)
-    H, W = 5, 7
-    x, flow = torch.rand(1, 2, H, W, dtype=torch.float64), 2 * torch.randn(1, 2, H, W, dtype=torch.float64)
-    flow[0, :, 0, 0] = 0
-    flow[0, :, 1, 1] = torch.tensor([W - 2.0, H - 2.0])  # exactly the last pixel
-    for k, (u, v) in enumerate([(W - 0.6, 1.0), (1.0, H - 0.6), (W, 1.0), (1.0, H), (-0.4, 1.0), (1.0, -0.4)]):
-        flow[0, :, 2, k] = torch.tensor([u - k, v - 2.0])  # half a pixel and one beyond each border: outside
-    with unchanged(x, flow):
-        y, inside = warp(x, flow)
-    for i in range(H):
-        for j in range(W):
-            u, v = j + flow[0, 0, i, j].item(), i + flow[0, 1, i, j].item()
-            assert inside[0, 0, i, j].item() == (0 <= u <= W - 1 and 0 <= v <= H - 1), f"inside at {(i, j)}"
-            if inside[0, 0, i, j]:
-                a, b = min(int(u), W - 2), min(int(v), H - 2)
-                top = (a + 1 - u) * x[0, :, b, a] + (u - a) * x[0, :, b, a + 1]
-                bottom = (a + 1 - u) * x[0, :, b + 1, a] + (u - a) * x[0, :, b + 1, a + 1]
-                difference = ((b + 1 - v) * top + (v - b) * bottom - y[0, :, i, j]).abs().max().item()
-                assert difference <= 1e-12, f"at {(i, j)}: difference {difference:.1e} > 1e-12"
-
-
-def moving_ramp(T: int, H: int, W: int, du: float, dv: float) -> torch.Tensor:
-    """A brightness ramp of slope (0.02, 0.05) a pixel that moves by (du, dv) pixels a frame."""
-    u, v, t = torch.arange(W), torch.arange(H)[:, None], torch.arange(T)[:, None, None]
-    ramp = 0.02 * (u - t * du) + 0.05 * (v - t * dv)
-    return ramp.double().expand(1, 3, T, H, W)
-
-
-def test_warp_error_is_zero_for_a_video_that_moves_exactly_by_the_flow():
-    du, dv = 1.25, -0.75
-    x = moving_ramp(4, 12, 17, du, dv)
-    flow, all_seen = torch.tensor([du, dv]).view(1, 2, 1, 1, 1).expand(1, 2, 3, 12, 17), torch.ones(1, 1, 3, 12, 17)
-    assert warp_error(x, flow, all_seen).item() <= 1e-12
-    # Fetched from elsewhere, the ramp is off by its slope times the displacement's error, halved on the [0, 1] scale.
-    for name, wrong, (eu, ev) in (("reversed", -flow, (2 * du, 2 * dv)), ("swapped", flow.flip(1), (du - dv, dv - du))):
-        wanted, got = 1e3 * ((0.02 * eu + 0.05 * ev) / 2) ** 2, warp_error(x, wrong, all_seen).item()
-        assert abs(got - wanted) <= 1e-6 * wanted, f"flow {name}: {wanted}, got {got}"
-
-
-def test_a_flicker_of_known_size_has_its_closed_form_warp_error():
-    torch.manual_seed(0)
-    canvas = torch.rand(1, 3, 20, 30)
-    moving = torch.stack([canvas[:, :, t : t + 12, 2 * t : 2 * t + 16] for t in range(5)], dim=2) * 2 - 1
-    flicker = 0.06 * torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0]).view(1, 1, 5, 1, 1)
-    flow, seen = torch.tensor([-2.0, -1.0]).view(1, 2, 1, 1, 1).expand(1, 2, 4, 12, 16), torch.ones(1, 1, 4, 12, 16)
-    got = warp_error(moving + flicker, flow, seen).item()
-    assert abs(got - 3.6) <= 1e-4, f"±0.03 of the range: 10³ · 0.06² = 3.6, got {got}"
-
-
-@pytest.mark.parametrize("a", [0.03, 0.2])
-def test_the_warp_error_of_flicker_is_that_of_its_steps_whatever_moves_beneath(a):
-    """A brightness b_t added to a video that moves by its flow: 10^3 times the mean of (b_t+1 - b_t)^2 / 4."""
-    b = torch.tensor([0.0, a, -a, -a, 2 * a], dtype=torch.float64)
-    du, dv = -0.6, 1.7
-    x = moving_ramp(5, 14, 19, du, dv) + b.view(1, 1, 5, 1, 1)
-    flow = torch.tensor([du, dv]).view(1, 2, 1, 1, 1).expand(1, 2, 4, 14, 19)
-    wanted = 1e3 * b.diff().square().mean().item() / 4  # a²(1 + 4 + 0 + 9) / 4 / 4
-    got = warp_error(x, flow, torch.ones(1, 1, 4, 14, 19)).item()
-    assert abs(got - wanted) <= 1e-5 * wanted, f"closed form {wanted}, got {got}"
-
-
-def test_the_truth_of_a_toy_scene_moves_by_its_exact_flow():
-    clip = make_clip(3, WorldConfig(frames=3, grain=0.0))
-    x, flow, visible = clip.x_gt[None], clip.flow[None], clip.visible[None]
-    moved, still = warp_error(x, flow, visible).item(), warp_error(x, 0 * flow, visible).item()
-    assert moved <= still / 3, f"along its flow {moved:.3f}, as if nothing moved {still:.3f}"
-
-
-def test_warp_error_counts_only_visible_pixels_and_leaves_out_pairs_without_any():
-    x = torch.zeros(2, 3, 3, 4, 6)
-    x[:, :, 1, :, 3:] = 0.2  # both pairs differ by 0.1 of the range in the right half
-    x[:, :, 1, :, :3] = 1.0
-    seen = torch.zeros(2, 1, 2, 4, 6, dtype=torch.bool)
-    seen[0, :, 0, :, 3:] = True
-    with unchanged(x, seen):
-        got = warp_error(x, torch.zeros(2, 2, 2, 4, 6), seen)
-    assert abs(got[0].item() - 10) <= 1e-5, f"10³ · 0.1² = 10 over the visible half, got {got[0].item()}"
-    assert math.isnan(got[1].item()), "a video of which nothing is visible has no warp error"
-
-
-def test_a_frame_that_is_not_finite_is_not_left_out():
-    x = torch.zeros(1, 3, 4, 12, 12)
-    x[:, :, 2, 5, 5] = math.nan
-    flow, seen = torch.zeros(1, 2, 3, 12, 12), torch.ones(1, 1, 3, 12, 12, dtype=torch.bool)
-    assert psnr(x, torch.ones_like(x)).isnan() and warp_error(x, flow, seen).isnan()
-
-
-def test_flow_of_one_frame_or_of_tiny_ones_is_refused():
-    pytest.importorskip("cv2")
-    for shape in ((1, 3, 1, 16, 16), (1, 3, 2, 11, 16)):
-        with pytest.raises(ValueError, match=r"2 frames of 12×12 at least, got \[1, 3, "):
-            flow_dis(torch.zeros(shape))
-    assert flow_dis(torch.zeros(1, 3, 2, 12, 12)).shape == (1, 2, 1, 12, 12)
-    with pytest.raises(ValueError, match="T ≥ 2"):
-        visible_by_consistency(torch.zeros(1, 2, 0, 8, 8), torch.zeros(1, 2, 0, 8, 8))
-
-
-def test_flow_consistency_finds_exactly_what_a_moving_square_covers():
-    H, W, step = 12, 20, 4
-    forward, backward = torch.zeros(1, 2, 1, H, W), torch.zeros(1, 2, 1, H, W)
-    forward[:, 0, 0, 3:8, 5:10] = step
-    backward[:, 0, 0, 3:8, 5 + step : 10 + step] = -step
-    forward[:, 1, 0, 0, :] = -1  # the top row leaves the frame
-    backward[:, 1, 0, 0, :] = 1
-    wanted = torch.ones(H, W, dtype=torch.bool)
-    wanted[3:8, 10 : 10 + step] = False
-    wanted[0] = False
-    with unchanged(forward, backward):
-        got = visible_by_consistency(forward, backward)
-    assert got.shape == (1, 1, 1, H, W) and got.dtype == torch.bool
-    assert torch.equal(got[0, 0, 0], wanted), f"{(got[0, 0, 0] != wanted).sum()} pixels differ"
 
 
 def random_covariance(d: int, rank: int) -> torch.Tensor:
@@ -303,37 +202,3 @@ def test_short_clips_are_played_to_and_fro_for_the_feature_network():
 def test_a_network_that_gives_no_feature_for_each_clip_is_refused():
     with pytest.raises(ValueError, match=r"wanted features \[2, d\] of 2 clips, the network gave \[2, 3, 1\]"):
         clip_features(lambda v: v[:, :, :1, 0, 0], torch.zeros(2, 3, 12, 4, 4))
-
-
-def test_dis_is_shown_the_luma_in_bytes_and_the_frames_in_pairs(monkeypatch):
-    seen = []
-
-    def calc(a, b, start):
-        seen.append((a, b))
-        return np.stack([np.full(a.shape, len(seen)), np.full(a.shape, -len(seen))], axis=-1).astype(np.float32)
-    monkeypatch.setitem(sys.modules, "cv2", SimpleNamespace(
-        DISOPTICAL_FLOW_PRESET_MEDIUM=1, DISOpticalFlow_create=lambda preset: SimpleNamespace(calc=calc)))
-    x, _ = videos(2, 3, 12, 15)
-    flow = flow_dis(x)
-    for b, t in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        for given, frame in zip(seen[2 * b + t], (t, t + 1)):
-            rgb = np.clip(255 * images(x, b, frame), 0, 255)
-            wanted = 0.299 * rgb[..., 0] + 0.587 * rgb[..., 1] + 0.114 * rgb[..., 2]  # ITU-R BT.601
-            difference = np.abs(given - wanted).max()
-            assert given.dtype == np.uint8 and difference <= 0.501, f"grey of frame {frame} is {difference:.2f} off"
-        assert flow[b, :, t].flatten(1).unique(dim=1).flatten().tolist() == [2 * b + t + 1, -(2 * b + t + 1)]
-
-
-def test_dis_flow_finds_a_translation_in_both_directions():
-    pytest.importorskip("cv2", reason="needs pip install opencv-python-headless")
-    torch.manual_seed(0)
-    canvas = interpolate(torch.rand(1, 3, 16, 24), (96, 144), mode="bicubic").clamp(0, 1) * 2 - 1
-    x = torch.stack([canvas[:, :, 8 + 2 * t : 72 + 2 * t, 20 - 3 * t : 116 - 3 * t] for t in range(3)], dim=2)
-    forward, backward = flow_dis(x), flow_dis(x.flip(2)).flip(2)
-    assert forward.shape == (1, 2, 2, 64, 96)
-    for name, flow, wanted in (("forward", forward, (3, -2)), ("backward", backward, (-3, 2))):
-        found = flow[..., 8:-8, 8:-8].flatten(3).median(dim=3).values
-        assert (found - torch.tensor(wanted)[None, :, None]).abs().max() <= 0.2, f"{name}: {wanted}, found {found}"
-    error, still = (warp_error(x, w, visible_by_consistency(w, b)).item()
-                    for w, b in ((forward, backward), (0 * forward, 0 * backward)))
-    assert error <= still / 20, f"warp error along DIS flow {error}, with no flow {still}"

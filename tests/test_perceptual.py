@@ -1,4 +1,4 @@
-"""LPIPS, Gram and DISTS against the published packages on equal weights, and against loops."""
+"""LPIPS, Gram and DISTS against the published packages on equal weights, and against loops; the patch loss."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,58 +8,29 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from mirage_min.method import perceptual
 from mirage_min.method.perceptual import (
-    FILES,
     GRAM_WEIGHTS,
-    TAPS,
+    PATCH_WEIGHTS,
     Dists,
-    Features,
     L2Pool,
     Lpips,
     _package_file,
     gram_loss,
-    per_video,
+    lpips_and_gram,
+    patch_loss,
+    random_square,
 )
+from mirage_min.networks.imagenet import FILES, Features
+from tests.random_imagenet import BUILDERS, frames, save_networks, torchvision_features
 from tests.small import unchanged
-from tests.torchvision_stub import stub
 
-stub()
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "perceptual"
-BUILDERS = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}
-
-
-def torchvision_features(net: str, state: dict | None = None) -> nn.Sequential:
-    """torchvision's own `features` with `state`, or with random weights that keep the activations' scale."""
-    from torchvision import models
-
-    with torch.device("meta"):  # its classifier alone has a hundred million parameters: never allocate them
-        features = getattr(models, BUILDERS[net])(weights=None).features
-    features = features.to_empty(device="cpu")
-    if state is not None:
-        features.load_state_dict(state)
-        return features.requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    for p in features.parameters():
-        fan = p[0].numel() if p.ndim == 4 else 100
-        p.data = torch.randn(p.shape, generator=generator) * (2 / fan) ** 0.5
-    return features.requires_grad_(False)
-
-
-def frames(*shape: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two different batches of smooth colours with some noise, in [-1, 1]."""
-    torch.manual_seed(seed)
-    coarse = torch.rand(2 * shape[0], 3, 4, 4)
-    x = nn.functional.interpolate(coarse, shape[-2:], mode="bicubic").clamp(0, 1) * 2 - 1
-    return (x + 0.1 * torch.randn_like(x)).clamp(-1, 1).split(shape[0])
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Random weights of the three networks, under the names the package asks for."""
-    path = tmp_path_factory.mktemp("weights")
-    for net, name in FILES.items():
-        save_file(torchvision_features(net).state_dict(), path / f"{name}.safetensors")
-    return path
+    return save_networks(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +58,13 @@ def test_lpips_equals_the_lpips_package_on_random_weights(net, folder, monkeypat
     assert difference <= 1e-6, f"LPIPS {theirs.tolist()}, largest difference {difference:.1e} > 1e-6"
 
 
-@pytest.mark.parametrize("net", ["alex", "squeeze"])
-@pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data/perceptual")
+@pytest.mark.parametrize("net", ["vgg", "alex", "squeeze"])
 def test_lpips_equals_the_lpips_package_on_real_weights(net, monkeypatch):
-    reference = package_lpips(net, load_file(REAL / f"{FILES[net]}.safetensors"), monkeypatch)
+    if not (REAL / f"{FILES[net]}.safetensors").exists():
+        pytest.skip(f"needs ../shared/data/perceptual/{FILES[net]}.safetensors")
+    state = load_file(REAL / f"{FILES[net]}.safetensors")
+    state = {key.removeprefix("features."): value for key, value in state.items()}
+    reference = package_lpips(net, state, monkeypatch)
     x, y = frames(3, 3, 64, 96)
     ours, theirs = Lpips(Features(net, REAL))(x, y), reference(x, y).flatten()
     difference = (ours - theirs).abs().max().item()
@@ -160,43 +134,100 @@ def test_gram_and_lpips_are_summed_in_float32_under_autocast(vgg):
         assert abs(got - wanted) <= 1e-5 * wanted, f"{name} of bfloat16 features {got}, in float32 {wanted}"
 
 
-def test_a_vgg_file_that_ends_early_gives_the_taps_it_reaches(vgg, folder, tmp_path):
+# ---- LPIPS and Gram together ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("texture", ["vgg", "squeeze"])
+def test_both_losses_are_those_of_two_calls_and_take_one_pass_an_image_where_they_read_one_network(texture, folder):
+    vgg = Features("vgg", folder).double()
+    lpips = Lpips(vgg).double()
+    other = vgg if texture == "vgg" else Features(texture, folder).double()
+    x, y = (v.double() for v in frames(2, 3, 32, 40))
+    x.requires_grad_()
+    wanted = lpips(x, y), gram_loss(other(x), other(y))
+    passes = []
+    for net in {vgg, other}:
+        net.register_forward_hook(lambda net, args, taps: passes.append(net.net))
+    got = lpips_and_gram(lpips, other, x, y.requires_grad_())
+    assert sorted(passes) == sorted(2 * ["vgg"] if texture == "vgg" else 2 * ["squeeze", "vgg"]), passes
+    for name, a, b in zip(("LPIPS", "Gram"), got, wanted, strict=True):
+        assert a.shape == (2,) and torch.equal(a, b), f"{name}: {b.tolist()}, got {a.tolist()}"
+    want_grad, = torch.autograd.grad((wanted[0] + wanted[1]).sum(), x)
+    got_grad, y_grad = torch.autograd.grad((got[0] + got[1]).sum(), (x, y), allow_unused=True)
+    difference = ((got_grad - want_grad).abs().max() / want_grad.abs().max()).item()
+    assert difference <= 1e-12 and y_grad is None, f"gradient's largest relative difference {difference:.1e} > 1e-12"
+
+
+# ---- patches --------------------------------------------------------------------------------------------------------
+
+
+def test_the_patch_loss_is_the_weighted_mean_square_of_feature_differences_on_the_square(vgg, monkeypatch):
+    """DiffusionHarmonizer Eq. 4: the features of the square alone, not a crop of the features of the frame."""
+    vgg, (x, y) = Features("vgg", REAL) if (REAL / "vgg16_features.safetensors").exists() else vgg, frames(2, 3, 48, 64)
+    monkeypatch.setattr(perceptual, "random_square", lambda H, W, least, draws: (slice(5, 37), slice(20, 52)))
+    x.requires_grad_()
+    wanted = [0.0, 0.0]
+    for n in range(2):
+        with torch.no_grad():
+            for fx, fy, weight in zip(*(vgg(v[n : n + 1, :, 5:37, 20:52]) for v in (x, y)), PATCH_WEIGHTS, strict=True):
+                squares = (fx - fy).square().flatten().double()
+                wanted[n] += weight * float(squares.sum()) / len(squares) / 5
+    got = patch_loss(vgg, x, y.requires_grad_(), torch.Generator())
+    assert got.shape == (2,) and got.tolist() == pytest.approx(wanted, rel=1e-5), f"wanted {wanted}, got {got.tolist()}"
+    got.sum().backward()
+    outside = x.grad.clone()
+    outside[:, :, 5:37, 20:52] = 0
+    assert x.grad.abs().max() > 0 and outside.abs().max() == 0 and y.grad is None
+
+
+def test_every_call_draws_another_square_and_a_generator_of_the_same_seed_the_same_ones(vgg):
+    x, y = frames(1, 3, 64, 64)
+
+    def losses(seed):
+        draws = torch.Generator().manual_seed(seed)
+        return [patch_loss(vgg, x, y, draws).item() for _ in range(4)]
+    assert losses(0) == losses(0) != losses(1) and len(set(losses(0))) == 4
+
+
+@pytest.mark.parametrize("H, W, low, high", [
+    (576, 1024, 128, 512), (1080, 1920, 128, 512), (288, 512, 64, 256), (96, 144, 21, 85), (40, 60, 16, 36),
+    (16, 200, 16, 16)], ids=lambda x: str(x))
+def test_squares_have_the_papers_sides_for_the_frames_height_and_lie_everywhere(H, W, low, high):
+    draws, sides, tops, lefts = torch.Generator().manual_seed(0), [], [], []
+    for _ in range(4000):
+        rows, columns = random_square(H, W, 16, draws)
+        assert 0 <= rows.start and rows.stop <= H and 0 <= columns.start and columns.stop <= W
+        assert rows.stop - rows.start == columns.stop - columns.start
+        sides.append(rows.stop - rows.start)
+        tops.append(rows.start / max(H - sides[-1], 1))
+        lefts.append(columns.start / max(W - sides[-1], 1))
+    assert low <= min(sides) <= low + (high - low) / 50 and high - (high - low) / 50 <= max(sides) <= high
+    assert abs(sum(sides) / 4000 - (low + high) / 2) <= (high - low) / 40, "sides are uniform"
+    for name, places in (("rows", tops), ("columns", lefts)):
+        if max(places) > 0:
+            assert min(places) <= 0.01 and max(places) == 1 and abs(sum(places) / 4000 - 0.5) <= 0.03, name
+
+
+def test_the_patch_loss_refuses_frames_that_differ_or_are_too_small(vgg):
+    x, y = frames(1, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"got \[1, 3, 32, 32\] and \[1, 3, 32, 31\]"):
+        patch_loss(vgg, x, y[..., :31], torch.Generator())
+    with pytest.raises(ValueError, match="of 16x16 at least"):
+        patch_loss(vgg, x[..., :15], y[..., :15], torch.Generator())
+
+
+# ---- DISTS ----------------------------------------------------------------------------------------------------------
+
+
+def test_networks_that_end_early_serve_neither_lpips_nor_dists(vgg, folder, tmp_path):
     state = load_file(folder / "vgg16_features.safetensors")
-    early = {key: value for key, value in state.items() if int(key.split(".")[0]) < 9}
-    save_file(early, tmp_path / "vgg16_features_to_relu2_2.safetensors")
+    save_file({key: value for key, value in state.items() if int(key.split(".")[0]) < 9},
+              tmp_path / "vgg16_features_to_relu2_2.safetensors")
     short = Features("vgg", tmp_path)
-    assert short.taps == ["relu1_2", "relu2_2"]
-    x, _ = frames(1, 3, 32, 48)
-    assert all(torch.equal(a, b) for a, b in zip(short(x), vgg(x)[:2], strict=True))
     with pytest.raises(ValueError, match=r"LPIPS needs the 5 taps.*reach only \['relu1_2', 'relu2_2'\]"):
         Lpips(short)
     with pytest.raises(ValueError, match="DISTS needs the taps"):
         Dists(short)
-
-
-def test_a_whole_torchvision_state_dict_is_accepted(vgg, folder, tmp_path):
-    state = load_file(folder / "vgg16_features.safetensors")
-    whole = {f"features.{key}": value for key, value in state.items()} | {"classifier.0.bias": torch.zeros(4)}
-    save_file(whole, tmp_path / "vgg16.safetensors")
-    x, _ = frames(1, 3, 16, 16)
-    other = Features("vgg", tmp_path / "vgg16.safetensors")
-    assert other.taps == list(TAPS["vgg"]) and all(torch.equal(a, b) for a, b in zip(other(x), vgg(x), strict=True))
-
-
-def test_weights_that_are_missing_or_of_another_network_are_named(vgg, folder, tmp_path):
-    with pytest.raises(ValueError, match=r"no vgg weights: put vgg16_features\.safetensors into .*empty"):
-        Features("vgg", tmp_path / "empty")
-    with pytest.raises(ValueError, match=r"alexnet_features\.safetensors: not the weights of squeeze: 0\.weight"):
-        Features("squeeze", folder / "alexnet_features.safetensors")
-    save_file({"conv1.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"no weights of vgg up to its first tap, got the keys \['conv1\.weight'\]"):
-        Features("vgg", tmp_path / "other.safetensors")
-    state = load_file(folder / "vgg16_features.safetensors")
-    save_file({**state, "2.weight": torch.zeros(64, 64, 1, 1)}, tmp_path / "odd.safetensors")
-    with pytest.raises(ValueError, match=r"2\.weight \[64, 64, 1, 1\] \(wanted \[64, 64, 3, 3\]\)"):
-        Features("vgg", tmp_path / "odd.safetensors")
-    with pytest.raises(ValueError, match=r"vgg: wanted frames \[N, 3, H, W\] of 16x16 at least, got \[3, 64, 64\]"):
-        vgg(torch.zeros(3, 64, 64))
 
 
 def test_the_hanning_pool_equals_loops():
@@ -239,53 +270,3 @@ def test_dists_is_zero_for_equal_frames_and_reads_its_vectors_from_a_file(vgg, t
     dists = Dists(vgg, tmp_path / "weights.pt")
     assert abs(dists(x, x).item()) <= 1e-5 and 0.01 < dists(x, y).item() < 2
     assert dists(x.double(), y.double()).item() == pytest.approx(dists(x, y).item(), abs=1e-6)
-
-
-@pytest.mark.parametrize("net, least", [("vgg", 16), ("squeeze", 17), ("alex", 31)])
-def test_frames_of_which_pooling_leaves_nothing_are_refused_and_no_larger_ones(net, least, folder):
-    features = Features(net, folder)
-    assert all(min(tap.shape) > 0 for tap in features(torch.zeros(1, 3, least, least)))
-    with pytest.raises(ValueError, match=rf"of {least}x{least} at least, got \[1, 3, 64, {least - 1}\]"):
-        features(torch.zeros(1, 3, 64, least - 1))
-
-
-@pytest.mark.parametrize("B, T", [(2, 5), (1, 1)])
-def test_micro_batches_of_frames_give_the_same_distance_and_gradient(B, T, folder):
-    lpips = Lpips(Features("squeeze", folder)).double()
-    x, y = (v.double().unflatten(0, (B, T)).transpose(1, 2) for v in frames(B * T, 3, 33, 40))
-    x.requires_grad_()
-    singly = torch.stack([torch.stack([lpips(x[b : b + 1, :, t], y[b : b + 1, :, t])[0] for t in range(T)]).mean()
-                          for b in range(B)])
-    wanted, = torch.autograd.grad((singly * torch.arange(1, B + 1)).sum(), x)
-    for n in (1, 3, 100):  # frames to a micro-batch: each alone, straddling two videos, all at once
-        value = per_video(lpips, x, y, pixels=n * 33 * 40 + 7)
-        grad, = torch.autograd.grad((value * torch.arange(1, B + 1)).sum(), x)
-        for name, a, b in (("distance", value, singly), ("gradient", grad, wanted)):
-            difference = ((a - b).abs().max() / b.abs().max()).item()
-            assert difference <= 1e-12, f"{name} with {n} frames a batch: relative difference {difference:.1e} > 1e-12"
-
-
-def test_what_is_kept_for_backward_does_not_grow_with_the_clip(folder):
-    lpips = Lpips(Features("squeeze", folder))
-
-    def kept(T: int) -> int:
-        """Bytes saved for backward beyond the clip itself."""
-        x, y = (v.unflatten(0, (1, T)).transpose(1, 2) for v in frames(T, 3, 32, 32))
-        sizes = {}
-
-        def pack(t: torch.Tensor) -> torch.Tensor:
-            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            value = per_video(lpips, x.requires_grad_(), y, pixels=2 * 32 * 32)
-        assert value.requires_grad
-        return sum(sizes.values())
-
-    one, five = kept(2), kept(10)
-    assert five <= one / 10, f"kept for backward: {one} bytes with one micro-batch, {five} with five"
-
-
-def test_per_video_names_the_shapes_it_refuses(vgg):
-    with pytest.raises(ValueError, match=r"got \[1, 3, 2, 16, 16\] and \[1, 3, 3, 16, 16\]"):
-        per_video(Lpips(vgg), torch.zeros(1, 3, 2, 16, 16), torch.zeros(1, 3, 3, 16, 16))

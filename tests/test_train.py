@@ -20,7 +20,7 @@ import train_harmonize
 import train_vae
 from mirage_min.data.pairs import Pairs
 from mirage_min.method import lora, perceptual
-from mirage_min.networks import weights
+from mirage_min.networks import imagenet, weights
 from mirage_min.systems.mirage import HARMONISATION, RECONSTRUCTION, TRANSFORMER, Mirage
 from mirage_min.training import memory, run, watch
 from tests import small
@@ -32,7 +32,7 @@ def save_inputs(folder: Path, save_base=small.save_cogvideox) -> None:
     """A base, a 2D VAE, pairs and random backbones for the losses."""
     save_base(folder)
     torch.manual_seed(0)
-    for name, net in (("squeezenet1_1", perceptual.squeezenet()), ("vgg16", perceptual.vgg16())):
+    for name, net in (("squeezenet1_1", imagenet.squeezenet()), ("vgg16", imagenet.vgg16())):
         state = {k: v for k, v in net.state_dict().items() if name != "vgg16" or int(k.split(".")[0]) < 9}
         weights.save_tensors(folder / f"{name}_features.safetensors", state)
     (folder / "pairs").mkdir()

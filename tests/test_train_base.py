@@ -10,7 +10,7 @@ import train_base
 from mirage_min.data.pairs import Pairs
 from mirage_min.data.real_clips import RealClips
 from mirage_min.method import perceptual
-from mirage_min.networks import weights
+from mirage_min.networks import imagenet, weights
 from mirage_min.networks.dit_cogvideox import CogVideoXDiTConfig
 from mirage_min.networks.vae_2d import AutoencoderKL
 from mirage_min.networks.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
     """Three pairs of 9 frames of 32 x 48, random backbones, and the base after all four stages."""
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
-    weights.save_tensors(folder / "squeezenet1_1_features.safetensors", perceptual.squeezenet().state_dict())
+    weights.save_tensors(folder / "squeezenet1_1_features.safetensors", imagenet.squeezenet().state_dict())
     (folder / "pairs").mkdir()
     for i in range(3):
         x = torch.randint(0, 256, (2, 3, 9, 32, 48), dtype=torch.uint8)

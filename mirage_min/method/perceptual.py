@@ -1,36 +1,17 @@
-"""Deep-feature distances between frames: LPIPS, Gram and DISTS over frozen ImageNet networks (Mirage Eqs. 3 and 4).
+"""Distances between frames in the features of ImageNet networks: LPIPS, Gram, DISTS, patch loss (Mirage Eqs. 3 and 4).
 
-One pass of VGG-16 per video can give the taps that both training losses read:
-
-    vgg = Features("vgg", folder)
+    vgg = Features("vgg", folder)                      # networks/imagenet.py says which files the folder holds
     lpips = Lpips(vgg)
+    distance, texture = lpips_and_gram(lpips, vgg, x, y)          # frames [N, 3, H, W] in [-1, 1] -> [N] and [N]
+    patch_loss(vgg, x, y, torch.Generator().manual_seed(0))       # DiffusionHarmonizer Eq. 4
 
-    def loss(x, y):                                    # frames [N, 3, H, W] in [-1, 1] -> [N]
-        with torch.no_grad():
-            taps_y = vgg(y)
-        taps_x = vgg(x)
-        return lpips.distance(taps_x, taps_y) + 0.1 * gram_loss(taps_x, taps_y)
+In every distance y is the target: no gradient flows into it. DISTS reads VGG's weights but pools differently, so it
+makes a pass of its own. The learned vectors of LPIPS and DISTS are data files of the packages `lpips` and
+`DISTS_pytorch`, found but never imported (importing either needs torchvision).
 
-    per_video(loss, x_dr, x_gt).mean()                 # videos [B, 3, T, H, W], in micro-batches of frames
-
-    python -m mirage_min.method.perceptual                    # shapes of the taps, and why Gram is computed per sample
-
-DISTS reads the same weights but pools differently, so it makes a pass of its own. AlexNet and SqueezeNet 1.1 are here
-for LPIPS. Not here: training any of them.
-
-Backbone weights are torchvision's ImageNet networks as safetensors, in a folder the caller names: vgg16_features,
-alexnet_features, squeezenet1_1_features, each with the suffix .safetensors. Where torchvision runs, they are made by
-
-    from torchvision.models import vgg16
-    from safetensors.torch import save_file
-    save_file(vgg16(weights="IMAGENET1K_V1").features.state_dict(), "vgg16_features.safetensors")
-
-and likewise from alexnet and squeezenet1_1. A file that ends early (VGG to relu2_2, say) serves the taps it reaches.
-The learned vectors of LPIPS and DISTS are data files of the packages `lpips` and `DISTS_pytorch`, found but never
-imported (importing either needs torchvision).
+    python -m mirage_min.method.perceptual             # what each distance notices, and why Gram is computed per sample
 """
 
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,138 +19,13 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ..networks.weights import load_tensors, save_tensors
+from ..networks.imagenet import TAPS, Features
 
-FILES = {"vgg": "vgg16_features", "alex": "alexnet_features", "squeeze": "squeezenet1_1_features"}
-TAPS = {  # {tap: its index in torchvision's `features`}
-    "vgg": {"relu1_2": 3, "relu2_2": 8, "relu3_3": 15, "relu4_3": 22, "relu5_3": 29},
-    "alex": {"relu1": 1, "relu2": 4, "relu3": 7, "relu4": 9, "relu5": 11},
-    "squeeze": {"relu1": 1, "fire4": 4, "fire7": 7, "fire9": 9, "fire10": 10, "fire11": 11, "fire12": 12},
-}
-LEAST = {"alex": 31, "squeeze": 17}  # pixels a side that leave something to pool; vgg's follow from its layers
-GRAM_WEIGHTS = (1 / 2.6, 1 / 4.8, 1 / 3.7, 1 / 5.6, 10 / 1.5)  # relu1_2 … relu5_3, as Difix (src/loss.py) has them
-
-
-# ---- the three backbones, layer for layer as torchvision numbers them ------------------------------------------------
-
-def vgg16() -> nn.Sequential:
-    """VGG-16 to relu5_3: the last pooling of torchvision's `features` feeds nothing here."""
-    layers, c_in = [], 3
-    for block in ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)):
-        for c_out in block:
-            layers += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.ReLU(inplace=True)]
-            c_in = c_out
-        layers += [nn.MaxPool2d(2)]
-    return nn.Sequential(*layers[:-1])
-
-
-def alexnet() -> nn.Sequential:
-    """AlexNet to its fifth rectifier."""
-    return nn.Sequential(
-        nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2),
-        nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2),
-        nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(inplace=True),
-        nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(inplace=True),
-        nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(inplace=True),
-    )
-
-
-class Fire(nn.Module):
-    """SqueezeNet's block: squeeze to few channels, expand by a 1×1 and a 3×3 convolution side by side."""
-
-    def __init__(self, c_in: int, c_squeeze: int, c_expand: int):
-        super().__init__()
-        self.squeeze = nn.Conv2d(c_in, c_squeeze, 1)
-        self.expand1x1 = nn.Conv2d(c_squeeze, c_expand, 1)
-        self.expand3x3 = nn.Conv2d(c_squeeze, c_expand, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.squeeze(x))
-        return F.relu(torch.cat([self.expand1x1(x), self.expand3x3(x)], dim=1))
-
-
-def squeezenet() -> nn.Sequential:
-    """SqueezeNet 1.1, all of its `features`."""
-    def pool() -> nn.MaxPool2d:
-        return nn.MaxPool2d(3, 2, ceil_mode=True)
-
-    return nn.Sequential(
-        nn.Conv2d(3, 64, 3, stride=2), nn.ReLU(inplace=True),
-        pool(), Fire(64, 16, 64), Fire(128, 16, 64),
-        pool(), Fire(128, 32, 128), Fire(256, 32, 128),
-        pool(), Fire(256, 48, 192), Fire(384, 48, 192), Fire(384, 64, 256), Fire(512, 64, 256),
-    )
-
-
-# ---- features --------------------------------------------------------------------------------------------------------
-
-class Features(nn.Module):
-    """A frozen backbone: `features(x [N, 3, H, W] in [-1, 1]) -> taps`, a list of [N, C_i, H_i, W_i], finest first.
-
-    net: "vgg", "alex" or "squeeze". weights: a safetensors file, or a folder that holds one under the name given in
-    the header. `taps` names what they reach, in order. Differentiable in x. Frames too small to pool: ValueError.
-    """
-
-    def __init__(self, net: str, weights: str | Path):
-        super().__init__()
-        if net not in FILES:
-            raise ValueError(f"net must be one of {sorted(FILES)}, got {net!r}")
-        self.net = net
-        self.taps, self.layers = _load(net, _find(net, Path(weights)))
-        self.requires_grad_(False)
-        # The weights' layout decides that of every activation: up to a quarter faster on a CPU.
-        self.to(memory_format=torch.channels_last)
-        # ImageNet's mean and std of [0, 1] colours, written for [-1, 1]; LPIPS, Gram and DISTS agree on them.
-        self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return self.walk(self.layers, x)
-
-    def walk(self, layers: nn.Sequential, x: Tensor) -> list[Tensor]:
-        """Normalise the colours, go through `layers` once and collect the taps."""
-        least = LEAST.get(self.net) or 2 ** sum(isinstance(layer, nn.MaxPool2d) for layer in layers)
-        if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < least:
-            raise ValueError(f"{self.net}: wanted frames [N, 3, H, W] of {least}x{least} at least, got {list(x.shape)}")
-        x = (x.to(self.mean.dtype) - self.mean) / self.std
-        wanted, taps = [TAPS[self.net][name] for name in self.taps], []
-        for i, layer in enumerate(layers):
-            x = layer(x)
-            if i in wanted:
-                taps.append(x)
-        return taps
-
-
-def _find(net: str, path: Path) -> Path:
-    """The weights file of `net`: the path itself, or in a folder the first whose name starts as it should."""
-    if path.is_file():
-        return path
-    files = sorted(path.glob(f"{FILES[net]}*.safetensors"))
-    if not files:
-        raise ValueError(f"no {net} weights: put {FILES[net]}.safetensors into {path}/ "
-                         f"(mirage_min/method/perceptual.py says how to make it)")
-    return files[0]
-
-
-def _load(net: str, file: Path) -> tuple[list[str], nn.Sequential]:
-    """The taps that the file's weights reach, and the layers up to the last of them with those weights."""
-    with torch.device("meta"):
-        layers = {"vgg": vgg16, "alex": alexnet, "squeeze": squeezenet}[net]()
-    state = {key.removeprefix("features."): value for key, value in load_tensors(file)[0].items()
-             if not key.startswith("classifier.")}
-    taps = [name for name, i in TAPS[net].items() if layers[: i + 1].state_dict().keys() <= state.keys()]
-    if not taps:
-        raise ValueError(f"{file}: no weights of {net} up to its first tap, got the keys {sorted(state)[:4]}")
-    layers = layers[: TAPS[net][taps[-1]] + 1]
-    wanted = {key: list(value.shape) for key, value in layers.state_dict().items()}
-    wrong = [f"{key} {list(value.shape)} (wanted {wanted.get(key, 'no such key')})"
-             for key, value in sorted(state.items()) if list(value.shape) != wanted.get(key)]
-    if wrong:
-        raise ValueError(f"{file}: not the weights of {net}: {', '.join(wrong[:3])}")
-    layers.load_state_dict(state, assign=True)
-    return taps, layers
+# Of relu1_2 … relu5_3.
+GRAM_WEIGHTS = (1 / 2.6, 1 / 4.8, 1 / 3.7, 1 / 5.6, 10 / 1.5)       # as Difix (src/loss.py) has them
+PATCH_WEIGHTS = (1 / 0.41, 1 / 1.5, 1 / 3.1, 1 / 0.67, 1 / 0.12)    # over the mean square of each on 49 road photos
+PATCH_SIDES, PATCH_HEIGHT = (128, 512), 576  # pixels of DiffusionHarmonizer's squares, on frames of this height
 
 
 def _package_file(package: str, name: str) -> Path:
@@ -186,8 +42,8 @@ def _package_file(package: str, name: str) -> Path:
 class Lpips(nn.Module):
     """LPIPS v0.1 (Zhang et al. 2018): `lpips(x, y) -> [N]` on frames [N, 3, H, W] in [-1, 1], lower is nearer.
 
-    Equals the package `lpips` on the same backbone. The field trains with vgg and evaluates with alex. y is the target:
-    no gradient flows into it. Raises where the backbone's file ends before its last tap.
+    Equals the package `lpips` on the same network. The field trains with vgg and evaluates with alex. ValueError if
+    the network's file ends before its last tap.
     """
 
     def __init__(self, features: Features):
@@ -204,23 +60,24 @@ class Lpips(nn.Module):
             for i in range(len(state)))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Frames x, y [N, 3, H, W] in [-1, 1] -> [N]."""
         with torch.no_grad():
             taps_y = self.features(y)
         return self.distance(self.features(x), taps_y)
 
     def distance(self, taps_x: list[Tensor], taps_y: list[Tensor]) -> Tensor:
-        """The distance of frames whose taps are at hand -> [N]."""
+        """The same from taps that are already computed, two lists of [N, C_i, H_i, W_i] -> [N]."""
         total = 0.0
         for fx, fy, w in zip(taps_x, taps_y, self.weights, strict=True):
             with torch.autocast(fx.device.type, enabled=False):
-                squares = rearrange((_unit(fx) - _unit(fy)).square(), "N C h w -> N h w C")
+                squares = rearrange((_unit(fx) - _unit(fy)).square(), "n c h w -> n h w c")
                 # d(x, y) = Σ_l mean_hw Σ_c w_lc (f̂x − f̂y)²,   f̂ = f / ‖f‖                       Zhang et al. Eq. 1
                 total = total + (squares @ w).mean(dim=(1, 2))
         return total
 
 
 def _unit(f: Tensor) -> Tensor:
-    """f [N, C, h, w] divided by its length over C at each position."""
+    """f [N, C, h, w] divided by its length over C at each position, in float32 at least."""
     f = _wide(f)
     # DEVIATION: the package's √Σf² has the gradient NaN where every channel is zero; vector_norm's is zero there.
     return f / (torch.linalg.vector_norm(f, dim=1, keepdim=True) + 1e-10)
@@ -234,10 +91,10 @@ def _wide(f: Tensor) -> Tensor:
 # ---- Gram ------------------------------------------------------------------------------------------------------------
 
 def gram_loss(taps_x: list[Tensor], taps_y: list[Tensor]) -> Tensor:
-    """Texture distance [N] of two sets of VGG taps, each a list of [N, d, h, w], finest first (Mirage Eq. 4).
+    """Texture distance of two sets of VGG taps, each a list of [N, d, h, w], finest first -> [N] (Mirage Eq. 4).
 
-    L = Σ_l w_l · mean_ij (G_ij − G'_ij)² / (d·h·w) with GRAM_WEIGHTS, as in Difix: G itself is divided by nothing, so a
-    layer's loss grows with the frame's area. Each frame has its own G (`gram`). Fewer than five taps use the first
+    L = Σ_l w_l · mean_ij (G_ij − G'_ij)² / (d·h·w) with GRAM_WEIGHTS, as in Difix: G itself is divided by nothing, so
+    a layer's loss grows with the frame's area. Each frame has its own G (`gram`). Fewer than five taps use the first
     weights.
     """
     total = 0.0
@@ -251,11 +108,67 @@ def gram_loss(taps_x: list[Tensor], taps_y: list[Tensor]) -> Tensor:
 
 
 def gram(f: Tensor) -> Tensor:
-    """Gram matrices G_ij = Σ_p f_ip · f_jp [N, d, d] of features [N, d, h, w], never summed in less than float32."""
-    f = rearrange(_wide(f), "N d h w -> N d (h w)")
+    """Gram matrices G_ij = Σ_p f_ip · f_jp [N, d, d] of features [N, d, h, w], summed in float32 at least."""
+    f = rearrange(_wide(f), "n d h w -> n d (h w)")
     with torch.autocast(f.device.type, enabled=False):
         # G_ij = Σ_p f_ip · f_jp
         return f @ f.transpose(1, 2)
+
+
+def lpips_and_gram(lpips: Lpips, texture: Features, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both of Mirage's distances of frames x, y [N, 3, H, W] in [-1, 1] -> (LPIPS [N], Gram [N]) (Mirage Eq. 4).
+
+    texture  the network whose taps Gram compares. Give it as `lpips.features` where LPIPS reads the same one: then
+             each image goes through it once, and not twice.
+    """
+    with torch.no_grad():
+        taps_y = lpips.features(y)
+    taps_x = lpips.features(x)
+    distance = lpips.distance(taps_x, taps_y)
+    if texture is not lpips.features:
+        with torch.no_grad():
+            taps_y = texture(y)
+        taps_x = texture(x)
+    return distance, gram_loss(taps_x, taps_y)
+
+
+# ---- patches ---------------------------------------------------------------------------------------------------------
+
+def patch_loss(vgg: Features, x: Tensor, y: Tensor, draws: torch.Generator) -> Tensor:
+    """Squared difference of VGG's features on one random square of frames x, y [N, 3, H, W] -> [N].
+
+    DiffusionHarmonizer Eq. 4. Every call draws another square (`random_square`), the same one for all N frames; the
+    mean over squares comes with the training steps. The paper does not give its λ_l: here each layer counts alike on
+    photos (PATCH_WEIGHTS). Fewer than five taps use the first weights.
+
+    draws  a generator on the CPU
+    ValueError if x and y differ in shape or are too small for VGG.
+    """
+    if x.shape != y.shape:
+        raise ValueError(f"wanted frames x and y of one shape, got {list(x.shape)} and {list(y.shape)}")
+    rows, columns = random_square(*x.shape[-2:], vgg.least, draws)
+    taps_x = vgg(x[:, :, rows, columns])
+    with torch.no_grad():
+        taps_y = vgg(y[:, :, rows, columns])
+    total = 0.0
+    for fx, fy, weight in zip(taps_x, taps_y, PATCH_WEIGHTS, strict=False):
+        # L_perc = E_k Σ_l λ_l ‖φ_l(P̂) − φ_l(P)‖²,   λ_l = weight / number of elements      DiffusionHarmonizer Eq. 4
+        total = total + weight * (_wide(fx) - _wide(fy)).square().mean(dim=(1, 2, 3))
+    return total / len(taps_x)
+
+
+def random_square(H: int, W: int, least: int, draws: torch.Generator) -> tuple[slice, slice]:
+    """Rows and columns of a square in a frame of H × W pixels: side and place uniform, over all that fit.
+
+    The side is 128 to 512 pixels, as in the paper, whose frames are 576 high. Where the frame's shorter side is smaller
+    than that, both bounds shrink with it; the square is never smaller than `least`, and never larger than the frame.
+    """
+    s = min(1.0, min(H, W) / PATCH_HEIGHT)
+    low, high = (min(max(round(side * s), least), H, W) for side in PATCH_SIDES)
+    side = int(torch.randint(low, high + 1, (), generator=draws))
+    top = int(torch.randint(H - side + 1, (), generator=draws))
+    left = int(torch.randint(W - side + 1, (), generator=draws))
+    return slice(top, top + side), slice(left, left + side)
 
 
 # ---- DISTS -----------------------------------------------------------------------------------------------------------
@@ -264,6 +177,7 @@ class L2Pool(nn.Module):
     """Halve the size by the root of a Hanning-weighted mean of squares, which aliases less than the maximum."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [N, C, h, w] -> [N, C, ceil(h / 2), ceil(w / 2)]."""
         C = x.shape[1]
         window = x.new_tensor([0.25, 0.5, 0.25])
         kernel = torch.outer(window, window).expand(C, 1, 3, 3)
@@ -274,8 +188,10 @@ class Dists(nn.Module):
     """DISTS (Ding et al. 2020): `dists(x, y) -> [N]` on frames [N, 3, H, W] in [-1, 1], 0 for equal frames.
 
     VGG-16 with every max pooling replaced by L2Pool; weights are shared with `features`. Frames are compared at the
-    size given (the authors' demo first resizes the short side to 256; pyiqa and DOVE do not). vectors: their weights.pt
-    with alpha and beta, by default the installed package's. y is the target: no gradient flows into it.
+    size given (the authors' demo first resizes the short side to 256; pyiqa and DOVE do not).
+
+    vectors  the authors' weights.pt with alpha and beta; None: the installed package's
+    ValueError unless `features` is VGG up to its last tap.
     """
 
     def __init__(self, features: Features, vectors: str | Path | None = None):
@@ -292,6 +208,7 @@ class Dists(nn.Module):
         self.beta = nn.Parameter(state["beta"].flatten() / total, requires_grad=False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Frames x, y [N, 3, H, W] in [-1, 1] -> [N]."""
         x, y = (frames.to(self.features.mean.dtype) for frames in (x, y))
         with torch.no_grad():
             taps_y = [(y + 1) / 2, *self.features.walk(self.layers, y)]
@@ -302,7 +219,7 @@ class Dists(nn.Module):
 
 
 def _similarity(fx: Tensor, fy: Tensor, c: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """Texture (means) and structure (covariance) similarity of each channel, [N, C] each."""
+    """fx, fy [N, C, h, w] -> similarity of each channel's mean and of its structure (covariance), [N, C] each."""
     mx, my = fx.mean(dim=(2, 3)), fy.mean(dim=(2, 3))
     dx, dy = fx - mx[:, :, None, None], fy - my[:, :, None, None]
     variances = dx.square().mean(dim=(2, 3)) + dy.square().mean(dim=(2, 3))
@@ -313,38 +230,26 @@ def _similarity(fx: Tensor, fy: Tensor, c: float = 1e-6) -> tuple[Tensor, Tensor
     return luminance, structure
 
 
-# ---- videos ----------------------------------------------------------------------------------------------------------
-
-def per_video(distance: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, pixels: int = 2**21) -> Tensor:
-    """Mean over its frames of `distance(frames_x, frames_y) -> [N]`, for videos x, y [B, 3, T, H, W] -> [B].
-
-    Frames go through in micro-batches of at most `pixels` pixels (but one frame at least), so memory does not grow with
-    the clip. Where x needs a gradient and there are several micro-batches, each is recomputed in the backward pass.
-    """
-    if x.ndim != 5 or x.shape != y.shape:
-        raise ValueError(f"wanted two videos [B, 3, T, H, W] of one shape, got {list(x.shape)} and {list(y.shape)}")
-    B, C, T, H, W = x.shape
-    n = max(1, pixels // (H * W))
-    xs, ys = (rearrange(v, "B C T H W -> (B T) C H W").split(n) for v in (x, y))
-    if len(xs) > 1 and torch.is_grad_enabled() and x.requires_grad:
-        out = [checkpoint(distance, fx, fy, use_reentrant=False) for fx, fy in zip(xs, ys, strict=True)]
-    else:
-        out = [distance(fx, fy) for fx, fy in zip(xs, ys, strict=True)]
-    return rearrange(torch.cat(out), "(B T) -> B T", B=B).mean(dim=1)
-
-
 if __name__ == "__main__":
     import tempfile
 
+    from ..networks.imagenet import vgg16
+    from ..networks.weights import save_tensors
+
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:  # random weights: the shapes are real, the distances mean nothing
+    with tempfile.TemporaryDirectory() as folder:  # random weights: what is equal is equal, no distance means anything
         save_tensors(Path(folder, "vgg16_features.safetensors"), vgg16().state_dict())
         vgg = Features("vgg", folder)
+    lpips, passes = Lpips(vgg), []
+    vgg.register_forward_hook(lambda *_: passes.append(1))
     x, y = torch.rand(2, 2, 3, 64, 96) * 2 - 1
-    taps_x, taps_y = vgg(x), vgg(y)
-    print(*(f"{name} {list(tap.shape)}" for name, tap in zip(vgg.taps, taps_x, strict=True)), sep="\n")
-    print("LPIPS of each frame  ", Lpips(vgg).distance(taps_x, taps_y).tolist())
-    print("Gram loss, batch of 2", gram_loss(taps_x, taps_y).tolist())
-    print("Gram loss, each alone", [gram_loss(vgg(a[None]), vgg(b[None])).item() for a, b in zip(x, y, strict=True)])
-    rows = [[rearrange(tap, "N d h w -> 1 (N d) h w") for tap in taps] for taps in (taps_x, taps_y)]
-    print("with the batch folded into the rows, textures mix:", gram_loss(*rows).item())
+    distance, texture = lpips_and_gram(lpips, vgg, x, y)
+    print(f"LPIPS {distance.tolist()} and Gram {texture.tolist()} of two frames: {len(passes)} passes through VGG")
+    alone = [lpips_and_gram(lpips, vgg, a[None], b[None])[1].item() for a, b in zip(x, y, strict=True)]
+    print(f"Gram of each frame alone: {alone}")
+    rows = [[rearrange(tap, "n d h w -> 1 (n d) h w") for tap in vgg(frames)] for frames in (x, y)]
+    print(f"with the batch folded into the rows, textures mix: {gram_loss(*rows).item()}")
+    draws = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        rows, columns = random_square(576, 1024, vgg.least, draws)
+        print(f"a square of 576 x 1024: rows {rows.start} to {rows.stop}, columns {columns.start} to {columns.stop}")
