@@ -199,3 +199,38 @@ def test_peft_computes_the_same_from_the_same_tensors():
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
     difference = (ours(x) - theirs(x)).abs().max()
     assert difference < 1e-12 and (ours(x) - base[2](base[1](base[0](x)))).abs().max() < 1e-6, f"{difference:.1e}"
+
+
+def test_a_checkpoint_that_peft_wrapped_is_merged_with_the_scale_that_peft_had():
+    stub()
+    peft = pytest.importorskip("peft", reason="needs the package peft")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 5, 1, bias=False), nn.Flatten(2),
+                        nn.Linear(16, 4)).double()
+    config = peft.LoraConfig(r=4, target_modules=["0", "2", "4"], init_lora_weights="gaussian")  # names no alpha
+    wrapped = peft.inject_adapter_in_model(config, copy.deepcopy(net), adapter_name="vae_skip")
+    for name, p in wrapped.named_parameters():
+        if ".lora_" in name:
+            p.data = 0.3 * torch.randn_like(p)
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    state = wrapped.state_dict()
+    assert "0.base_layer.weight" in state and "0.lora_A.vae_skip.weight" in state
+    net.load_state_dict(lora.unwrap(state))
+    torch.testing.assert_close(net(x), wrapped(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda state: state.pop("a.lora_A.skip.weight"), r"1 layers .*\['a.weight'\]"),
+    (lambda state: state.pop("a.lora_B.skip.weight"), r"1 layers .*\['a.weight'\]"),
+    (lambda state: state.pop("a.base_layer.weight"), r"1 layers .*\['a.weight'\]"),
+    (lambda state: state.update({"a.lora_A.more.weight": torch.ones(2, 3), "a.lora_B.more.weight": torch.ones(4, 2)}),
+     r"wanted one LoRA, got \['more', 'skip'\]")])
+def test_an_unpaired_or_second_adapter_in_a_wrapped_checkpoint_is_refused(change, message):
+    state = {"a.base_layer.weight": torch.ones(4, 3), "a.base_layer.bias": torch.ones(4), "b.weight": torch.ones(1),
+             "a.lora_A.skip.weight": torch.ones(2, 3), "a.lora_B.skip.weight": torch.ones(4, 2)}
+    merged = lora.unwrap(state, alpha=2.0)
+    assert merged.keys() == {"a.weight", "a.bias", "b.weight"}
+    assert torch.equal(merged["a.weight"], torch.full((4, 3), 3.0)), "W + 2/2 · B A, ones of rank 2"
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        lora.unwrap(state)

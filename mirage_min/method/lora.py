@@ -14,6 +14,7 @@ nothing of it, so that strict loading and save_pretrained work the same before a
 """
 
 import json
+import re
 import types
 from collections.abc import Iterator, Sequence
 
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LAYERS = (nn.Linear, nn.Conv2d, nn.Conv3d)
+PEFT_ALPHA = 8.0  # PEFT's default, which is what a checkpoint means that names none: img2img-turbo's, Difix's
 METADATA = "lora_adapter_metadata"  # where diffusers looks for alpha in a file's metadata; without, it takes the rank
 
 
@@ -139,6 +141,33 @@ def load(module: nn.Module, name: str, state: dict[str, Tensor]) -> None:
                          f"{len(shapes)} of another shape {shapes[:5]}")
     for key, p in mine.items():
         p.copy_(state[key])
+
+
+def unwrap(state: dict[str, Tensor], alpha: float = PEFT_ALPHA) -> dict[str, Tensor]:
+    """A checkpoint of a model that PEFT had wrapped -> the plain model's, merged:
+
+        <layer>.base_layer.weight,  <layer>.lora_A.NAME.weight,  <layer>.lora_B.NAME.weight  ->  <layer>.weight
+
+    Other keys stay. ValueError for an A without its B or its layer, or the other way round, and for several names.
+    """
+    plain, found, names = {}, {}, set()
+    for key, tensor in state.items():
+        if match := re.fullmatch(r"(.+)\.lora_([AB])\.([^.]+)\.weight", key):
+            layer, which, name = match.groups()
+            found.setdefault(f"{layer}.weight", {})[which] = tensor
+            names.add(name)
+        else:
+            plain[key.replace(".base_layer.", ".")] = tensor
+    unpaired = sorted(key for key, pair in found.items() if pair.keys() != {"A", "B"} or key not in plain)
+    if unpaired or len(names) > 1:
+        raise ValueError(f"{len(unpaired)} layers do not have their weight, lora_A and lora_B: {unpaired[:5]}"
+                         if unpaired else f"wanted one LoRA, got {sorted(names)}")
+    for key, pair in found.items():
+        W, r = plain[key], len(pair["A"])
+        A, B = (pair[m].flatten(1).to(torch.promote_types(W.dtype, torch.float32)) for m in "AB")
+        # W <- W + s · B A
+        plain[key] = (W + alpha / r * (B @ A).view(W.shape)).to(W.dtype)
+    return plain
 
 
 if __name__ == "__main__":
