@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import weights
+from .checked import Depth
 from .vae_2d import add_skip
 
 
@@ -31,8 +32,8 @@ class AutoencoderTinyConfig:
     out_channels: int = 3
     encoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)  # one number, for every size
     decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
-    num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
-    num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
+    num_encoder_blocks: tuple[Depth, ...] = (1, 3, 3, 3)
+    num_decoder_blocks: tuple[Depth, ...] = (3, 3, 3, 1)
     latent_channels: int = 4
     scaling_factor: float = 1.0
 
