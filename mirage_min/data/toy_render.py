@@ -95,9 +95,10 @@ class Hits:
     part: Tensor      # index of its part
 
 
-def cast(scene: Scene, config, t: int, supersample: int) -> Hits:
-    """Primary rays of frame t, `supersample` squared to a pixel, row by row."""
-    H, W, K, c2w = config.height * supersample, config.width * supersample, intrinsics(config), scene.c2w[t]
+def cast(scene: Scene, K: Tensor, size: tuple[int, int], t: int, supersample: int) -> Hits:
+    """Primary rays of frame t of a camera K [3, 3] with `size` rows and columns, `supersample` squared to a pixel."""
+    H, W = size[0] * supersample, size[1] * supersample
+    c2w = scene.c2w[t]
     y, x = torch.meshgrid((torch.arange(H) + 0.5) / supersample, (torch.arange(W) + 0.5) / supersample, indexing="ij")
     rays = torch.stack([(x - K[0, 2]) / K[0, 0], (y - K[1, 2]) / K[1, 1], torch.ones_like(x)], dim=-1).view(-1, 3)
     direction, origin = rays @ c2w[:3, :3].T, c2w[:3, 3]               # rays have z = 1: their t is the depth
@@ -237,7 +238,8 @@ def contact(point: Tensor, body: Body, t: int) -> Tensor:
 
 def frame(scene: Scene, config, t: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Frame t in linear light: (naive [3, H, W], truth [3, H, W], actor's alpha [1, H, W], its shadow [1, H, W])."""
-    hits, light = cast(scene, config, t, config.supersample), scene.light
+    hits = cast(scene, intrinsics(config), (config.height, config.width), t, config.supersample)
+    light = scene.light
     N = len(hits.body)
     albedo, sky, actor = torch.zeros(N, 3), hits.body == -2, hits.body == 0
     on = (hits.body == -1).nonzero().squeeze(1)
@@ -285,7 +287,7 @@ def frame(scene: Scene, config, t: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
 def motion(scene: Scene, config) -> tuple[Tensor, Tensor, Tensor]:
     """(depth [1, T, H, W], flow [2, T-1, H, W], visible [1, T-1, H, W]) at the pixels' centres."""
     H, W, K, T = config.height, config.width, intrinsics(config), config.frames
-    hits = [cast(scene, config, t, 1) for t in range(T)]
+    hits = [cast(scene, K, (H, W), t, 1) for t in range(T)]
     y, x = torch.meshgrid(torch.arange(H) + 0.5, torch.arange(W) + 0.5, indexing="ij")
     here, flow, visible = torch.stack([x, y], dim=-1).view(-1, 2), [], []
     for t in range(T - 1):
@@ -315,7 +317,7 @@ if __name__ == "__main__":
 
     config = WorldConfig(frames=2)
     scene = sample_scene(0, config)
-    hits = cast(scene, config, 0, 1)
+    hits = cast(scene, intrinsics(config), (config.height, config.width), 0, 1)
     for name, body in (("sky", -2), ("ground", -1), ("actor", 0)):
         print(f"{name:6} {(hits.body == body).float().mean():5.1%} of the rays")
     naive, truth, actor, shadow = frame(scene, config, 0)

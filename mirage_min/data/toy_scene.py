@@ -49,7 +49,8 @@ def street(scene: Scene, config, t: int) -> Gaussians:
     away = torch.eye(4).repeat(config.frames, 1, 1)
     away[:, 2, 3] = -1e4
     empty = replace(scene, bodies=[b if b.size is None else replace(b, pose=away) for b in scene.bodies])
-    hits, rgb = toy_render.cast(empty, config, t, 1), toy_render.frame(empty, config, t)[1].flatten(1).T
+    hits = toy_render.cast(empty, toy_render.intrinsics(config), (config.height, config.width), t, 1)
+    rgb = toy_render.frame(empty, config, t)[1].flatten(1).T
     origin, sky = scene.c2w[t, :3, 3], hits.body == -2
     depth = torch.where(sky, 200.0, hits.depth)
     ray = F.normalize(torch.where(sky[:, None], hits.local, hits.point - origin), dim=1)
@@ -130,7 +131,7 @@ def write_scene(folder: Path, seed: int, config: toy_world.WorldConfig) -> None:
                                             "cx": float(K[0, 2]), "cy": float(K[1, 2]), "frames": frames})
 
     vehicles, reference = [b for b, body in enumerate(scene.bodies) if body.size is not None], T // 2
-    bodies = [toy_render.cast(scene, config, t, 2).body.view(H, 2, W, 2) for t in range(T)]
+    bodies = [toy_render.cast(scene, K, (H, W), t, 2).body.view(H, 2, W, 2) for t in range(T)]
     parts = [moved(street(scene, config, t), Z_UP) for t in sorted({0, T // 2, T - 1})]
     parts, objects = [replace(p, ids=torch.zeros(len(p), dtype=torch.int64)) for p in parts], []
     for b in vehicles:

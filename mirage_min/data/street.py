@@ -1,0 +1,349 @@
+"""A rendered car on a real street: pairs whose street is a recording and whose shadow is known (Mirage §3.3).
+
+Truth is the recording with a toy car composited in, lit by that street's sun and sky, with its cast and its contact
+shadow. The naive insertion is the same car under another light, without either. What the renderer must know of the
+recording are a few numbers that a person can write down from one frame, a `Street`, kept next to the clip as
+NAME.street.json:
+
+    focal     the focal length in image widths; 0.9 is a field of view of 58 degrees
+    horizon   the row where the road would vanish, in image heights from the top
+    centre    the column of straight ahead, in image widths from the left
+    height    of the camera above the road, metres
+    lanes     where cars may drive, metres to the right of the camera: [[x, heading in degrees from straight ahead], …]
+    near, far how far ahead a car may be inserted, metres
+    sun       [azimuth, elevation] in degrees: azimuth from straight ahead, positive to the right
+    shadow    what share of a road's light is left where the sun is hidden: 0.35 on a clear day, 1 under clouds
+    asphalt   the road's albedo: 0.08 new and dark, 0.25 concrete; how bright a car is beside it follows from that
+    warmth    how much redder than blue the sun is
+
+    pair = make_pair(clip, STREETS["U3_challenge_video"], (192, 320), 9, draws)
+
+    python -m mirage_min.data.street --clips data/real/train --out data/street --count 200     # pairs for training
+    python -m mirage_min.data.street --clips data/real/train --grid grid.png    # the ground grid over a frame, to check
+"""
+
+import argparse
+import json
+import math
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from safetensors import safe_open
+from torch import Generator, Tensor
+from tqdm import tqdm
+
+from ..networks.weights import save_tensors
+from .align import mask_box
+from .photometric import uniform
+from .real_clips import resize
+from .toy_render import Body, Light, Scene, blocked, cast, contact, paint, project, shade
+from .toy_world import PAINTS, car
+from .video import from_bytes, to_bytes
+
+GAMMA = 2.2  # between a file's values and linear light, roughly
+
+
+@dataclass(frozen=True)
+class Street:
+    """What is known of a recording's camera and light; the fields are explained at the top of this file."""
+
+    focal: float
+    horizon: float
+    centre: float = 0.5
+    height: float = 1.4
+    lanes: tuple[tuple[float, float], ...] = ((0.0, 0.0),)
+    near: float = 8.0
+    far: float = 25.0
+    sun: tuple[float, float] = (150.0, 50.0)
+    shadow: float = 0.35
+    asphalt: float = 0.1
+    warmth: float = 0.15
+
+    def __post_init__(self):
+        for name, low, high in (("focal", 0.2, 5), ("horizon", -0.5, 1.5), ("height", 0.3, 5), ("shadow", 0.05, 1),
+                                ("asphalt", 0.02, 0.6)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must be from {low} to {high}, got {getattr(self, name)}")
+        if not 0 < self.near < self.far:
+            raise ValueError(f"near and far must be 0 < near < far, got {self.near} and {self.far}")
+
+
+@dataclass
+class Pair:
+    """A naive insertion, the truth, the car's alpha and its boxes."""
+
+    x_ni: Tensor     # [3, T, H, W] in [-1, 1]
+    x_gt: Tensor     # [3, T, H, W] in [-1, 1]
+    actor: Tensor    # [1, T, H, W] in [0, 1]
+    boxes: Tensor    # [T, 4] x0, y0, x1, y1 in pixels
+
+
+STREETS = {  # of the clips in real_clips.py: measured by eye on one frame, checked with --grid
+    "highway_dashcam": Street(0.95, 0.575, 0.49, 1.3, ((-3.7, 0), (-0.2, 0)), 9, 30, (-120, 58), 0.35, 0.10),
+    "U1a_project_video_000-199": Street(0.9, 0.585, 0.50, 1.3, ((0.3, 0), (3.9, 0)), 8, 26, (-120, 62), 0.34, 0.08),
+    "U1b_project_video_125-299": Street(0.9, 0.585, 0.50, 1.3, ((0.3, 0), (3.9, 0)), 8, 26, (-120, 62), 0.34, 0.08),
+    "U3_challenge_video": Street(0.9, 0.60, 0.52, 1.3, ((0.6, 0), (4.2, 0)), 8, 26, (-100, 50), 0.36, 0.25),
+    "U4_project_video_later": Street(0.9, 0.585, 0.50, 1.3, ((0.3, 0), (3.9, 0)), 8, 26, (-120, 62), 0.34, 0.08),
+    "front_camera": Street(0.98, 0.52, 0.5, 1.6, ((-3.4, 0), (-6.6, 180)), 9, 24, (-60, 25), 0.85, 0.12),
+    "back_camera": Street(0.98, 0.50, 0.5, 1.6, ((0.4, 180), (3.8, 180)), 13, 26, (120, 25), 0.85, 0.12),
+    "front_left_camera": Street(0.98, 0.52, 0.5, 1.6, ((-1.0, 60), (2.0, 235)), 8, 16, (0, 25), 0.85, 0.12),
+    "left_camera": Street(0.98, 0.52, 0.5, 1.6, ((0.0, 90), (0.0, 270)), 8, 14, (-20, 20), 0.85, 0.12),
+}
+
+
+def make_pair(clip: Path, street: Street, size: tuple[int, int], frames: int, draws: Generator) -> Pair:
+    """One pair of `size` rows and columns from a clip's file: a random time, scale and crop with the car in it."""
+    h, w = size
+    with safe_open(clip, framework="pt") as file:
+        x = file.get_slice("x")
+        _, T, H, W = x.get_shape()
+        if T < frames:
+            raise ValueError(f"{clip}: wanted at least {frames} frames, got {T}")
+        t = int(torch.randint(T - frames + 1, (), generator=draws))
+        x = from_bytes(x[:, t : t + frames])
+    # from the whole frame as small as the crop to nearly the clip's own pixels
+    low = max(h / H, w / W)
+    scale = min(1.0, low * float(uniform(draws, 1.0, 1.8)))
+    x = resize(x, (max(h, round(H * scale)), max(w, round(W * scale))))
+    scene = sample_car(street, frames, draws)
+    K = intrinsics(street, *x.shape[-2:])
+    road = brightness_of_the_road(x, street)
+    top, left = window_with_the_car(scene, K, x.shape[-2:], size, draws)
+    K[0, 2] -= left
+    K[1, 2] -= top
+    return insert(x[:, :, top : top + h, left : left + w], scene, K, street.shadow, road / street.asphalt)
+
+
+def window_with_the_car(scene: Scene, K: Tensor, whole: tuple[int, int], size: tuple[int, int], draws: Generator
+                        ) -> tuple[int, int]:
+    """(top, left) of a crop that holds as much of the car in the middle frame as fits, elsewhere random."""
+    body, t = scene.bodies[0], len(scene.c2w) // 2
+    corners = torch.cat([part.corners for part in body.parts]) @ body.pose[t, :3, :3].T + body.pose[t, :3, 3]
+    pixels, _ = project(corners, K, scene.c2w[t])
+    found = []
+    for axis, (n, m) in ((1, (whole[0], size[0])), (0, (whole[1], size[1]))):
+        a, b = float(pixels[:, axis].min()), float(pixels[:, axis].max())
+        low, high = sorted((b - m, a))
+        start = float(uniform(draws, low, high))
+        found.append(int(min(max(start, 0), n - m)))
+    return found[0], found[1]
+
+
+def insert(x: Tensor, scene: Scene, K: Tensor, shadow: float, white: Tensor) -> Pair:
+    """Composite the scene's car into x [3, T, H, W] in [-1, 1], once in the street's light and with its shadow.
+
+    truth = x · darkening · (1 − alpha) + car lit by the street;  naive = x · (1 − alpha) + car lit otherwise; linear.
+    shadow: `Street`'s; white [3]: how bright a road of albedo 1 would be.
+    """
+    naive, truth, alphas = [], [], []
+    for t in range(x.shape[1]):
+        linear = ((x[:, t] + 1) / 2) ** GAMMA
+        lit, wrong, alpha, darkening = render_car(scene, K, x.shape[-2:], t, shadow, white)
+        truth.append(linear * darkening * (1 - alpha) + lit)
+        naive.append(linear * (1 - alpha) + wrong)
+        alphas.append(alpha)
+    actor = torch.stack(alphas, dim=1)
+    x_ni, x_gt = (torch.stack(v, dim=1).clamp(0, 1) ** (1 / GAMMA) * 2 - 1 for v in (naive, truth))
+    return Pair(x_ni, x_gt, actor, torch.stack([mask_box(a) for a in actor[0]]))
+
+
+def intrinsics(street: Street, H: int, W: int) -> Tensor:
+    """K [3, 3] in pixels; straight ahead, on the horizon, is the principal point of a camera that looks level."""
+    f = street.focal * W
+    return torch.tensor([[f, 0.0, street.centre * W], [0.0, f, street.horizon * H], [0.0, 0.0, 1.0]])
+
+
+def sample_car(street: Street, T: int, draws: Generator) -> Scene:
+    """A car in one of the street's lanes, its light and a wrong one, seen by a camera at rest."""
+    lane, heading = street.lanes[int(torch.randint(len(street.lanes), (), generator=draws))]
+    length, width, height = (float(uniform(draws, *r)) for r in ((4.0, 4.9), (1.75, 1.95), (1.45, 1.85)))
+    x = lane + float(uniform(draws, -0.5, 0.5))
+    z = float(uniform(draws, street.near, street.far))
+    yaw = math.radians(heading + float(uniform(draws, -6, 6)))
+    pose = torch.eye(4).repeat(T, 1, 1)
+    pose[:, 0, 0] = pose[:, 2, 2] = math.cos(yaw)
+    pose[:, 0, 2], pose[:, 2, 0] = math.sin(yaw), -math.sin(yaw)
+    drift = float(uniform(draws, -0.12, 0.12)) * torch.arange(T)       # metres along its heading
+    pose[:, 0, 3] = x + drift * math.sin(yaw)
+    pose[:, 2, 3] = z + drift * math.cos(yaw)
+    color = torch.tensor(PAINTS[int(torch.randint(len(PAINTS), (), generator=draws))]) * uniform(draws, 0.85, 1.15)
+    body = Body(car(length, width, height), color.clamp(0, 0.9), pose, torch.tensor([width, height, length]))
+
+    overcast = street.shadow > 0.7
+    sun_share = 0.25 if overcast else 1.0
+    right = Light(towards(*street.sun), sun_share * torch.tensor([1.0 + street.warmth, 1.0, 1.0 - street.warmth]),
+                  torch.tensor([0.9, 0.97, 1.1]) * (0.8 if overcast else 0.35), 1.0)
+    tint = float(uniform(draws, -0.15, 0.15))
+    wrong = Light(towards(float(uniform(draws, -180, 180)), float(uniform(draws, 30, 75))),
+                  torch.tensor([1.0 + tint, 1.0, 1.0 - tint]) * uniform(draws, 0.2, 1.2),
+                  torch.tensor([0.85, 0.95, 1.05]) * uniform(draws, 0.4, 1.0), float(uniform(draws, 0.7, 1.4)))
+    c2w = torch.eye(4).repeat(T, 1, 1)
+    c2w[:, 1, 3] = -street.height
+    return Scene([body], right, wrong, c2w, {}, 0)
+
+
+def towards(azimuth: float, elevation: float) -> Tensor:
+    """The unit vector to a sun, camera axes (x right, y down, z ahead); both angles in degrees."""
+    a, e = math.radians(azimuth), math.radians(elevation)
+    return torch.tensor([math.cos(e) * math.sin(a), -math.sin(e), math.cos(e) * math.cos(a)])
+
+
+def brightness_of_the_road(x: Tensor, street: Street) -> Tensor:
+    """[3] linear light of the asphalt ahead, the median of a patch: the car's exposure is tied to it."""
+    H, W = x.shape[-2:]
+    top, bottom = street.horizon + 0.10, street.horizon + 0.25
+    patch = x[:, :, int(top * H) : int(bottom * H), int((street.centre - 0.12) * W) : int((street.centre + 0.12) * W)]
+    return ((patch + 1) / 2).flatten(1).median(dim=1).values.clamp(min=0.02) ** GAMMA
+
+
+def render_car(scene: Scene, K: Tensor, size: tuple[int, int], t: int, shadow: float, white: Tensor, s: int = 2
+               ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One frame in linear light: the car under the street's light and under the wrong one, each [3, H, W] times alpha;
+    alpha [1, H, W]; and by what factor [3, H, W] the street is darkened. s² rays to a pixel.
+
+    The car is exposed so that a road of albedo 1 in the same light would be as bright as `white` [3].
+    """
+    H, W = size
+    hits = cast(scene, K, (H, W), t, s)
+    body, light = scene.bodies[0], scene.light
+    on, ground = hits.body == 0, hits.body == -1
+    albedo = torch.zeros(len(on), 3)
+    for k in range(len(body.parts)):
+        which = (on & (hits.part == k)).nonzero().squeeze(1)
+        if len(which):
+            albedo[which] = paint(scene, hits, which, 0, k)
+
+    start = hits.point + 0.01 * hits.normal
+    free = torch.ones(len(on))
+    near_it = on | ground
+    free[near_it] = 1 - blocked(scene, t, start[near_it], [0], light.to_sun).float()
+    one = torch.ones(int(on.sum()))
+    up = torch.tensor([[0.0, -1.0, 0.0]])
+    road = shade(torch.ones(1, 3), up, light, torch.ones(1), torch.ones(1))[0]
+    lit, wrong = torch.zeros(len(on), 3), torch.zeros(len(on), 3)
+    lit[on] = shade(albedo[on], hits.normal[on], light, free[on], one) * (white / road)
+    grey = white.mean() / road.mean()
+    wrong[on] = shade(albedo[on], hits.normal[on], scene.naive, one, one) * grey
+
+    # what reaches the road: `shadow` of all light where the sun is hidden, and less of that close to the car
+    factor = torch.ones(len(on))
+    open_sky = contact(hits.point[ground], body, t)
+    factor[ground] = (shadow + (1 - shadow) * free[ground]) * (0.4 + 0.6 * open_sky)
+
+    def down(v: Tensor) -> Tensor:
+        return rearrange(v.view(H, s, W, s, -1), "h p w q c -> c h w p q").mean(dim=(3, 4))
+    darkening = down(factor[:, None].expand(-1, 3))
+    if shadow < 0.7:  # where the sun is hidden, the blue sky lights the road
+        blue = torch.tensor([0.94, 1.0, 1.08]).view(3, 1, 1)
+        darkening = darkening * torch.lerp(blue, torch.ones(3, 1, 1), darkening)
+    return down(lit), down(wrong), down(on.float()[:, None]), darkening
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+def read_street(clip: Path) -> Street:
+    """NAME.street.json next to the clip, or else what is known of the clip of that name. ValueError: neither."""
+    file = clip.with_suffix(".street.json")
+    if file.exists():
+        try:
+            return replace(STREETS.get(clip.stem, Street(0.9, 0.5)), **json.loads(file.read_text(encoding="utf-8-sig")))
+        except (TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{file}: wanted the fields {', '.join(asdict(Street(0.9, 0.5)))}: {error}") from None
+    if clip.stem not in STREETS:
+        raise ValueError(f"{clip}: nothing is known of its camera: write {file.name} (mirage_min/data/street.py)")
+    return STREETS[clip.stem]
+
+
+def save_pair(pair: Pair, path: Path) -> None:
+    """One safetensors as data/pairs.py reads it."""
+    actor = (pair.actor * 255).round().to(torch.uint8)
+    save_tensors(path, {"x_ni": to_bytes(pair.x_ni), "x_gt": to_bytes(pair.x_gt), "actor": actor, "boxes": pair.boxes})
+
+
+def ground_grid(x: Tensor, street: Street) -> Tensor:
+    """x [3, H, W] -> the same with lines on the road: every metre across, every 5 m ahead, the lanes in green."""
+    H, W = x.shape[-2:]
+    K, x = intrinsics(street, H, W), x.clone()
+
+    def dot(right: float, ahead: float, color: tuple[float, float, float]) -> None:
+        column = K[0, 2] + K[0, 0] * right / ahead
+        row = K[1, 2] + K[1, 1] * street.height / ahead
+        if 0 <= row < H and 0 <= column < W:
+            x[:, int(row), int(column)] = torch.tensor(color)
+    for ahead in range(5, 45, 5):
+        for right in torch.linspace(-8, 8, 1200).tolist():
+            dot(right, ahead, (1, -1, -1))
+    for ahead in torch.linspace(4, 40, 2500).tolist():
+        for right in range(-8, 9):
+            dot(right, ahead, (1, 0, -1))
+        for right, _ in street.lanes:
+            dot(right, ahead, (-1, 1, -1))
+    return x
+
+
+def write_pair(clip: Path, path: Path, size: tuple[int, int], frames: int, seed: int) -> None:
+    """One pair to its file, unless it is there; one thread, for every worker is a process."""
+    torch.set_num_threads(1)
+    if not path.exists():
+        save_pair(make_pair(clip, read_street(clip), size, frames, torch.Generator().manual_seed(seed)), path)
+
+
+def main(args: argparse.Namespace) -> None:
+    """A folder of pairs, clips in turn by their lengths; or a picture of the grid."""
+    clips = [c for c in sorted(args.clips.glob("*.safetensors")) if c.stem in STREETS
+             or c.with_suffix(".street.json").exists()]
+    if not clips:
+        raise ValueError(f"{args.clips}: no clip of a known camera (NAME.safetensors with NAME.street.json)")
+    if args.grid:
+        from PIL import Image
+
+        from .video import to_uint8
+        pictures = []
+        for clip in clips:
+            with safe_open(clip, framework="pt") as file:
+                x = from_bytes(file.get_slice("x")[:, 20:21])
+            pictures.append(ground_grid(resize(x, (360, 640))[:, 0], read_street(clip)))
+        Image.fromarray(to_uint8(torch.cat(pictures, dim=1))).save(args.grid)
+        return
+    lengths = []
+    for clip in clips:
+        with safe_open(clip, framework="pt") as file:
+            lengths.append(file.get_slice("x").get_shape()[1])
+    args.out.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(args.workers) as pool:
+        jobs = []
+        for seed in range(args.first_seed, args.first_seed + args.count):
+            draws = torch.Generator().manual_seed(seed)
+            clip = clips[int(torch.multinomial(torch.tensor(lengths, dtype=torch.float32), 1, generator=draws))]
+            path = args.out / f"{clip.stem}_{seed:06d}.safetensors"
+            jobs.append(pool.submit(write_pair, clip, path, args.size, args.frames, seed))
+        for job in tqdm(jobs, unit="pair", disable=None):
+            job.result()
+
+
+def rows_x_columns(text: str) -> tuple[int, int]:
+    """"192x320" -> (192, 320)"""
+    H, W = map(int, text.split("x"))
+    return H, W
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--clips", type=Path, default=Path("data/real/train"), help="folder of clips (real_clips.py)")
+    parser.add_argument("--out", type=Path, default=Path("data/street"), help="folder for the pairs")
+    parser.add_argument("--count", type=int, default=100, help="how many (default 100); those that exist are kept")
+    parser.add_argument("--first-seed", type=int, default=0, help="seed of the first (default 0)")
+    parser.add_argument("--size", type=rows_x_columns, default=(192, 320), help="rows x columns (default 192x320)")
+    parser.add_argument("--frames", type=int, default=9, help="frames of a pair (default 9)")
+    parser.add_argument("--workers", type=int, default=1, help="processes (default 1)")
+    parser.add_argument("--grid", type=Path, help="write the ground grid over a frame of each clip here instead")
+    args = parser.parse_args()
+    try:
+        main(args)
+    except (ValueError, OSError) as error:
+        print(f"street: {error}", file=sys.stderr)
+        sys.exit(2)
