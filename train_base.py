@@ -211,7 +211,7 @@ class Latents:
 
 @torch.no_grad()
 def quiet_posterior(model) -> None:
-    """Start with little noise on the latents, a standard deviation of e^-2: else decoders first learn to ignore them."""
+    """Start with little noise on the latents (std e^-2), or decoders first learn to ignore them."""
     last = model.encoder.conv_out.conv if isinstance(model, CogVideoXVAE) else model.quant_conv
     last.bias.chunk(2)[1].sub_(4)
 

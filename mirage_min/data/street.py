@@ -20,6 +20,7 @@ NAME.street.json:
 
     python -m mirage_min.data.street --clips data/real/train --out data/street --count 200     # pairs for training
     python -m mirage_min.data.street --clips data/real/train --grid grid.png    # the ground grid over a frame, to check
+    python -m mirage_min.data.street                                            # a car on a made-up road: street.png
 """
 
 import argparse
@@ -32,6 +33,7 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
+from PIL import Image
 from safetensors import safe_open
 from torch import Generator, Tensor
 from tqdm import tqdm
@@ -41,8 +43,8 @@ from .align import mask_box
 from .photometric import uniform
 from .real_clips import resize
 from .toy_render import Body, Light, Scene, blocked, cast, contact, paint, project, shade
-from .toy_world import PAINTS, car
-from .video import from_bytes, to_bytes
+from .toy_world import PAINTS, car, height_x_width
+from .video import from_bytes, to_bytes, to_uint8
 
 GAMMA = 2.2  # between a file's values and linear light, roughly
 
@@ -285,6 +287,20 @@ def ground_grid(x: Tensor, street: Street) -> Tensor:
     return x
 
 
+def demonstrate() -> None:
+    """A car on an even road under an even sky."""
+    x = torch.full((3, 1, 96, 160), 0.2)
+    x[:, :, 43:] = -0.2
+    street = Street(0.9, 0.45, lanes=((1.5, 0.0),), near=8, far=10, sun=(60, 35))
+    scene, K = sample_car(street, 1, torch.Generator().manual_seed(3)), intrinsics(street, 96, 160)
+    pair = insert(x, scene, K, street.shadow, brightness_of_the_road(x, street) / street.asphalt)
+    darker = (x - pair.x_gt).mean(dim=0)[pair.actor[0] == 0] * 127.5
+    print(f"the car covers {pair.actor.mean():.1%} of the frame, its box is {pair.boxes[0].int().tolist()}")
+    print(f"{(darker > 2).sum()} pixels of the road are darker in the truth, by up to {darker.max():.0f} of 255")
+    Image.fromarray(to_uint8(torch.cat([pair.x_ni[:, 0], pair.x_gt[:, 0]], dim=2))).save("street.png")
+    print("street.png: naive insertion | truth")
+
+
 def write_pair(clip: Path, path: Path, size: tuple[int, int], frames: int, seed: int) -> None:
     """One pair to its file, unless it is there; one thread, for every worker is a process."""
     torch.set_num_threads(1)
@@ -293,26 +309,23 @@ def write_pair(clip: Path, path: Path, size: tuple[int, int], frames: int, seed:
 
 
 def main(args: argparse.Namespace) -> None:
-    """A folder of pairs, clips in turn by their lengths; or a picture of the grid."""
+    """A folder of pairs, clips drawn by their lengths; or a picture of the grid; or neither, and a demonstration."""
+    if not (args.out or args.grid):
+        return demonstrate()
     clips = [c for c in sorted(args.clips.glob("*.safetensors")) if c.stem in STREETS
              or c.with_suffix(".street.json").exists()]
     if not clips:
         raise ValueError(f"{args.clips}: no clip of a known camera (NAME.safetensors with NAME.street.json)")
-    if args.grid:
-        from PIL import Image
-
-        from .video import to_uint8
-        pictures = []
-        for clip in clips:
-            with safe_open(clip, framework="pt") as file:
-                x = from_bytes(file.get_slice("x")[:, 20:21])
-            pictures.append(ground_grid(resize(x, (360, 640))[:, 0], read_street(clip)))
-        Image.fromarray(to_uint8(torch.cat(pictures, dim=1))).save(args.grid)
-        return
-    lengths = []
+    lengths, pictures = [], []
     for clip in clips:
         with safe_open(clip, framework="pt") as file:
             lengths.append(file.get_slice("x").get_shape()[1])
+            x = from_bytes(file.get_slice("x")[:, :1])
+        if args.grid:
+            pictures.append(ground_grid(resize(x, (360, 640))[:, 0], read_street(clip)))
+    if args.grid:
+        Image.fromarray(to_uint8(torch.cat(pictures, dim=1))).save(args.grid)
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(args.workers) as pool:
         jobs = []
@@ -325,19 +338,13 @@ def main(args: argparse.Namespace) -> None:
             job.result()
 
 
-def rows_x_columns(text: str) -> tuple[int, int]:
-    """"192x320" -> (192, 320)"""
-    H, W = map(int, text.split("x"))
-    return H, W
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--clips", type=Path, default=Path("data/real/train"), help="folder of clips (real_clips.py)")
-    parser.add_argument("--out", type=Path, default=Path("data/street"), help="folder for the pairs")
+    parser.add_argument("--out", type=Path, help="folder for the pairs; without it, one car is shown")
     parser.add_argument("--count", type=int, default=100, help="how many (default 100); those that exist are kept")
     parser.add_argument("--first-seed", type=int, default=0, help="seed of the first (default 0)")
-    parser.add_argument("--size", type=rows_x_columns, default=(192, 320), help="rows x columns (default 192x320)")
+    parser.add_argument("--size", type=height_x_width, default=(192, 320), help="rows x columns (default 192x320)")
     parser.add_argument("--frames", type=int, default=9, help="frames of a pair (default 9)")
     parser.add_argument("--workers", type=int, default=1, help="processes (default 1)")
     parser.add_argument("--grid", type=Path, help="write the ground grid over a frame of each clip here instead")

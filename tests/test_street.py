@@ -1,0 +1,130 @@
+"""A rendered car on a real street: it stands on the road and darkens it away from the sun, and changes nothing else."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mirage_min.data import street
+from mirage_min.data.pairs import Pairs
+from mirage_min.data.street import Street
+from mirage_min.networks import weights
+
+ROOT = Path(__file__).resolve().parents[1]
+H, W = 72, 128
+SUNNY = Street(focal=0.9, horizon=0.45, near=8, far=9, sun=(90.0, 40.0), shadow=0.3, asphalt=0.2)
+
+
+def draws(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def grey_road(frames=2):
+    return torch.full((3, frames, H, W), 0.1)
+
+
+def inserted(what=SUNNY, seed=0, x=None):
+    x = grey_road() if x is None else x
+    scene, K = street.sample_car(what, x.shape[1], draws(seed)), street.intrinsics(what, H, W)
+    white = street.brightness_of_the_road(x, what) / what.asphalt
+    return scene, K, street.insert(x, scene, K, what.shadow, white)
+
+
+def test_the_car_stands_where_the_camera_says():
+    scene, K, pair = inserted()
+    x, _, z = scene.bodies[0].pose[0, :3, 3].tolist()
+    left, top, right, bottom = pair.boxes[0].tolist()
+    # a point of the road at (x, z) is seen at row cy + f · height / z and column cx + f · x / z
+    nearest = z - scene.bodies[0].size[2] / 2
+    foot = 0.45 * H + 0.9 * W * SUNNY.height / nearest
+    assert abs(bottom - foot) < 3, f"the car ends at row {bottom}, the road there is at row {foot:.1f}"
+    assert left < 0.5 * W + 0.9 * W * x / z < right
+    roof = 0.45 * H + 0.9 * W * (SUNNY.height - scene.bodies[0].size[1]) / z
+    assert abs(top - roof) < 4
+
+
+def test_the_naive_insertion_leaves_the_street_as_it_was_and_the_truth_darkens_it_away_from_the_sun():
+    scene, _, pair = inserted()
+    outside = pair.actor < 1e-6
+    x = grey_road()
+    assert ((pair.x_ni - x).abs() * outside).max() < 1e-5
+    darker = ((x - pair.x_gt).mean(dim=0) > 0.05) & outside[0]
+    assert darker.any(dim=(1, 2)).all() and not ((pair.x_gt - x).mean(dim=0)[outside[0]] > 1e-5).any()
+    columns = darker[0].nonzero()[:, 1].float().mean()
+    middle = pair.boxes[0, [0, 2]].mean()
+    assert columns < middle - 2, f"the sun is at the right, the shadow's mean column {columns}, the car's {middle}"
+    assert not darker[0, : int(0.45 * H)].any(), "no shadow falls on the sky"
+
+
+def test_where_the_sun_is_hidden_the_stated_share_of_light_is_left():
+    what = Street(0.9, 0.45, near=8, far=9, sun=(90.0, 20.0), shadow=0.3, asphalt=0.2)
+    _, _, pair = inserted(what)
+    x, clear = grey_road(), pair.actor[0, 0] < 1e-6
+    share = (((pair.x_gt + 1) / (x + 1)) ** street.GAMMA).mean(dim=0)[0]
+    far_from_the_car = share[clear & (share < 0.5)].max()
+    assert 0.25 < far_from_the_car < 0.5
+    assert share[clear].min() >= 0.3 * 0.4 - 0.02, "beneath the car the sky is hidden too, never more than that"
+
+
+def test_under_clouds_there_is_only_a_soft_shadow_close_to_the_car():
+    _, _, pair = inserted(Street(0.9, 0.45, near=8, far=9, sun=(90.0, 40.0), shadow=1.0, asphalt=0.2))
+    darker = ((grey_road() - pair.x_gt).mean(dim=0)[0] > 0.1) & (pair.actor[0, 0] < 1e-6)
+    left, top, right, bottom = pair.boxes[0].tolist()
+    rows, columns = darker.nonzero().T
+    assert columns.min() > left - 15 and columns.max() < right + 15 and rows.min() > top
+
+
+def test_a_brighter_street_has_a_brighter_car():
+    dark, bright = (inserted(x=torch.full((3, 1, H, W), level))[2] for level in (-0.5, 0.3))
+    on = dark.actor[0, 0] > 0.99
+    assert (bright.x_gt[:, 0, on].mean() - dark.x_gt[:, 0, on].mean()) > 0.1
+    assert torch.equal(dark.actor, bright.actor)
+
+
+def test_a_window_holds_the_car_and_stays_inside_the_frame():
+    for seed in range(20):
+        scene, K = street.sample_car(SUNNY, 1, draws(seed)), street.intrinsics(SUNNY, H, W)
+        top, left = street.window_with_the_car(scene, K, (H, W), (48, 64), draws(seed))
+        assert 0 <= top <= H - 48 and 0 <= left <= W - 64
+        K[0, 2] -= left
+        K[1, 2] -= top
+        pair = street.insert(grey_road(1)[..., :48, :64], scene, K, 0.3, torch.ones(3))
+        assert pair.actor.sum() > 50, f"seed {seed}: no car in the crop"
+
+
+@pytest.fixture
+def clips(tmp_path):
+    weights.save_tensors(tmp_path / "drive.safetensors", {"x": torch.full((3, 12, 108, 192), 120, dtype=torch.uint8)})
+    (tmp_path / "drive.street.json").write_text('{"focal": 0.9, "horizon": 0.45, "lanes": [[0, 0], [3, 180]]}')
+    return tmp_path
+
+
+def test_pairs_of_a_folder_are_a_function_of_their_seed_and_read_like_any_other(clips):
+    command = [sys.executable, "-m", "mirage_min.data.street", "--clips", str(clips), "--size", "48x80",
+               "--frames", "3", "--count", "2"]
+    for out in ("a", "b"):
+        done = subprocess.run([*command, "--out", str(clips / out)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert [p.read_bytes() for p in sorted((clips / "a").iterdir())] == [
+        p.read_bytes() for p in sorted((clips / "b").iterdir())]
+    pairs = Pairs(clips / "a", frames=3)
+    x_ni, x_gt = pairs.read(0, lambda n: 0)
+    assert len(pairs) == 2 and x_ni.shape == x_gt.shape == (3, 3, 48, 80) and not torch.equal(x_ni, x_gt)
+
+
+@pytest.mark.parametrize("text, line", [
+    ('{"focal": 9}', "focal must be from 0.2 to 5, got 9"), ('{"focus": 1}', "wanted the fields focal, horizon"),
+    ('{"near": 5, "far": 4}', "near and far must be 0 < near < far, got 5 and 4"), ("{", "wanted the fields")])
+def test_a_wrong_camera_file_is_one_line_with_the_field(clips, text, line):
+    (clips / "drive.street.json").write_text(text)
+    done = subprocess.run([sys.executable, "-m", "mirage_min.data.street", "--clips", str(clips), "--out",
+                           str(clips / "o"), "--count", "1"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.strip().count("\n") == 0 and line in done.stderr, done.stderr
+
+
+def test_a_folder_of_clips_without_cameras_is_refused(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "mirage_min.data.street", "--clips", str(tmp_path), "--out",
+                           str(tmp_path / "o")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "no clip of a known camera" in done.stderr
