@@ -181,23 +181,37 @@ MISTAKES = {
         ("root @ cov2 @ root", "root @ cov2"),
         ("+ cov2.trace()", ""),
     ],
-    "umeyama": [
-        ("torch.linalg.det(U @ Vt).sign()", "U.new_ones(())"),                          # mirrors
-        ("y.T @ (w * x)", "x.T @ (w * y)"),                                             # the inverse rotation
-        ("/ (w * x * x).sum()", "/ (w * y * y).sum()"),
-        ("dst_mean - s * R @ src_mean", "dst_mean - R @ src_mean"),
-        ("w = w / w.sum()", "w = w / len(w)"),
+    "long_axis": [
+        ("2 * (w * p * q).sum()", "(w * p * q).sum()"),
+        ("p * p - q * q", "q * q - p * p"),                                             # the short axis
+        (".item() / 2", ".item()"),
+        ("w * (p * p", "(p * p"),                                                       # a weight forgotten
+    ],
+    "surface_normals": [
+        ("directions[:, :, 0]", "directions[:, 0]"),                                    # a row for a column
+        ("directions[:, :, 0]", "directions[:, :, 2]"),
+        ("topk(12, largest=False)", "topk(12)"),
+        ("- around.mean(1, keepdim=True)", "- x[:, None]"),
+        ("1 - spread[:, 0] / spread[:, 1]", "spread[:, 0] / spread[:, 1]"),
+    ],
+    "step_onto_planes": [
+        ("n[:, 1] * a - n[:, 0] * b", "n[:, 0] * b - n[:, 1] * a"),                     # turned the other way
+        ("w[:, None] * J", "J"),
+        ("(w * r)", "r"),
+        ("(n * x).sum(1)", "x.norm(dim=1)"),
+    ],
+    "refine": [
+        ("normals[nearest] @ R.T", "normals[nearest] @ R"),
+        ("flat[nearest] * w.sqrt() / (1 + (gap / (2 * gap.median() + 1e-9)).square())", "flat[nearest] * w.sqrt()"),
+        ("Q @ R,", "R @ Q.T,"),
+        ("Q @ (t - c) + c + tau", "Q @ t + tau"),                                       # turned about the origin
+        ("s * (1 + sigma)", "s + sigma"),
+        ("dst - x)).sum(1)", "x - dst)).sum(1)"),
     ],
     "fine_2d": [
         ("size_gt / size", "size / size_gt"),
         ("c_gt - c)", "c - c_gt)"),
         (".mean(0)", ".sum(0)"),                                                        # sum for mean
-    ],
-    "apply_fine": [
-        ("- d - c)", "+ d - c)"),                                                       # moved the other way
-        ("- d - c) / s)", "- d - c) * s)"),
-        ('indexing="xy"', 'indexing="ij"'),                                             # axes swapped
-        ("+ 0.5", ""),
     ],
 }
 

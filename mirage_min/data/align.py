@@ -2,7 +2,7 @@
 
     s, R, t = coarse_3d(asset, obj, heading)              # x_dst = s·R·x_src + t, from two sets of Gaussians
     scale, shift = fine_2d(boxes_rendered, boxes_gt)      # what is left, by boxes: one affine map for the whole video
-    layer = apply_fine(layer, box, scale, shift)          # applied to every frame alike
+    boxes = move_boxes(boxes_rendered, scale, shift)      # build_pairs.py moves the camera by the same map
 
 The paper says what is matched, not how. A reconstructed object is noisy, has floaters and was often seen from one side
 only; the asset is whole and uniform. So the coarse stage draws the object's points onto the asset's surface, and what
@@ -23,7 +23,11 @@ Similarity = tuple[Tensor, Tensor, Tensor]  # s [], R [3, 3], t [3]: x_dst = s·
 
 
 def umeyama(src: Tensor, dst: Tensor, weights: Tensor | None = None) -> Similarity:
-    """The s, R, t that minimise Σ_i w_i |dst_i - (s·R·src_i + t)|² over points [N, 3], weights [N] (Umeyama 1991)."""
+    """The s, R, t that minimise Σ_i w_i |dst_i - (s·R·src_i + t)|² over points [N, 3], weights [N] (Umeyama 1991).
+
+    The closed form where every point has its counterpart. An asset and an object have none, so coarse_3d does without;
+    the tests take this to find a true similarity.
+    """
     if src.shape != dst.shape or src.shape[1:] != (3,):
         raise ValueError(f"wanted two sets of points [N, 3] of one size, got {list(src.shape)} and {list(dst.shape)}")
     w = torch.ones_like(src[:, :1]) if weights is None else weights[:, None]
@@ -75,7 +79,10 @@ def middle(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def long_axis(x: Tensor, w: Tensor) -> float:
-    """The angle, up to 180°, of the level direction in which points extend most: of their weighted second moments."""
+    """The angle, in radians and up to half a turn, of the level direction in which points [N, 3] extend most.
+
+    Of all level directions d it has the largest Σ w (d·(x - c))², with weights w [N] and c the centre of middle(x).
+    """
     p, q = (x - middle(x)[0])[:, :2].T
     return torch.atan2(2 * (w * p * q).sum(), (w * (p * p - q * q)).sum()).item() / 2
 
@@ -86,33 +93,68 @@ def upright(angle: float) -> Tensor:
     return torch.tensor([[c, -s, 0], [s, c, 0], [0, 0, 1]], dtype=torch.float64)
 
 
-def refine(src: Tensor, dst: Tensor, w: Tensor, start: Similarity, steps: int = 12) -> tuple[Similarity, Tensor]:
-    """Draw dst onto the surface that src is a sample of: Gauss-Newton on the distances along that surface's normals.
+def surface_normals(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the surface that points x [N, 3] sample, at each: the normal [N, 3], of either sign, and how flat it is [N].
 
-    -> the similarity, and its robust chamfer distance, with one half of src: the other may lie where dst was never seen
+    Around each point lie the 12 that are nearest to it, itself among them. Along the normal they spread least; with
+    λ1 <= λ2 <= λ3 the eigenvalues of their scatter, flatness is 1 - λ1 / λ2: 1 on a plane, small at edges.
     """
-    around = src[torch.cdist(src, src).topk(12, largest=False).indices]
+    around = x[torch.cdist(x, x).topk(12, largest=False).indices]              # [N, 12, 3]
     around = around - around.mean(1, keepdim=True)
-    spread, directions = torch.linalg.eigh(around.mT @ around)
-    normals, flat = directions[:, :, 0], 1 - spread[:, 0] / spread[:, 1].clamp(min=1e-12)  # no trust in edges
+    spread, directions = torch.linalg.eigh(around.mT @ around)                 # λ [N, 3], rising; their axes [N, 3, 3]
+    return directions[:, :, 0], 1 - spread[:, 0] / spread[:, 1].clamp(min=1e-12)
+
+
+def step_onto_planes(x: Tensor, n: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How points x [N, 3] turn, grow and move to cover the distances r [N] along their normals n [N, 3]; weights w [N].
+
+    -> the θ [] (radians, about the third axis), σ [] and τ [3] of least Σ w_i² (n_i·(θ ẑ×x_i + σ x_i + τ) - r_i)²:
+    one step of Gauss-Newton, for θ ẑ×x + σ x + τ is the motion (1 + σ) R(θ) x + τ - x to first order.
+    """
+    a, b, _ = x.T
+    turn = n[:, 1] * a - n[:, 0] * b                                           # n·(ẑ×x)
+    growth = (n * x).sum(1)
+    J = torch.cat([turn[:, None], growth[:, None], n], dim=1)                  # [N, 5]: d(n·motion) / d(θ, σ, τ)
+    theta, sigma, *tau = torch.linalg.lstsq(w[:, None] * J, (w * r)[:, None]).solution[:, 0]
+    return theta, sigma, torch.stack(tau)
+
+
+def refine(src: Tensor, dst: Tensor, w: Tensor, start: Similarity, steps: int = 12) -> Similarity:
+    """Draw dst [M, 3], weights w [M], onto the surface that src [N, 3] is a sample of: Gauss-Newton from `start`.
+
+    In each step a point of dst looks for the nearest of src as it lies now; what counts is the distance along that
+    one's normal, so that dst may slide along the surface. step_onto_planes takes the nearest points about their mean c,
+    with weights flatness · √w / (1 + (gap / 2 median)²), gap being the distance to the nearest: edges and outliers
+    count for little. Then x becomes (1 + σ) R(θ) (x - c) + c + τ.
+    """
+    normals, flat = surface_normals(src)
     s, R, t = start
     for _ in range(steps):
         x = s * src @ R.T + t
-        gap, j = torch.cdist(dst, x).min(1)
-        x, n = x[j], normals[j] @ R.T
-        # Geman and McClure: weights w / (1 + (gap / 2 median)²)²
-        root = flat[j] * w.sqrt() / (1 + (gap / (2 * gap.median() + 1e-9)).square())
-        # n·(x + θ ẑ×(x - c) + σ (x - c) + τ) = n·dst, by least squares in θ, σ, τ
+        gap, nearest = torch.cdist(dst, x).min(1)
+        x, n = x[nearest], normals[nearest] @ R.T
+        # squared in the sum, w / (1 + (gap / 2 median)²)²: Geman and McClure 1987
+        root = flat[nearest] * w.sqrt() / (1 + (gap / (2 * gap.median() + 1e-9)).square())
         c = x.mean(0)
-        (a, b, _), r = (x - c).T, (n * (dst - x)).sum(1)
-        J = torch.cat([torch.stack([n[:, 1] * a - n[:, 0] * b, (n * (x - c)).sum(1)], dim=1), n], dim=1)
-        theta, sigma, *tau = torch.linalg.lstsq(root[:, None] * J, (root * r)[:, None]).solution[:, 0]
+        theta, sigma, tau = step_onto_planes(x - c, n, (n * (dst - x)).sum(1), root)
+        # x -> (1 + σ) R(θ) (x - c) + c + τ
         Q = upright(theta.item())
-        s, R, t = s * (1 + sigma), Q @ R, (1 + sigma) * Q @ (t - c) + c + torch.stack(tau)
-    d = torch.cdist(dst, s * src @ R.T + t)
-    there, back = ((gap / 0.03 / middle(dst)[1].norm()).square() for gap in (d.amin(1), d.amin(0)))
+        s, R, t = s * (1 + sigma), Q @ R, (1 + sigma) * Q @ (t - c) + c + tau
+    return s, R, t
+
+
+def misfit(src: Tensor, dst: Tensor, w: Tensor, similarity: Similarity) -> Tensor:
+    """The robust chamfer distance [] of dst, weights w, and the moved src: by it starts are compared.
+
+    Distances are told in 3 % of the object's diagonal. Of those from src the smaller half count: the other half of the
+    asset may lie where the object was never seen.
+    """
+    s, R, t = similarity
+    d = torch.cdist(dst, s * src @ R.T + t) / 0.03 / middle(dst)[1].norm()
+    there = d.amin(1).square()
+    back = d.amin(0).square()
     back = back[back <= back.median()]
-    return (s, R, t), (w * there / (1 + there)).sum() / w.sum() + (back / (1 + back)).mean()
+    return (w * there / (1 + there)).sum() / w.sum() + (back / (1 + back)).mean()
 
 
 def coarse_3d(asset: Gaussians, obj: Gaussians, heading=None, up=(0, -1, 0), asset_up=(0, -1, 0),
@@ -124,18 +166,22 @@ def coarse_3d(asset: Gaussians, obj: Gaussians, heading=None, up=(0, -1, 0), ass
     The defaults are OpenCV's y down and a front towards z; an asset with z up has asset_up=(0, 0, 1).
     """
     A, B = axes(asset_up, asset_front), axes(up, any_level(up) if heading is None else heading)
-    (src, _), (dst, w) = points(asset, A), points(obj, B)
+    src, _ = points(asset, A)
+    dst, w = points(obj, B)
     # robust moments; the extent is that of the height, which is whole where one side is missing
-    (src_middle, src_size), (_, dst_size), one = middle(src), middle(dst), torch.ones_like(src[:, 0])
-    s, turn = dst_size[2] / src_size[2], long_axis(dst, w) - long_axis(src, one)
+    src_middle, src_size = middle(src)
+    s = middle(dst)[1][2] / src_size[2]
+    turn = long_axis(dst, w) - long_axis(src, torch.ones_like(src[:, 0]))
     turn = (turn + math.pi / 2) % math.pi - math.pi / 2  # the heading is the first axis now: front is within 90° of it
+    length = src_size * src_size.new_tensor([1, 0, 0])
     found = []
     for angle, along in ((turn, 0), (turn - 0.35, 0), (turn + 0.35, 0), (0, 0), (turn, -0.2), (turn, 0.2)):
         for Q in [upright(angle)] + [upright(angle + math.pi)] * (heading is None):
             # an end of the object may be missing: the middle may lie farther along the asset's length
-            t = Q @ (middle(dst @ Q)[0] + along * s * src_size * src_size.new_tensor([1, 0, 0]) - s * src_middle)
+            t = Q @ (middle(dst @ Q)[0] + along * s * length - s * src_middle)
             found.append(refine(src[:250], dst[:250], w[:250], (s, Q, t)))
-    (s, R, t), _ = refine(src, dst, w, min(found, key=lambda pair: pair[1])[0])
+    best = min(found, key=lambda similarity: misfit(src[:250], dst[:250], w[:250], similarity))
+    s, R, t = refine(src, dst, w, best)
     if not s > 0:
         raise ValueError(f"asset and object cannot be aligned: the scale became {s.item():.3g}")
     return tuple(v.to(obj.means) for v in (s, B @ R @ A.T, B @ t))
@@ -176,19 +222,6 @@ def move_boxes(boxes: Tensor, scale: tuple[float, float], shift: tuple[float, fl
     c, size = centres(boxes)
     c, half = c + c.new_tensor(shift), size * c.new_tensor(scale) / 2
     return torch.cat([c - half, c + half], dim=-1)
-
-
-def apply_fine(image: Tensor, box: Tensor, scale: tuple[float, float], shift: tuple[float, float]) -> Tensor:
-    """What fine_2d found, applied to a rendered layer [C, H, W] whose box [4] is x0, y0, x1, y1; zeros from outside.
-
-    Bilinear. Colours must be premultiplied by alpha, as they are when rendered over black.
-    """
-    H, W = image.shape[-2:]
-    # the pixel at p shows what was at c + (p - d - c) / s
-    u, v = ((c + (torch.arange(n).to(image) + 0.5 - d - c) / s) * 2 / n - 1
-            for n, c, s, d in zip((W, H), centres(box)[0].tolist(), scale, shift))
-    grid = torch.stack(torch.meshgrid(u, v, indexing="xy"), dim=-1)
-    return F.grid_sample(image[None], grid[None], padding_mode="zeros", align_corners=False)[0]
 
 
 def iou(a: Tensor, b: Tensor) -> Tensor:
