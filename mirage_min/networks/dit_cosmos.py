@@ -23,7 +23,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import weights
+from . import checked, weights
 
 
 @dataclass
@@ -34,12 +34,12 @@ class CosmosDiTConfig:
     out_channels: int = 16
     num_attention_heads: int = 20
     attention_head_dim: int = 64
-    num_layers: int = 20
+    num_layers: checked.Depth = 20
     mlp_ratio: float = 4.0
     text_embed_dim: int = 1024
     adaln_lora_dim: int = 256
-    max_size: tuple[int, int, int] = (128, 240, 240)  # latent frames, rows and columns
-    rope_scale: tuple[float, float, float] = (1.0, 4.0, 4.0)
+    max_size: tuple[int, ...] = (128, 240, 240)  # latent frames, rows and columns
+    rope_scale: tuple[float, ...] = (1.0, 4.0, 4.0)
     qk_eps: float = 1e-5          # in the norms of queries and keys: diffusers' value; NVIDIA's is 1e-6
     cross_attention: bool = True  # False: a network for null text alone, a quarter smaller
 
@@ -50,6 +50,8 @@ class CosmosDiTConfig:
         if self.attention_head_dim % 2 or self.attention_head_dim < 12:
             raise ValueError(f"attention_head_dim must be even and at least 12, got {self.attention_head_dim}: time, "
                              "rows and columns share it")
+        if len(self.max_size) != 3 or len(self.rope_scale) != 3 or min(self.rope_scale) <= 0:
+            raise ValueError("max_size and rope_scale must be three numbers above 0, of frames, rows and columns")
 
 
 class Modulation(NamedTuple):
@@ -95,8 +97,11 @@ class CosmosDiT(nn.Module):
         padding_mask [B or 1, 1, H, W], of any size: 1 where pixels are no picture; None: nowhere. Where h or w is odd,
         the last row or column is repeated and the prediction there dropped; more than max_size is a ValueError.
         """
+        t = torch.as_tensor(t, device=z.device)
         self._check(z, text)
-        return self.predict(z, self.modulations(t, z), text, padding_mask)
+        if t.shape not in ((), z.shape[:1], (z.shape[0], 1, z.shape[2], 1, 1)):
+            raise ValueError(f"t must be a number, [B] or [B, 1, F, 1, 1] with z {list(z.shape)}, got {list(t.shape)}")
+        return self.predict(z, self.modulations(t, z.dtype), text, padding_mask)
 
     def predict(self, z: Tensor, modulations: tuple, text: Tensor | None = None, padding_mask: Tensor | None = None,
                 keep: int | None = None) -> Tensor:
@@ -129,16 +134,12 @@ class CosmosDiT(nn.Module):
         x = rearrange(x, "b f (h w) (ph pw c) -> b c f (h ph) (w pw)", h=grid[1], ph=2, pw=2)
         return x[..., :h, :w]
 
-    def modulations(self, t: float | Tensor, like: Tensor) -> tuple[list[list[Modulation | None]], Modulation]:
-        """t as in forward, for latents `like` -> (the three sub-layers' modulations of every block, the output's).
+    def modulations(self, t: Tensor, dtype: torch.dtype) -> tuple[list[list[Modulation | None]], Modulation]:
+        """t [], [B] or [B, 1, F, 1, 1] -> (the modulations of the three sub-layers of every block, the output's).
 
         They depend on t alone: where t never changes, they are constants of the network.
         """
-        t = torch.as_tensor(t, device=like.device)
-        B, _, n, _, _ = like.shape
-        if t.shape not in ((), (B,), (B, 1, n, 1, 1)):
-            raise ValueError(f"t must be a number, [B={B}] or [B={B}, 1, F={n}, 1, 1], got {list(t.shape)}")
-        e, temb = self.time_embed(t.reshape(len(t) if t.ndim else 1, -1, 1), like.dtype)
+        e, temb = self.time_embed(t.reshape(len(t) if t.ndim else 1, -1, 1), dtype)
         return [block.modulations(e, temb) for block in self.transformer_blocks], self.norm_out.modulation(e, temb)
 
     def _check(self, z: Tensor, text: Tensor | None) -> None:
@@ -289,7 +290,7 @@ def linear(d_in: int, d_out: int) -> nn.Linear:
 
 
 @lru_cache(maxsize=8)
-def rotary_table(grid: tuple[int, int, int], dim: int, scale: tuple[float, float, float], device: torch.device
+def rotary_table(grid: tuple[int, int, int], dim: int, scale: tuple[float, ...], device: torch.device
                  ) -> tuple[Tensor, Tensor]:
     """Cosine and sine [f*h*w, dim/2] of every patch's angles: of its frame, of its row, of its column.
 
@@ -323,8 +324,7 @@ NAMES = {
     **{f"cross_attn.{theirs}": f"attn2.{ours}" for theirs, ours in PROJECTIONS.items()},
     **{f"adaln_modulation_{theirs}.{i}": f"{ours}.linear_{i}" for i in (1, 2)
        for theirs, ours in (("self_attn", "norm1"), ("cross_attn", "norm2"), ("mlp", "norm3"))},
-    "mlp.layer1": "ff.net.0.proj",
-    "mlp.layer2": "ff.net.2",
+    "mlp.layer1": "ff.net.0.proj", "mlp.layer2": "ff.net.2",
     "x_embedder.proj.1": "patch_embed.proj",
     "t_embedder.1.linear_1": "time_embed.t_embedder.linear_1",
     "t_embedder.1.linear_2": "time_embed.t_embedder.linear_2",
@@ -345,6 +345,6 @@ if __name__ == "__main__":
         for size in ((1, 8, 12), (2, 7, 11), (1, 1, 1)):
             z = torch.randn(1, 16, *size)
             print(f"z {list(z.shape)} -> prediction {list(dit(z, 0.2).shape)}")
-        z, text = torch.randn(1, 16, 2, 8, 12), torch.randn(1, 7, 32)
-        print("null text against none, largest change:", float((dit(z, 0.2, 0 * text) - dit(z, 0.2)).abs().max()))
-        print("a text against none, mean change:", float((dit(z, 0.2, text) - dit(z, 0.2)).abs().mean()))
+        text = torch.randn(1, 7, 32)
+        for name, given in (("null text", torch.zeros_like(text)), ("a text", text)):
+            print(f"{name} against none, largest change: {(dit(z, 0.2, given) - dit(z, 0.2)).abs().max():.2g}")
