@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from . import checked
 
 CONFIG, WEIGHTS, INDEX = "config.json", "diffusion_pytorch_model.safetensors", "*.safetensors.index.json"
-PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
+PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 
 
 def from_pretrained(cls, path: str | Path, subfolder: str | None = None, dtype: torch.dtype | None = None,
@@ -210,7 +210,7 @@ class Index:
 def unpickling(cls) -> str:
     """Why a pickle is refused, and how to convert it."""
     return ("not loaded, because unpickling a file can run any code in it; convert it once with "
-            f"safetensors.torch.save_file(torch.load(file, weights_only=True), {WEIGHTS!r}){hint(cls)}")
+            f"python convert.py FILE FOLDER{hint(cls)}")
 
 
 def hint(cls) -> str:
