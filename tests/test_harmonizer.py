@@ -337,16 +337,15 @@ def test_pruned_takes_far_fewer_operations(parts, wiring, share):
     assert pruned <= share * whole, f"{pruned:,} of {whole:,}: {pruned / whole:.3f}"
 
 
-@pytest.mark.parametrize("wiring, share", [("release", 0.60), ("paper", 0.72)])
-def test_pruned_takes_far_fewer_operations_at_the_releases_size(monkeypatch, wiring, share):
-    """Cosmos' 0.6B and Wan's VAE at 1024x576, counted on the meta device: 28 of 50, 37 of 52 tera-operations."""
+def test_pruned_takes_far_fewer_operations_at_the_releases_size(monkeypatch):
+    """Cosmos' 0.6B and Wan's VAE at 1024x576, counted on the meta device: 29 of 51 tera-operations."""
     for module in (causal_conv, vae_wan):
-        monkeypatch.setattr(module, "in_pieces", lambda x: False)  # bands overlap, which would be counted
+        monkeypatch.setattr(module, "in_pieces", lambda x: False, raising=False)  # bands overlap: counted twice
     with torch.device("meta"):
-        model = Harmonizer(WanVAE(), CosmosDiT(), Settings(wiring)).requires_grad_(False).eval()
+        model = Harmonizer(WanVAE(), CosmosDiT()).requires_grad_(False).eval()
     with torch.no_grad():
         whole, pruned = operations(model, 576, 1024, "meta")
-    assert pruned <= share * whole, f"{pruned:,} of {whole:,}: {pruned / whole:.3f}"
+    assert pruned <= 0.60 * whole, f"{pruned:,} of {whole:,}: {pruned / whole:.3f}"
     assert 45e12 < whole < 55e12
 
 
