@@ -1,13 +1,13 @@
 """Does a stream cost the same memory at any length, and does one see where windows and tiles meet?
 
-    python -m experiments.streaming --real CLIP.mp4 [--long]     # writes docs/streaming.md and docs/streaming.json
+    python -m experiments.streaming --real CLIP.mp4 [--long]     # an hour on one core; writes streaming.md and .json
 
-1. Peak memory of infer.py, in a process of its own, above what it had when the model was loaded: 33, 330 and, with
-   --long, 3,300 frames of noise at 64x96, the shipped model.
-2. Seams: the mean absolute difference between consecutive frames of the result, of 255, where two groups meet at a
-   window's border and where they meet inside a window; on a static clip, a toy clip and, if given, a real clip. A clip
-   moves more in some frames than in others, so every frame is seen in both places: copies of the first frame put before
-   the clip, and cut off again, move the windows and not the groups.
+1. Peak memory of infer.py above that of a process which has loaded the model: 33, 330 and, with --long, 3,300 frames
+   of noise at 64x96, the shipped model. Linux.
+2. Seams: the mean absolute difference of a frame to the one before, of 255, where two groups meet at a border of
+   windows and where they meet inside a window; on a static clip, a toy clip and, if given, a real one. A clip moves
+   more in some frames than in others, so every frame is seen in both places: copies of the first frame, put before the
+   clip and cut off again, move the windows and not the groups.
 3. How far the results of two such offsets differ.
 4. Tiles: the largest and the mean difference to the untiled result, by the margin.
 """
@@ -22,93 +22,74 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from experiments import common, measuring
 from mirage_min.data.toy_world import WorldConfig, make_clip
-from mirage_min.data.video import Format, Video, writing
+from mirage_min.data.video import Video
 from mirage_min.systems.mirage import Mirage
 
-ROOT = Path(__file__).parents[1]
-# Runs infer.py and reports the process's memory when the model has been loaded, and the highest from then on, in KiB.
-PROBE = """
-import re, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-import infer
-load = infer.Mirage.from_pretrained
-def memory(name):
-    return int(re.search(name + r":\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
-def loaded(*path, **settings):
-    model = load(*path, **settings)
-    Path("/proc/self/clear_refs").write_text("5")                      # the highest so far is forgotten
-    print(memory("VmRSS"))
-    return model
-infer.Mirage.from_pretrained = loaded
-infer.steady_heap()
-status = infer.cli(sys.argv[1:])
-print(memory("VmHWM"))
-sys.exit(status)
-"""
+LOADED = ("import sys, experiments.measuring as m; model = m.Mirage.from_pretrained(sys.argv[1]); "
+          "print(m.process_memory('VmRSS'))")
 
 
-def noise(path: Path, T: int, H: int, W: int) -> Path:
-    """A clip that compresses badly, so that packets are large."""
-    generator = torch.Generator().manual_seed(0)
-    with writing(path, Format(W, H)) as out:
-        for t in range(T):
-            out.write(torch.rand(3, H // 4, W // 4, generator=generator).repeat_interleave(4, 1).repeat_interleave(4, 2)
-                      * 2 - 1, t, 1)
-    return path
-
-
-def peak(T: int, H: int = 64, W: int = 96) -> float:
-    """MiB that infer.py takes at most, above what it had with the model loaded."""
-    with tempfile.TemporaryDirectory() as folder:
-        clip = noise(Path(folder, "in.mp4"), T, H, W)
-        out = subprocess.run([sys.executable, "-c", PROBE, clip, Path(folder, "out.mp4"), "--device", "cpu"], cwd=ROOT,
-                             check=True, text=True, stdout=subprocess.PIPE).stdout.split("\n")
-    return (int(out[-2]) - int(out[0])) / 1024
+def memory_above_model(model: Path, frames: list[int], H: int = 64, W: int = 96) -> dict[str, float]:
+    """{frames: MiB} that infer.py takes at most, above what a process takes that has loaded the model."""
+    loaded = int(subprocess.run([sys.executable, "-c", LOADED, model], check=True, text=True, cwd=measuring.ROOT,
+                                stdout=subprocess.PIPE).stdout)
+    found = {}
+    for T in frames:
+        with tempfile.TemporaryDirectory() as folder:
+            clip = measuring.noise_clip(Path(folder, "in.mp4"), T, H, W)
+            flags = "--device", "cpu", "--model", model
+            peak = measuring.peak_of_script("infer.py", clip, Path(folder, "out.mp4"), *flags)
+        found[str(T)] = (peak - loaded) / 2**20
+    return found
 
 
 def streamed(mirage: Mirage, x: Tensor, **settings) -> Tensor:
+    """x [3, T, H, W] through Mirage.stream -> like x."""
     return torch.stack(list(mirage.stream(x.unbind(1), **settings)), dim=1)
 
 
 def differences(x: Tensor) -> Tensor:
-    """[3, T, H, W] -> mean absolute difference of frames 1, 2, … to the one before, of 255: [T - 1]."""
+    """[3, T, H, W] in [-1, 1] -> mean absolute difference of frames 1, 2, … to the one before, of 255: [T - 1]."""
     return x.diff(dim=1).abs().mean(dim=(0, 2, 3)) * 127.5
 
 
 def seams(mirage: Mirage, x: Tensor, window: int) -> dict:
-    """Part 2 and 3 for one clip."""
+    """Parts 2 and 3 for one clip x [3, T, H, W] in [-1, 1], in windows of so many latents."""
     T, (_, overlap) = x.shape[1], mirage.patch_and_overlap(window)
     step, length = window - overlap, 8  # a latent is four frames, a group of the decoder two latents
     groups = [g.start for g in mirage.vae.encode_groups(mirage.vae.legal_length(T)) if 0 < g.start < T]
-    across, inside, results = defaultdict(list), defaultdict(list), []
+    across, inside = defaultdict(list), defaultdict(list)  # {first frame of a group: differences seen there}
+    results = []
     for offset in range(0, step * length, length):  # after `step` of them the windows lie as at first
         y = streamed(mirage, torch.cat([x[:, :1]] * offset + [x], dim=1), window=window)[:, offset:]
         d = differences(y)
         for t in groups:
             k = (t + offset + 3) // 4  # the latent that begins with frame t
-            # An overlap's latents and the one behind it follow on one that was made otherwise.
-            where = across if k >= step and k % step <= overlap else inside
-            where[t].append(d[t - 1])
+            # the latents of an overlap, and the one after it, follow a latent that was made otherwise
+            at_border = k >= step and k % step <= overlap
+            (across if at_border else inside)[t].append(d[t - 1])
         results.append(y)
     both = sorted(across.keys() & inside.keys())
+
+    def mean(found: dict[int, list[Tensor]]) -> float:
+        return float(torch.stack([torch.stack(found[t]).mean() for t in both]).mean())
+
     difference = (results[1] - results[0]).abs() * 127.5
+    some = difference.flatten()[::7]  # torch takes quantiles of 16 million numbers at most
     return {"frames": T, "window": window, "overlap": overlap, "borders": len(both), "offsets": len(results),
-            "input": float(differences(x)[[t - 1 for t in both]].mean()),
-            **{name: float(torch.stack([torch.stack(found[t]).mean() for t in both]).mean())
-               for name, found in (("across", across), ("inside", inside))},
-            "offset_mean": float(difference.mean()), "offset_p99": float(difference.flatten()[::7].quantile(0.99)),
-            "offset_largest": float(difference.max())}
+            "input": float(differences(x)[[t - 1 for t in both]].mean()), "across": mean(across),
+            "inside": mean(inside), "offset_mean": float(difference.mean()),
+            "offset_p99": float(some.quantile(0.99)), "offset_largest": float(difference.max())}
 
 
 def tiled(mirage: Mirage, x: Tensor, tiles: int, margins: list[int]) -> list[dict]:
-    """Part 4: by margin, in latent cells."""
-    whole = streamed(mirage, x)
-    rows = []
+    """Part 4 for x [3, T, H, W] in [-1, 1]: {tiles, margin in latent cells, mean, largest difference of 255}."""
+    whole, rows = streamed(mirage, x), []
     for margin in margins:
         d = (streamed(mirage, x, tiles=tiles, margin=margin) - whole).abs() * 127.5
         rows.append({"tiles": tiles, "margin": margin, "mean": float(d.mean()), "largest": float(d.max())})
@@ -127,11 +108,11 @@ Made by `{command}`; more digits in [streaming.json](streaming.json). The shippe
 
 ## Seams
 
-Mean absolute difference of a frame to the one before, of 255, with windows of {window} latents (the small
-model's own have 3, and then every group lies at a border): where two of the
-decoder's groups meet at a border of windows, whose latents are blended, and where they meet inside a window. A clip
-moves more in some frames than in others; so it is put through {offsets} times, with more and more copies of its first
-frame before it, until the windows have lain everywhere: both columns are of the same frames.
+Mean absolute difference of a frame to the one before, of 255, with windows of {window} latents (the small model's own
+have 3, and then every group lies at a border): where two of the decoder's groups meet at a border of windows, whose
+latents are blended, and where they meet inside a window. A clip moves more in some frames than in others, so it runs
+{offsets} times, with more and more copies of its first frame before it, until the windows have lain everywhere: both
+columns are of the same frames.
 
 | clip | frames | at borders of windows | inside windows | ratio | the input there |
 |---|---|---|---|---|---|
@@ -158,7 +139,7 @@ norms over the tile; Wan: attention over the frame), nor does the 2D VAE (norms)
 
 
 def report(result: dict) -> str:
-    """docs/streaming.md"""
+    """The text of streaming.md."""
     seams, first = result["seams"].items(), next(iter(result["seams"].values()))
     tables = {
         "memory": [f"| {T} | {mib:.1f} |" for T, mib in result["memory"].items()],
@@ -172,37 +153,46 @@ def report(result: dict) -> str:
                          **{name: "\n".join(lines) for name, lines in tables.items()})
 
 
+def clips(real: Path | None, T: int) -> dict[str, Tensor]:
+    """{name: [3, T, H, W]}: a picture that stands still, a toy clip, and a real one at 136x240."""
+    toy = make_clip(1_000_000, WorldConfig(frames=T)).x_ni
+    found = {"static": toy[:, :1].expand(-1, T, -1, -1), "toy": toy}
+    if real:
+        with Video(real) as video:
+            frames = torch.stack(list(islice(video, T)))
+        found["real"] = F.interpolate(frames, (136, 240), mode="bilinear", antialias=True).movedim(0, 1)
+    return found
+
+
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
+    path = args.out / "streaming.json"
     if args.no_memory:
-        memory = json.loads((args.out / "streaming.json").read_text())["memory"]
+        memory = json.loads(path.read_text())["memory"]
     else:
-        memory = {str(T): peak(T) for T in (33, 330, *[3300] * args.long)}
+        memory = memory_above_model(args.model, [33, 330, 3300] if args.long else [33, 330])
     command = "python -m experiments.streaming" + " --real REAL" * bool(args.real) + " --long" * ("3300" in memory)
     result = {"torch": torch.__version__, "threads": args.threads, "command": command, "memory": memory}
-    mirage = Mirage.from_pretrained(ROOT / "weights")
-    toy = make_clip(1_000_000, WorldConfig(frames=args.frames)).x_ni
-    clips = {"static": toy[:, :1].expand(-1, args.frames, -1, -1), "toy": toy}
-    if args.real:
-        with Video(args.real) as video:
-            x = torch.stack(list(islice(video, args.frames)), dim=1)
-        clips["real"] = torch.nn.functional.interpolate(x.movedim(1, 0), (136, 240), mode="bilinear", antialias=True
-                                                        ).movedim(0, 1)
-    result["seams"] = {name: seams(mirage, x, args.window) for name, x in clips.items()}
-    result["tiles"] = {name: tiled(mirage, x[:, :9], 2, [0, 1, 2, 4]) for name, x in clips.items() if name != "static"}
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "streaming.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.out / "streaming.md").write_text(report(result))
+    mirage, found = Mirage.from_pretrained(args.model), clips(args.real, args.frames)
+    result["seams"] = {name: seams(mirage, x, args.window) for name, x in found.items()}
+    result["tiles"] = {name: tiled(mirage, x[:, :9], 2, [0, 1, 2, 4]) for name, x in found.items() if name != "static"}
+    common.save_json(path, result)
+    common.save_text(args.out / "streaming.md", report(result))
     print(report(result))
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def flags() -> argparse.ArgumentParser:
+    parser = common.flags(__doc__)
+    parser.add_argument("--model", type=Path, default=Path("weights"), help="folder of a Mirage (default weights)")
     parser.add_argument("--real", type=Path, help="a real clip; it is shrunk to 136x240")
     parser.add_argument("--long", action="store_true", help="measure the memory of 3,300 frames too")
-    parser.add_argument("--no-memory", action="store_true", help="leave part 1 as it is")
-    parser.add_argument("--frames", type=int, default=97, help="of the clips for seams")
-    parser.add_argument("--window", type=int, default=9, help="latents; in smaller ones all groups border on two")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder for streaming.md and streaming.json")
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
-    main(parser.parse_args())
+    parser.add_argument("--no-memory", action="store_true", help="keep the last run's part 1")
+    parser.add_argument("--frames", type=int, default=97, help="of the clips for seams (default 97)")
+    parser.add_argument("--window", type=int, default=9, help="latents (default 9); in smaller windows every group "
+                        "lies at a border")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
+    return parser
+
+
+if __name__ == "__main__":
+    common.start(main, flags())

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from experiments.alignment import errors, measure, trial
+from experiments.alignment import errors, make_trial, measure
 from mirage_min.data.align import (
     axes,
     coarse_3d,
@@ -184,9 +184,9 @@ def test_a_known_similarity_is_found_again(case, trials, allowed):
 
 
 def test_many_floaters_are_left_out_and_no_surface_is():
-    known = trial("floaters", 0)
-    x, _ = points(known["obj"], torch.eye(3, dtype=torch.float64))
-    surface = (torch.cdist(x, known["obj"].means[:600].double()) == 0).any(dim=1).sum()
+    known = make_trial("floaters", 0)
+    x, _ = points(known.obj, torch.eye(3, dtype=torch.float64))
+    surface = (torch.cdist(x, known.obj.means[:600].double()) == 0).any(dim=1).sum()
     floaters = len(x) - surface  # of 66, many of them inside the car or close to it
     assert surface > 0.98 * 600 and floaters < 0.7 * 66, f"{surface} of 600 kept, and {floaters} floaters of 66"
 
@@ -194,23 +194,23 @@ def test_many_floaters_are_left_out_and_no_surface_is():
 def test_a_clump_of_something_else_does_not_pull():
     """A tenth of the object's points belong to a kerb beside it: too dense for floaters, too far for the distance."""
     for seed in range(3):
-        known = trial("clean", seed)
-        s, R, t = known["truth"]
+        known = make_trial("clean", seed)
+        s, R, t = known.truth
         kerb = torch.rand(60, 3, generator=torch.Generator().manual_seed(seed)) * torch.tensor([0.3, 0.15, 3.0])
-        obj = known["obj"]
+        obj = known.obj
         extra = obj.select(torch.arange(60))
         extra.means = s * (kerb + torch.tensor([1.2, -0.1, -1.5])) @ R.T + t
-        found = errors(coarse_3d(known["asset"], Gaussians.cat([obj, extra]), known["heading"]), known)
+        found = errors(coarse_3d(known.asset, Gaussians.cat([obj, extra]), known.heading), known)
         assert max(found) < 1.5, f"seed {seed}: centre (%), yaw (degrees), scale (%) {found}, allowed 1.5"
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_an_object_that_lacks_its_front_third_is_aligned_by_the_rest(seed):
-    known = trial("clean", seed)
-    s, R, t = known["truth"]
-    along = (known["obj"].means - t) @ R[:, 2]
-    rest = known["obj"].select(along <= along.quantile(0.65))
-    found = errors(coarse_3d(known["asset"], rest, known["heading"]), known)
+    known = make_trial("clean", seed)
+    s, R, t = known.truth
+    along = (known.obj.means - t) @ R[:, 2]
+    rest = known.obj.select(along <= along.quantile(0.65))
+    found = errors(coarse_3d(known.asset, rest, known.heading), known)
     assert max(found) < 2, f"seed {seed}: centre (%), yaw (degrees), scale (%) {found}, allowed 2"
 
 
@@ -218,8 +218,8 @@ def test_the_heading_decides_between_front_and_rear():
     """A box without front or rear follows the heading, whichever it is."""
     draws = torch.Generator().manual_seed(0)
     x = 2 * torch.rand(500, 3, generator=draws) - 1
-    known = trial("copies", 0)
-    asset = known["asset"].select(torch.arange(500))
+    known = make_trial("copies", 0)
+    asset = known.asset.select(torch.arange(500))
     asset.means = x / x.abs().amax(1, keepdim=True) * torch.tensor([0.9, 0.7, 2.2])
     R = axes((0, -1, 0), (1, 0, 1)) @ axes((0, -1, 0), (0, 0, 1)).T
     obj = asset.transformed(2, R, torch.tensor([5.0, 1, 9]))
@@ -233,8 +233,8 @@ def test_the_heading_decides_between_front_and_rear():
 def test_what_is_taller_than_long_is_aligned_too():
     """A post .06 wide, 2.4 high and .2 long."""
     x = 2 * torch.rand(500, 3, generator=torch.Generator().manual_seed(0)) - 1
-    known = trial("copies", 0)
-    asset = known["asset"].select(torch.arange(500))
+    known = make_trial("copies", 0)
+    asset = known.asset.select(torch.arange(500))
     asset.means = x / x.abs().amax(1, keepdim=True) * torch.tensor([0.03, 1.2, 0.1])
     R, t = axes((0, -1, 0), (0.6, 0, 0.8)) @ axes((0, -1, 0), (0, 0, 1)).T, torch.tensor([5.0, 1, 9])
     s, Q, u = coarse_3d(asset, asset.transformed(0.7, R, t), heading=(0.7, 0, 0.7))
@@ -247,45 +247,45 @@ def test_an_asset_askew_in_its_own_coordinates_and_a_heading_80_degrees_off_are_
     def turn(degrees):
         half = math.radians(degrees) / 2
         return rotations(torch.tensor([[math.cos(half), 0, math.sin(half), 0]]))[0]
-    known = trial("copies", 1)
-    s, R, t = known["truth"]
+    known = make_trial("copies", 1)
+    s, R, t = known.truth
     wanted = R @ turn(-60 * sign)  # the asset is turned by 60 degrees
     heading = turn(80 * sign) @ wanted @ torch.tensor([0.0, 0, 1])
-    found, Q, u = coarse_3d(known["asset"].transformed(1, turn(60 * sign), torch.zeros(3)), known["obj"], heading)
+    found, Q, u = coarse_3d(known.asset.transformed(1, turn(60 * sign), torch.zeros(3)), known.obj, heading)
     off = abs(found / s - 1), (Q - wanted).abs().max(), (u - t).abs().max()
     assert max(off) < 1e-2, f"scale, rotation and place are {[f'{v:.1e}' for v in off]} off"
 
 
 def test_without_a_heading_the_shape_decides():
     for seed in range(5):
-        known = trial("clean", seed)
-        turn = coarse_3d(known["asset"], known["obj"])[1] @ known["truth"][1].T
+        known = make_trial("clean", seed)
+        turn = coarse_3d(known.asset, known.obj)[1] @ known.truth[1].T
         assert turn[2, 2] > 0.99, f"seed {seed}: the cosine of the yaw's error is {turn[2, 2]:.3f}"
 
 
 def test_an_asset_and_a_world_with_other_axes_are_matched_too():
     """The asset has z up and looks along -y; the world has z up."""
-    known = trial("copies", 3)
+    known = make_trial("copies", 3)
     A = axes((0, 0, 1), (0, -1, 0)) @ axes((0, -1, 0), (0, 0, 1)).T      # the asset as it was, to z up
     B = torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])               # the world as it was, to z up
     zero = torch.zeros(3)
-    s, R, t = coarse_3d(known["asset"].transformed(1, A, zero), known["obj"].transformed(1, B, zero),
-                        B @ known["heading"], up=(0, 0, 1), asset_up=(0, 0, 1), asset_front=(0, -1, 0))
-    s0, R0, t0 = known["truth"]
+    s, R, t = coarse_3d(known.asset.transformed(1, A, zero), known.obj.transformed(1, B, zero),
+                        B @ known.heading, up=(0, 0, 1), asset_up=(0, 0, 1), asset_front=(0, -1, 0))
+    s0, R0, t0 = known.truth
     assert abs(s / s0 - 1) < 1e-3 and (R - B @ R0 @ A.T.float()).abs().max() < 1e-3 and (t - B @ t0).abs().max() < 1e-2
 
 
 def test_what_cannot_be_aligned_is_refused():
-    known = trial("copies", 0)
+    known = make_trial("copies", 0)
     with pytest.raises(ValueError, match="at least 16 Gaussians to align, got 15"):
-        coarse_3d(known["asset"], known["obj"].select(torch.arange(15)))
-    few = known["obj"].select(torch.arange(17))
+        coarse_3d(known.asset, known.obj.select(torch.arange(15)))
+    few = known.obj.select(torch.arange(17))
     few.means[8:] += 1000 * torch.arange(1, 10)[:, None]
     with pytest.raises(ValueError, match=r"at least 16 Gaussians to align, got 17, of which \d float"):
-        coarse_3d(known["asset"], few)
-    coarse_3d(known["asset"], known["obj"], up=(1, 1, 1))  # no heading is given, so none can be vertical
+        coarse_3d(known.asset, few)
+    coarse_3d(known.asset, known.obj, up=(1, 1, 1))  # no heading is given, so none can be vertical
     with pytest.raises(ValueError, match="a direction that is not vertical"):
-        coarse_3d(known["asset"], known["obj"], heading=(0, 1, 0))
+        coarse_3d(known.asset, known.obj, heading=(0, 1, 0))
 
 
 # ---- fine ------------------------------------------------------------------------------------------------------------
