@@ -1,22 +1,23 @@
-"""Do the tests notice? 300 mistakes planted one at a time in the package's arithmetic, each run against its tests.
+"""Do the tests notice? 300 mistakes planted one at a time in what computes, each run against its tests.
 
-    python tests/mutation.py --out runs/mutation.jsonl               # goes on where it was stopped; lists the survivors
+    python tests/mutation.py --out runs/mutation.jsonl               # continues where it was stopped; names survivors
     python tests/mutation.py --out runs/mutation.jsonl --count 6     # the first six of the same sample
     python tests/mutation.py --out runs/fresh.jsonl --seed 1         # another sample: tests may be made for the first
     python tests/mutation.py --list mirage_min/method/chopgrad.py    # the mistakes that one file offers
 
-A mistake is one changed expression: a sign (a + b for a - b, a for -a), a scale (a / b for a * b, twice a number), a
-dropped term (a for a + b), an index (i + 1 for i), an axis (another dim), a bound (<= for <). The sample is fixed:
-drawn by a seed from all places in the order of the files, so it changes only where the package does. Left alone: error
-messages, what stands under `__main__`, default values, annotations, and the bare numbers of toy_*.py, which are taste
-(how long a car is).
+Planted in the package, in the scripts at the top and in the experiments. A mistake is one changed expression: a sign
+(a + b for a - b, a for -a), a scale (a / b for a * b, twice a number), a dropped term (a for a + b), an index (i + 1
+for i), an axis (another dim), a bound (<= for <). The sample is fixed: drawn by a seed from all places in the order of
+the files, so it changes only where they do. Left alone: sums of texts and lists, paths, error messages, what is under
+`__main__`, default values, annotations, flags, pictures (functions named draw_...), the papers' numbers (PAPER), and
+the bare numbers of toy_*.py, which are taste (how long a car is).
 
-Each is planted in a temporary copy of the tree, and the test file of its concept runs there, the fastest tests first,
+Each is planted in a temporary copy of the tree, and the test files of its concept run there, the fastest tests first,
 until one fails. That is a fork of a process which has torch, diffusers and pytest loaded, but nothing of this project.
 Left out are the tests that kill runs (SLOW). Before the first mistake of a concept its tests have to pass, and the
 processor time they take sets the limit: four times as much and a minute. A mistake that takes longer is in an endless
-loop or near one, and is listed by itself; one that asks for more than MEMORY fails. Which survivors mean the same as
-the original is for a reader to decide: docs/mutation.md.
+loop or near one, and is listed by itself; one that asks for more than MEMORY fails; one in a file that no test is about
+survives. Which survivors mean the same as the original is for a reader to decide: tests/README.md.
 """
 
 import argparse
@@ -37,9 +38,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = {  # {concept: its test files}, where they are not called like it
-    "toy_render": "toy_world", "scene": "build_pairs", "toy_scene": "build_pairs",
-    "run": "run train", "video": "video sound", "vae_cogvideox": "vae_cogvideox bands", "vae_wan": "vae_wan bands",
+TESTS = {  # {file or folder: its tests}, where they are not tests/test_NAME.py; tests that do not exist are ignored
+    "mirage_min/data/toy_render.py": "toy_world", "mirage_min/data/toy_shapes.py": "toy_world",
+    "mirage_min/data/scene.py": "build_pairs", "mirage_min/data/toy_scene.py": "build_pairs",
+    "mirage_min/data/video.py": "video sound", "mirage_min/networks/vae_cogvideox.py": "vae_cogvideox bands",
+    "mirage_min/networks/unet_attention.py": "unet_2d", "mirage_min/networks/vae_wan.py": "vae_wan bands",
+    "mirage_min/training/run.py": "run train",
+    "encode_prompt.py": "prompt", "train_vae.py": "train_equations train distributed",
+    "train_harmonize.py": "train_equations train distributed", "experiments": "experiments",
+    "experiments/alignment.py": "align", "experiments/chopgrad_locality.py": "locality",
+    "experiments/chopgrad_memory.py": "locality chopgrad", "experiments/model_card.py": "model_card",
+    "experiments/walkthrough_figures.py": "locality", "experiments/skip_vae.py": "tables",
+    "experiments/tables.py": "tables", "experiments/mirage_table1.py": "tables",
+    "experiments/mirage_table2.py": "tables", "experiments/mirage_table3.py": "tables",
+    "experiments/mirage_table4.py": "tables", "experiments/chopgrad_table4.py": "tables",
+    "experiments/stage_h_losses.py": "tables",
 }
 SLOW = "not killed"  # names of tests, as for pytest's -k
 MEMORY = 10 * 2**30  # bytes of address space: some mistakes ask for all there is
@@ -52,9 +65,9 @@ DIMS = ("dim", "dims", "start_dim")
 
 def mutants(node: ast.AST):
     """(kind, another node) for every mistake that can stand in this node's place."""
-    if isinstance(node, ast.BinOp):
+    if isinstance(node, ast.BinOp) and not joins(node):
         swap = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult}
-        if type(node.op) in swap and not isinstance(node.left, (ast.Tuple, ast.List, ast.ListComp)):
+        if type(node.op) in swap:
             kind = "sign" if isinstance(node.op, (ast.Add, ast.Sub)) else "scale"
             yield kind, ast.BinOp(node.left, swap[type(node.op)](), node.right)
         if isinstance(node.op, (ast.Add, ast.Sub, ast.Mult)):
@@ -91,6 +104,14 @@ def mutants(node: ast.AST):
             yield "bound", ast.Compare(node.left, [swap[type(node.ops[0])]()], node.comparators)
 
 
+def joins(node: ast.AST) -> bool:
+    """Whether an expression joins texts, lists or parts of a path: that is no arithmetic."""
+    if isinstance(node, ast.BinOp):
+        return joins(node.left) or joins(node.right)
+    text = isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes))
+    return text or isinstance(node, (ast.JoinedStr, ast.Tuple, ast.List, ast.ListComp, ast.Dict, ast.DictComp))
+
+
 def places(tree: ast.AST):
     """The nodes of a module where a mistake would be one of arithmetic, in the order of the file."""
     for name, value in ast.iter_fields(tree):
@@ -103,8 +124,13 @@ def places(tree: ast.AST):
 
 
 def skipped(node: ast.AST) -> bool:
+    """Whether nothing is planted in a statement or an expression."""
     main = isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
-    return main or isinstance(node, (ast.Raise, ast.JoinedStr, ast.AnnAssign, ast.Import, ast.ImportFrom))
+    draws = isinstance(node, ast.FunctionDef) and node.name.startswith("draw_")
+    flag = isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".add_argument")
+    known = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PAPER"
+    words = isinstance(node, (ast.Raise, ast.JoinedStr, ast.AnnAssign, ast.Import, ast.ImportFrom))
+    return main or draws or flag or known or words
 
 
 def candidates(file: str) -> list[dict]:
@@ -123,19 +149,28 @@ def candidates(file: str) -> list[dict]:
     return found
 
 
+def files() -> list[str]:
+    """Everything that computes: the package, the scripts at the top, the experiments; named from the root, sorted."""
+    found = [*(ROOT / "mirage_min").rglob("*.py"), *ROOT.glob("*.py"), *(ROOT / "experiments").glob("*.py")]
+    return sorted(path.relative_to(ROOT).as_posix() for path in found)
+
+
 def sample(count: int, seed: int = 0) -> list[dict]:
-    files = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "mirage_min").rglob("*.py"))
-    every = [m for file in files for m in candidates(file)]
+    """The first `count` of the 300 mistakes of a seed."""
+    every = [m for file in files() for m in candidates(file)]
     return random.Random(seed).sample(every, min(300, len(every)))[:count]
 
 
 def tests_of(file: str) -> tuple[str, ...]:
-    concept = Path(file).stem
-    return tuple(f"tests/test_{name}.py" for name in TESTS.get(concept, concept).split())
+    """The test files of a file, those that exist."""
+    path = Path(file)
+    names = TESTS.get(file) or TESTS.get(path.parent.as_posix()) or path.stem
+    tests = (f"tests/test_{name}.py" for name in names.split())
+    return tuple(test for test in tests if (ROOT / test).exists())
 
 
 def copy_tree(folder: Path) -> Path:
-    """What the tests need, in a temporary folder, with ../shared beside it where there is one."""
+    """What the tests need, in a temporary folder, with ../shared next to it where there is one."""
     tree = folder / "tree"
     unneeded = shutil.ignore_patterns(".git", "__pycache__", ".*_cache", "runs", "data", "venv", ".venv")
     shutil.copytree(ROOT, tree, ignore=unneeded)
@@ -219,6 +254,8 @@ def run(tree: Path, tests: tuple[str, ...], known: dict[str, float], limit: floa
 def try_one(tree: Path, mutant: dict, clean: dict[tuple, tuple]) -> dict:
     """The mutant with its outcome ("caught", "SURVIVES" or "too long"), why, and seconds."""
     path, tests, start = tree / mutant["file"], tests_of(mutant["file"]), time.time()
+    if not tests:
+        return mutant | {"outcome": "SURVIVES", "why": "no test is about this file", "seconds": 0.0}
     if tests not in clean:
         clean[tests] = run(tree, tests, {}, None)
         if clean[tests][0] != 0:
@@ -232,6 +269,7 @@ def try_one(tree: Path, mutant: dict, clean: dict[tuple, tuple]) -> dict:
 
 
 def main(args: argparse.Namespace) -> None:
+    """Plant what is not in the log yet, then say how many were noticed, and list the others."""
     args.out.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     wanted = sample(args.count, args.seed)
@@ -256,6 +294,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def describe(m: dict) -> str:
+    """A mistake and its outcome in one line."""
     change = f"{m['kind']}: {' '.join(m['old'].split())} -> {m['new']}"
     return f"{m.get('outcome', '')} {m['file']}:{m['line']} {change}  {m.get('why', '')}".strip()
 
@@ -264,8 +303,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/mutation.jsonl"), help="results, one JSON a line")
     parser.add_argument("--count", type=int, default=300, help="the first so many of the sample (default 300)")
-    parser.add_argument("--seed", type=int, default=0, help="another sample (default 0, that of docs/mutation.md)")
-    parser.add_argument("--list", metavar="FILE", help="only print the mistakes that a file of the package offers")
+    parser.add_argument("--seed", type=int, default=0, help="another sample (default 0, that of tests/README.md)")
+    parser.add_argument("--list", metavar="FILE", help="only print the mistakes that a file offers")
     args = parser.parse_args()
     if args.list:
         print("\n".join(describe(m) for m in candidates(args.list)))
