@@ -127,7 +127,7 @@ def test_the_card_is_written_as_text_numbers_and_a_picture(tmp_path, monkeypatch
 def test_the_shipped_model_lifts_the_crop_by_5_db_on_four_held_out_clips():
     """The floor: the card has the mean of 64. About 12 seconds of one core."""
     mirage, gains = Mirage.from_pretrained(WEIGHTS, dtype=torch.float32), []
-    for seed in range(1_000_000, 1_000_004):
+    for seed in range(1_000_004, 1_000_008):
         clip = make_clip(seed, WorldConfig(frames=9), extras=False)
         x_dr = model_card.harmonised(mirage, clip.x_ni)
         boxes = torch.stack([mask_box(alpha) for alpha in clip.actor[0]])
