@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from experiments.chopgrad_memory import passes
-from mirage_min.method import chopgrad, injection
+from mirage_min.method import chopgrad, injection, tiles
 from mirage_min.networks.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
 from mirage_min.networks.vae_wan import WanVAE, WanVAEConfig
 from mirage_min.training.memory import Held
+from tests.small import unchanged
 from tests.torchvision_stub import stub
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # autograd warns, once, of gradients laid out badly
@@ -117,6 +118,64 @@ def difference(got: tuple[Tensor, dict], want: tuple[Tensor, dict], floor: float
 def check(got, want, tolerance: float = 1e-9, **how) -> None:
     worst = difference(got, want, **how)
     assert worst <= tolerance, f"relative difference to the spec {worst:.2e}, tolerance {tolerance:.0e}"
+
+
+# ---- Algorithm 1 to the letter --------------------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize("d", range(6))
+def test_algorithm_1_equals_its_definition_and_the_general_function(name, d):
+    vae = small(name)
+    z, _, loss_fn = clip(vae, LATENTS[name])
+    want = spec(vae, z, [], loss_fn, d)
+    assert want[1]["z"].abs().max() > 0
+    for backward in (chopgrad.algorithm_1, chopgrad.backward):
+        module(vae).zero_grad()
+        with unchanged(z):
+            loss, grad_z = backward(vae, z, loss_fn, d_trunc=d)
+        check((loss, {"z": grad_z, **{n: p.grad for n, p in module(vae).named_parameters()}}), want, 1e-12)
+
+
+@pytest.mark.parametrize("d", range(5))
+def test_on_a_recurrence_of_plain_numbers_truncation_cuts_a_geometric_series(d):
+    """c_i = r c_{i-1} + p z_i, x_i = c_i: dL_i/dz_j = p r^(i - j), so z_j gets p (1 + r + … + r^n), n groups on."""
+    r, p, N = 0.3, torch.tensor(2.0, dtype=torch.float64, requires_grad=True), 5
+
+    class Numbers:
+        def decode_groups(self, F):
+            return [slice(i, i + 1) for i in range(F)]
+
+        def decode_group(self, z_i, cache, inject=None):
+            c_i = p * z_i + (0 if cache is None else r * cache["c"])
+            return c_i, {"c": c_i, "nothing remembered": z_i.new_empty(0)}
+    z = torch.arange(1.0, N + 1, dtype=torch.float64).view(1, 1, N, 1, 1)
+    reached = [[j for j in range(N) if i - d <= j <= i] for i in range(N)]  # by the loss of group i
+    wanted = [sum(2.0 * r ** (i - j) for i in range(N) if j in reached[i]) for j in range(N)]
+    of_p = sum(r ** (i - j) * (j + 1) for i in range(N) for j in reached[i])
+    for backward in (chopgrad.algorithm_1, chopgrad.backward):
+        p.grad = None
+        _, grad_z = backward(Numbers(), z, lambda x, where: x.sum(), d_trunc=d)
+        assert grad_z.flatten().tolist() == pytest.approx(wanted, rel=1e-12), f"{backward.__name__}: wanted {wanted}"
+        assert p.grad.item() == pytest.approx(of_p, rel=1e-12)
+
+
+@both
+@pytest.mark.parametrize("d", [0, 1, 2])
+def test_algorithm_1_holds_no_more_for_a_longer_clip(name, d):
+    vae = small(name)
+
+    def peak(F):
+        with Held(vae) as held:
+            z = torch.randn(1, 3, F, 3, 2, dtype=torch.float64)
+            chopgrad.algorithm_1(vae, z, lambda x, where: x.square().sum(), d)
+        return held.peak
+    first = 2 * d + 5 if name == "cogvideox" else d + 3
+    peaks = [peak(F) for F in (first, first + 4)]
+    assert max(peaks) <= 1.01 * min(peaks), f"peak bytes {peaks}"
+
+
+# ---- the function that training calls -------------------------------------------------------------------------------
 
 
 @both
@@ -310,37 +369,46 @@ def test_groups_out_of_reach_are_dropped_without_any_loss(name, attached):
     assert long <= 1.01 * short, f"{short} bytes at 5 latents, {long} at 9"
 
 
-MISTAKES = {
-    "cache not detached": ("c.detach().requires_grad_(c.requires_grad and d_trunc > 0)", "c"),
-    "cache detached one group too early": ("reach = d_trunc if", "reach = max(d_trunc - 1, 0) if"),
-    "cache detached one group too late": ("reach = d_trunc if", "reach = d_trunc + 1 if"),
-    "cache gradient not zeroed": ("            c.grad = None", "            pass"),
-    "graph released early": ("retain_graph=k < reach", "retain_graph=k + 1 < reach"),
+MISTAKES = {  # {what: (file, text, what stands there instead)}
+    "cache not detached": ("chopgrad", "c.detach().requires_grad_(c.requires_grad and d_trunc > 0)", "c"),
+    "cache detached one group too early": ("chopgrad", "reach = d_trunc if", "reach = max(d_trunc - 1, 0) if"),
+    "cache detached one group too late": ("chopgrad", "reach = d_trunc if", "reach = d_trunc + 1 if"),
+    "cache gradient not zeroed": ("chopgrad", "        c.grad = None\n", "        pass\n"),
+    "graph released early": ("chopgrad", "retain_graph=k < reach", "retain_graph=k + 1 < reach"),
     "parameter gradients of re-used graphs counted twice": (
-        "            torch.autograd.backward(*zip(*roots), retain_graph=k < reach)\n",
-        "            torch.autograd.backward(*zip(*roots), retain_graph=True)\n"
-        "            if k: torch.autograd.backward(*zip(*roots), retain_graph=True, inputs=PARAMETERS)\n"),
-    "pixel gradient pushed again with every later loss": ("        graph.x = graph.grad_x = None", "        pass"),
-    "delayed losses of a short clip never pushed": ("if group is not groups[-1] else 0", ""),
-    "tile borders off by one": ("n * k // pieces for", "n * k // pieces + (0 < k < pieces) for"),
-    "margin not cut off": ("scale(own, s, cells.start) for", "scale(own, s, own.start) for"),
-    "injected maps of the wrong frames": ("part(m, frames[i],", "part(m, frames[i - (i > 1)],"),
-    "overlapping tiles overwrite": ("whole.grad[where].add_(leaf.grad)", "whole.grad[where] = leaf.grad"),
+        "chopgrad", "            torch.autograd.backward(tensors, gradients, retain_graph=k < reach)\n",
+        "            torch.autograd.backward(tensors, gradients, retain_graph=True)\n"
+        "            if k: torch.autograd.backward(tensors, gradients, retain_graph=True, inputs=PARAMETERS)\n"),
+    "pixel gradient pushed again with every later loss": (
+        "chopgrad", "        graph.x = graph.grad_x = None", "        pass"),
+    "delayed losses of a short clip never pushed": ("chopgrad", "if i < len(clip.groups) - 1 else 0", ""),
+    "tile borders off by one": ("tiles", "n * k // pieces for", "n * k // pieces + (0 < k < pieces) for"),
+    "margin not cut off": ("tiles", "origin=side.seen.start", "origin=side.own.start"),
+    "injected maps of the wrong frames": ("chopgrad", "(m, self.frames[i],", "(m, self.frames[i - (i > 1)],"),
+    "overlapping tiles overwrite": ("chopgrad", ".add_(leaf.grad)", ".copy_(leaf.grad)"),
 }
+
+
+def mutant(file: str = "", old: str = "", new: str = "") -> ModuleType:
+    """chopgrad.py and tiles.py as one module, with a mistake in one of the files."""
+    module = ModuleType("mutant")
+    for path in (tiles.__file__, chopgrad.__file__):
+        source = Path(path).read_text().replace("from .tiles import Tile, cut, select, without_margin\n", "")
+        if Path(path).stem == file:
+            assert source.count(old) == 1, f"{path} has {old!r} {source.count(old)} times"
+            source = source.replace(old, new)
+        exec(compile(source, "mutant", "exec"), module.__dict__)
+    return module
 
 
 @pytest.mark.parametrize("mistake", [None, *MISTAKES])
 def test_planted_mistakes_are_found(mistake):
-    old, new = MISTAKES.get(mistake, ("", ""))
-    source = Path(chopgrad.__file__).read_text()
-    assert mistake is None or source.count(old) == 1, f"chopgrad.py has {old!r} {source.count(old)} times"
-    vae, mutant = small("wan"), ModuleType("mutant")
-    mutant.PARAMETERS = [p for p in vae.decoder.parameters()]
-    exec(compile(source.replace(old, new) if mistake else source, "mutant", "exec"), mutant.__dict__)
+    vae, broken = small("wan"), mutant(*MISTAKES.get(mistake, ()))
+    broken.PARAMETERS = list(vae.decoder.parameters())
     case, worst = clip(vae, 4), 0.0
     try:
         for d in (2, 9):
-            got = run(vae, *case, mutant.backward, d_trunc=d, tiles=(2, 1), margin=1, delayed=d == 9)
+            got = run(vae, *case, broken.backward, d_trunc=d, tiles=(2, 1), margin=1, delayed=d == 9)
             worst = max(worst, difference(got, mistakes_spec(d)))
     except (RuntimeError, UserWarning):  # autograd refuses a graph that is gone, and the .grad of what is no leaf
         worst = float("inf")
@@ -356,9 +424,11 @@ def mistakes_spec(d: int):
 def test_what_cannot_be_done_is_refused():
     vae = small("wan")
     z, inject, loss_fn = clip(vae, 3)
-    for how in ({"tiles": (4, 1)}, {"tiles": (1, 0)}, {"margin": -1}, {"d_trunc": -1}):
+    for how in ({"tiles": (4, 1)}, {"tiles": (1, 0)}, {"margin": -1}):
         with pytest.raises(ValueError, match="want tiles in 1..3 x 1..2"):
             chopgrad.backward(vae, z, loss_fn, **how)
+    with pytest.raises(ValueError, match="want d_trunc of 0 or more, got -1"):
+        chopgrad.backward(vae, z, loss_fn, d_trunc=-1)
     for wrong in ([inject[0][:, :, :5]], [inject[0].requires_grad_() * 2]):
         with pytest.raises(ValueError, match="want inject for 3 groups"):
             chopgrad.backward(vae, z, loss_fn, inject=wrong)

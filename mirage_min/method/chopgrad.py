@@ -5,144 +5,243 @@ group's activations. ChopGrad lets the loss of group i reach back d_trunc groups
 
     grad z_j = sum over j <= i <= j + d_trunc of dL_i/dz_j       and the same for parameters and injected features
 
-    loss, grad_z = chopgrad.backward(vae, z, lambda x, where: (x - x_gt[where]).square().sum() / x_gt.numel())
-    z.backward(grad_z)                                           # once through the backbone, whose graph is behind z
+`algorithm_1` is the paper's algorithm, line by line. `backward` gives the same gradients and is what training calls:
 
-`vae` has decode_groups(F) -> slices, decode_group(z_g, cache, inject) -> (x_g, cache), cache a flat dict of tensors,
-new at every call, and for `inject` encode_groups(T) -> slices. Never wrap it in DDP: gradients go wrong silently there.
+    loss, grad_z = chopgrad.backward(vae, z, lambda x, where: (x - x_gt[where]).square().sum() / x_gt.numel())
+    z.backward(grad_z)                                           # once through the backbone, from which z came
+
+It adds tiles, injected features, recomputation, and a loss whose own graph ends at the pixels. Never wrap the decoder
+in DDP: its gradients would be wrong, silently.
 
 N groups cost (N - d/2)(d + 1) passes, one for every graph that a loss reaches. `delayed` pushes the first d + 1 losses
-in one sweep: (N - d)(d + 1) passes, the same gradients, and full backpropagation's cost at d = N - 1 (App. D; evicting
-every s groups is left out, losses would reach unequally far). No VAE tiles exactly: experiments/chopgrad_locality.py.
+in one sweep: (N - d)(d + 1) passes, the same gradients, and full backpropagation's cost at d = N - 1 (App. D). Left
+out: App. D's eviction of graphs every s groups, by which losses would reach unequally far.
 
-    python -m mirage_min.method.chopgrad           # how far from full backpropagation, by truncation distance
+    python -m mirage_min.method.chopgrad      # truncation on a recurrence of plain numbers, then on a video decoder
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise, product
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
-Tile = tuple[tuple[slice, slice], ...]  # rows, then columns: (latent cells to decode, those of them that take loss)
+from .tiles import Tile, cut, select, without_margin
 
+Cache = dict[str, Tensor]
+Loss = Callable[[Tensor, tuple[slice, ...]], Tensor]
+
+
+class CausalDecoder(Protocol):
+    """What ChopGrad asks of a VAE."""
+
+    def decode_groups(self, F: int) -> list[slice]:
+        """The latents of each group, in order."""
+
+    def decode_group(self, z_g: Tensor, cache: Cache | None, inject: list[Tensor] | None) -> tuple[Tensor, Cache]:
+        """A group after `cache` (None: the first) -> (its frames, a new cache: a flat dict of tensors)."""
+
+    def encode_groups(self, T: int) -> list[slice]:
+        """The frames of each group; asked for only where features are injected."""
+
+
+# ---- the algorithm ---------------------------------------------------------------------------------------------------
 
 @torch.enable_grad()
-def backward(vae, z: Tensor, loss_fn, d_trunc: int | None = 1, tiles=(1, 1), margin=0, delayed=False, checkpoint=False,
-             inject: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+def algorithm_1(vae: CausalDecoder, z: Tensor, loss_fn: Loss, d_trunc: int) -> tuple[Tensor, Tensor]:
+    """Pixel loss of latents z [B, C, F, h, w] -> (loss, grad_z like z); parameters' gradients go to their .grad.
+
+    Groups are decoded in order, i from 1, each from the cache that the one before it left (the first from None). That
+    cache enters detached, as leaves that require grad where it did. L_i = loss_fn(x_i, where) is backpropagated into
+    z_i and those leaves; `where` are the five slices that cut x_i's frames from a video [B, 3, T, H, W]. What the
+    leaves receive is carried on through the caches that earlier groups left, d_trunc groups back at most. No leaf keeps
+    a gradient that a later loss would carry again, and no graph is kept that no later loss can reach. loss is Σ L_i.
+    """
+    latents = [z[:, :, group].detach().requires_grad_() for group in vae.decode_groups(z.shape[2])]
+    entered, left = {}, {}                                  # of every group i: z^c_{i-1} as leaves, and z^c_i
+    cache, losses, t = {}, [], 0
+    for i, z_i in enumerate(latents, start=1):                                    # ChopGrad Alg. 1, line 1
+        # z^c_{i-1} <- detach(z^c_{i-1})                                          ChopGrad Alg. 1, line 2
+        entered[i] = {key: c.detach().requires_grad_(c.requires_grad) for key, c in cache.items()}
+        # x_i, z^c_i = D(Concat(z^c_{i-1}, z_i))                                  ChopGrad Alg. 1, line 3
+        x_i, cache = vae.decode_group(z_i, entered[i] or None)
+        left[i] = cache
+        # L_i, of the frames of x_i                                               ChopGrad Alg. 1, line 4
+        loss_i = loss_fn(x_i, (slice(None), slice(None), slice(t, t + x_i.shape[2]), slice(None), slice(None)))
+        # grad z_i += dL_i / dz_i,  grad z^c_{i-1} = dL_i / dz^c_{i-1}            ChopGrad Alg. 1, lines 5, 6
+        loss_i.backward(retain_graph=True)
+        # DEVIATION: line 7 has k <= min(d_trunc, i), but the first group is group 1
+        for k in range(1, min(d_trunc, i - 1) + 1):                               # ChopGrad Alg. 1, line 7
+            # grad z_{i-k} += (dz^c_{i-k} / dz_{i-k})^T grad z^c_{i-k}            ChopGrad Alg. 1, line 8
+            # grad z^c_{i-k-1} = (dz^c_{i-k} / dz^c_{i-k-1})^T grad z^c_{i-k}     ChopGrad Alg. 1, line 9
+            grad_c = take_gradients(entered[i - k + 1])
+            torch.autograd.backward([left[i - k][key] for key in grad_c], list(grad_c.values()), retain_graph=True)
+        # DEVIATION: line 11 has i >= d_trunc, but the first graph to go is group 1's, at i = d_trunc + 1
+        if i > d_trunc:                                                           # ChopGrad Alg. 1, line 11
+            del entered[i - d_trunc], left[i - d_trunc]                           # ChopGrad Alg. 1, line 12
+        losses.append(loss_i.detach())
+        t += x_i.shape[2]
+    return sum(losses), torch.cat([z_i.grad for z_i in latents], dim=2)
+
+
+def take_gradients(leaves: Cache) -> Cache:
+    """The gradients of those leaves that have one, which lose it ("cache gradients are zeroed", App. A)."""
+    gradients = {key: c.grad for key, c in leaves.items() if c.grad is not None}
+    for c in leaves.values():
+        c.grad = None
+    return gradients
+
+
+# ---- the same for training -------------------------------------------------------------------------------------------
+
+@torch.enable_grad()
+def backward(vae: CausalDecoder, z: Tensor, loss_fn: Loss, d_trunc: int | None = 1, tiles: tuple[int, int] = (1, 1),
+             margin: int = 0, delayed: bool = False, checkpoint: bool = False, inject: list[Tensor] | None = None
+             ) -> tuple[Tensor, Tensor]:
     """Pixel loss of normalised latents z [B, C, F, h, w] -> (loss, grad_z like z); parameters' gradients go to .grad.
+
     loss_fn     (x_g [B, 3, T', H', W'], where) -> scalar; x_g is a piece of the video without its margin and `where`
                 the slices that cut its like from a [B, 3, T, H, W] target. The losses add up: weight each by its share.
-    d_trunc     groups that a loss reaches back; None: all of them in one sweep, which is full backpropagation.
-    tiles       (rows, columns) of latent pieces; need not divide h and w. margin: latent cells of context around each.
-    checkpoint  keep only what goes into a group, and decode it again for every pass through its graph.
-    inject      features of the whole clip, finest first, [B, C_i, T, H_i, W_i]; those that require grad get .grad."""
-    B, C, F, h, w = z.shape
-    groups, inject, losses = vae.decode_groups(F), inject or [], []
-    if not (1 <= tiles[0] <= h and 1 <= tiles[1] <= w and margin >= 0 and (d_trunc is None or d_trunc >= 0)):
-        raise ValueError(f"want tiles in 1..{h} x 1..{w}, margin and d_trunc >= 0, got {tiles}, {margin}, {d_trunc}")
-    frames = vae.encode_groups(inject[0].shape[2]) if inject else groups
-    if len(frames) != len(groups) or any(m.requires_grad and not m.is_leaf for m in inject):
-        raise ValueError(f"want inject for {len(groups)} groups, leaves where it requires grad (detach it, then "
-                         f"m.backward(leaf.grad)), got (shape, leaf) {[(tuple(m.shape), m.is_leaf) for m in inject]}")
-    d_trunc, delayed = (len(groups) - 1, True) if d_trunc is None else (d_trunc, delayed)
-    decode = (lambda *g: recompute(vae.decode_group, *g, use_reentrant=False)) if checkpoint else vae.decode_group
-    for v in (z := z.detach().requires_grad_(), *inject):
-        v.grad = torch.zeros_like(v) if v.requires_grad and v.grad is None else v.grad
-    for tile in product(cut(h, tiles[0], margin), cut(w, tiles[1], margin)):
-        losses += chop(decode, z, inject, groups, frames, tile, loss_fn, d_trunc, delayed)
-    return sum(losses), z.grad
+    d_trunc     groups that a loss reaches back; None: all of them in one sweep, which is full backpropagation
+    tiles       (rows, columns) of latent pieces; need not divide h and w
+    margin      latent cells of context around each tile
+    delayed     wait with the first losses until the window is full, and push them back together (App. D)
+    checkpoint  keep only what goes into a group, and decode it again for every pass through its graph
+    inject      features of the whole clip, finest first, [B, C_i, T, H_i, W_i]; those that require grad get .grad
+    ValueError if the tiles, the distance or the features do not fit the clip.
+    """
+    if d_trunc is not None and d_trunc < 0:
+        raise ValueError(f"want d_trunc of 0 or more, got {d_trunc}")
+    clip = Clip(vae, z, inject or [], checkpoint)
+    if d_trunc is None:
+        d_trunc, delayed = len(clip.groups) - 1, True
+    losses = []
+    for tile in cut(*z.shape[3:], tiles, margin):
+        losses += backpropagate_tile(clip, tile, loss_fn, d_trunc, delayed)
+    return sum(losses), clip.z.grad
 
 
-def chop(decode, z, inject, groups, frames, tile: Tile, loss_fn, d_trunc: int, delayed: bool) -> list[Tensor]:
-    """Algorithm 1 on one tile -> every L_i, detached; `part` adds what flows back to the .grad of z and of inject.
-    decode(z_i, cache, inject_i) takes None for no cache or no maps. A cache enters a group detached: a new leaf, which
-    requires grad if it did and d_trunc > 0. The graph of L_i ends at the pixels x: loss_fn has `without_margin` of a
-    leaf in their place, and dL_i/dx is the group's grad_x (None if L_i has no graph). `reach` is how many graphs the
-    next loss can reach: d_trunc, or 0 after the last group. push_back(window, reach) follows every loss, or if
-    `delayed` only a window of more than `reach` graphs. Then the graphs out of reach are dropped."""
-    window, cache, losses, t = deque(), {}, [], 0
-    for i, group in enumerate(groups):                                          # ChopGrad Alg. 1, line 1
-        # z^c_{i-1} <- detach(z^c_{i-1})                                        ChopGrad Alg. 1, line 2
-        cache = {key: c.detach().requires_grad_(c.requires_grad and d_trunc > 0) for key, c in cache.items()}
-        # x_i, z^c_i = D(Concat(z^c_{i-1}, z_i))                                ChopGrad Alg. 1, line 3
-        z_i, inject_i = part(z, group, tile, 1), [part(m, frames[i], tile, m.shape[4] // z.shape[4]) for m in inject]
-        window.append(Graph(cache, *decode(z_i, cache or None, inject_i or None)))
-        x = window[-1].x.detach().requires_grad_()
-        loss_i = loss_fn(*without_margin(x, t, tile, x.shape[4] // z_i.shape[4]))  # ChopGrad Alg. 1, lines 4, 5
-        if loss_i.requires_grad:
-            window[-1].grad_x, = torch.autograd.grad(loss_i, x, allow_unused=True)
-        losses, t, cache = [*losses, loss_i.detach()], t + x.shape[2], window[-1].cache_out
-        reach = d_trunc if group is not groups[-1] else 0                       # graphs that the next loss can reach
-        if len(window) > reach or not delayed:
-            push_back(window, reach)                                            # ChopGrad Alg. 1, lines 5 to 9
-        # DEVIATION: line 11 has i >= d_trunc; counted from 1 as there, the first graph to go is that of d_trunc + 1
-        while len(window) > reach:                                              # ChopGrad Alg. 1, line 11
-            window.popleft()                                                    # ChopGrad Alg. 1, line 12
-    return losses
+class Clip:
+    """A clip to be decoded group by group and tile by tile: latents and features that collect their gradients."""
+
+    def __init__(self, vae: CausalDecoder, z: Tensor, inject: list[Tensor], checkpoint: bool):
+        self.vae, self.checkpoint = vae, checkpoint
+        self.z, self.inject = z.detach().requires_grad_(), inject
+        self.groups = vae.decode_groups(z.shape[2])                            # latents of each group
+        self.frames = vae.encode_groups(inject[0].shape[2]) if inject else []  # frames of each group
+        no_leaf = any(m.requires_grad and not m.is_leaf for m in inject)
+        if no_leaf or (inject and len(self.frames) != len(self.groups)):
+            raise ValueError(f"want inject for {len(self.groups)} groups, leaves where it requires grad (detach it, "
+                             "then m.backward(leaf.grad)), got (shape, is a leaf) "
+                             f"{[(list(m.shape), m.is_leaf) for m in inject]}")
+        for v in (self.z, *inject):
+            if v.requires_grad and v.grad is None:
+                v.grad = torch.zeros_like(v)
+
+    def decode(self, i: int, tile: Tile, cache: Cache) -> tuple[Tensor, Cache]:
+        """What a tile sees of group i, after `cache` -> (x [B, 3, T_i, H', W'], a new cache)."""
+        z_i = take_leaf(self.z, self.groups[i], tile, 1)
+        inject_i = [take_leaf(m, self.frames[i], tile, m.shape[4] // self.z.shape[4]) for m in self.inject]
+        given = z_i, cache or None, inject_i or None
+        if self.checkpoint:
+            return recompute(self.vae.decode_group, *given, use_reentrant=False)
+        return self.vae.decode_group(*given)
 
 
-@dataclass
-class Graph:
-    """What is alive of one group: its graph hangs between the leaves of cache_in and the tensors handed out."""
-    cache_in: dict[str, Tensor]    # z^c_{i-1}, detached; its .grad is what the group before receives
-    x: Tensor | None               # pixels, until their gradient has been pushed back
-    cache_out: dict[str, Tensor]   # z^c_i
-    grad_x: Tensor | None = None   # dL_i/dx_i
+def take_leaf(whole: Tensor, time: slice, tile: Tile, s: int) -> Tensor:
+    """Cuts what a tile sees of some frames of whole [B, C, T, h·s, w·s], as a new leaf [B, C, T', height·s, width·s].
 
+    If `whole` requires grad, so does the leaf. After each backward pass its gradient is added to the same region of
+    whole.grad, which must exist, and then cleared.
+    """
+    leaf = select(whole[:, :, time], tile, s).detach().requires_grad_(whole.requires_grad)
 
-def push_back(window: deque[Graph], reach: int) -> None:
-    """Lines 5 to 9, newest graph first; the newest `reach` stay usable for later losses. At most one pass a graph:
-    from x with grad_x, which is pushed once, and from cache_out with what the group after it left in its cache_in."""
-    grad_cache = {}
-    # DEVIATION: line 7 has k <= min(d_trunc, i), but the window ends at group 1, so k <= min(d_trunc, i - 1)
-    for k, graph in enumerate(reversed(window)):                                # ChopGrad Alg. 1, line 7; k = 0: 5, 6
-        roots = [(graph.cache_out[key], g) for key, g in grad_cache.items()]
-        roots += [] if graph.grad_x is None else [(graph.x, graph.grad_x)]
-        if roots:
-            # grad z_{i-k} += (dz^c_{i-k} / dz_{i-k})^T grad z^c_{i-k}          ChopGrad Alg. 1, lines 5, 8
-            # grad z^c_{i-k-1} = (dz^c_{i-k} / dz^c_{i-k-1})^T grad z^c_{i-k}   ChopGrad Alg. 1, lines 6, 9
-            torch.autograd.backward(*zip(*roots), retain_graph=k < reach)
-        graph.x = graph.grad_x = None  # pushed once; what only the pixels needed of the graph goes with them
-        grad_cache = {key: c.grad for key, c in graph.cache_in.items() if c.grad is not None}
-        for c in graph.cache_in.values():
-            c.grad = None  # or the next loss would push this one's gradient again
-
-
-def part(whole: Tensor, time: slice, tile: Tile, s: int) -> Tensor:
-    """A leaf on a part of a leaf, s pixels to a cell. What gradient it gets in a pass is added to that part of
-    whole.grad (which is there), if `whole` requires grad, and its own is dropped."""
-    where = (slice(None), slice(None), time, *(scale(cells, s) for cells, _ in tile))
-    leaf = whole[where].detach().requires_grad_(whole.requires_grad)
-    def deliver(leaf):
-        whole.grad[where].add_(leaf.grad)
+    def deliver(leaf: Tensor) -> None:
+        select(whole.grad[:, :, time], tile, s).add_(leaf.grad)
         leaf.grad = None
+
     if whole.requires_grad:
         leaf.register_post_accumulate_grad_hook(deliver)
     return leaf
 
 
-def cut(n: int, pieces: int, margin: int) -> list[tuple[slice, slice]]:
-    """n cells in pieces that begin at n·k // pieces -> one side of a Tile for each; a margin ends where the cells do"""
-    edges = [n * k // pieces for k in range(pieces + 1)]
-    return [(slice(max(a - margin, 0), min(b + margin, n)), slice(a, b)) for a, b in pairwise(edges)]
+@dataclass
+class Graph:
+    """What is alive of one group: its graph lies between the leaves of cache_in and the tensors that it gave."""
+
+    cache_in: Cache                # z^c_{i-1}, detached; the gradient that its leaves get is the group before's
+    x: Tensor | None               # pixels, until their gradient has been pushed back
+    cache_out: Cache               # z^c_i
+    grad_x: Tensor | None = None   # dL_i/dx_i
 
 
-def scale(cells: slice, s: int, origin: int = 0) -> slice:
-    """The pixels of these latent cells, s to a cell, counted from cell `origin`."""
-    return slice((cells.start - origin) * s, (cells.stop - origin) * s)
+def backpropagate_tile(clip: Clip, tile: Tile, loss_fn: Loss, d_trunc: int, delayed: bool) -> list[Tensor]:
+    """Algorithm 1 on one tile of a clip, whose z and inject collect the gradients -> every L_i, detached.
+
+    Different from algorithm_1: the loss has a graph of its own, which ends at the pixels and is gone before the
+    decoder's backward begins (then dL_i/dx is the group's grad_x; None if the loss has no graph). A cache enters as
+    leaves that require grad only if d_trunc > 0. push_back(window, reach) follows every loss, or if `delayed` only a
+    window of more than `reach` graphs; `reach` is how many graphs the next loss can reach: d_trunc, or 0 after the last
+    group. Graphs out of reach leave the window then.
+    """
+    window, cache, losses, t = deque(), {}, [], 0
+    for i in range(len(clip.groups)):
+        cache = {key: c.detach().requires_grad_(c.requires_grad and d_trunc > 0) for key, c in cache.items()}
+        window.append(Graph(cache, *clip.decode(i, tile, cache)))
+        x = window[-1].x.detach().requires_grad_()
+        loss_i = loss_fn(*without_margin(x, t, tile))
+        if loss_i.requires_grad:
+            window[-1].grad_x, = torch.autograd.grad(loss_i, x, allow_unused=True)
+        losses.append(loss_i.detach())
+        t += x.shape[2]
+        cache = window[-1].cache_out
+        reach = d_trunc if i < len(clip.groups) - 1 else 0
+        if len(window) > reach or not delayed:
+            push_back(window, reach)
+        while len(window) > reach:
+            window.popleft()
+    return losses
 
 
-def without_margin(x: Tensor, t: int, tile: Tile, s: int) -> tuple[Tensor, tuple[slice, ...]]:
-    """The pixels of a decoded tile that take loss, and where in the video they lie; x begins at frame t."""
-    inside = (..., *(scale(own, s, cells.start) for cells, own in tile))
-    return x[inside], (slice(None), slice(None), slice(t, t + x.shape[2]), *(scale(own, s) for _, own in tile))
+def push_back(window: deque[Graph], reach: int) -> None:
+    """Lines 5 to 9 of Algorithm 1 for a window of graphs, newest first; the newest `reach` stay usable afterwards.
+
+    One pass a graph at most: from x with grad_x, which is pushed once and then dropped, and from cache_out with what
+    the group after it left in its cache_in, whose leaves are cleared.
+    """
+    grad_cache = {}
+    for k, graph in enumerate(reversed(window)):
+        roots = [(graph.cache_out[key], grad) for key, grad in grad_cache.items()]
+        if graph.grad_x is not None:
+            roots.append((graph.x, graph.grad_x))
+        if roots:
+            tensors, gradients = zip(*roots)
+            torch.autograd.backward(tensors, gradients, retain_graph=k < reach)
+        graph.x = graph.grad_x = None  # pushed once; what only the pixels needed of the graph goes with them
+        grad_cache = take_gradients(graph.cache_in)
 
 
 if __name__ == "__main__":
     from ..networks.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
+
+    class Numbers:
+        """A decoder of plain numbers: c_i = c_{i-1} / 2 + z_i and x_i = c_i, so that dx_i / dz_j is 1 / 2^(i - j)."""
+
+        def decode_groups(self, F):
+            return [slice(i, i + 1) for i in range(F)]
+
+        def decode_group(self, z_i, cache, inject=None):
+            c_i = z_i if cache is None else cache["c"] / 2 + z_i
+            return c_i, {"c": c_i}
+
+    print("x_i = c_i = c_{i-1} / 2 + z_i, four groups, loss Σ x_i: the full gradient of z_1 is 1 + 1/2 + 1/4 + 1/8")
+    for d in range(4):
+        _, grad_z = algorithm_1(Numbers(), torch.ones(1, 1, 4, 1, 1), lambda x, where: x.sum(), d)
+        print(f"d_trunc {d}: grad z {grad_z.flatten().tolist()}")
+
     torch.manual_seed(0)
     vae, z = CogVideoXVAE(CogVideoXVAEConfig(3, 3, (8, 8, 8, 8), 4, 1, norm_num_groups=4)), torch.randn(1, 4, 11, 4, 6)
     (_, full), *rest = (backward(vae, z, lambda x, where: x.square().sum(), d) for d in (None, *range(5)))

@@ -18,7 +18,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -27,8 +26,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..method import injection, lora
-from ..method.chopgrad import cut, scale
 from ..method.one_step import denoise, schedule_from_config
+from ..method.tiles import Tile, assemble, cut, select
 from ..networks import weights
 from ..networks.causal_conv import Spent
 from ..networks.dit_cogvideox import CogVideoXDiT
@@ -125,29 +124,15 @@ class Mirage(nn.Module):
     def _tiled(step: Callable, caches: dict, cut_up: tuple[int, int], *parts: Tensor) -> Tensor:
         """step(cache, *parts) -> (y, new cache) for each tile of the frame by itself, blended to one y.
 
-        caches: a cache for each tile. parts: tensors over the same frame, of latents or of pixels. Weights rise
-        linearly over the overlap of two tiles and sum to one. No VAE tiles exactly: see docs/streaming.md.
+        caches: a cache for each tile. parts: tensors over the same frame, of latents or of pixels; the last of pixels.
         """
-        (tiles, margin), (h, w) = cut_up, (n // 8 for n in parts[-1].shape[-2:])
-        if not (1 <= tiles <= min(h, w) and margin >= 0):
-            raise ValueError(f"want 1 to {min(h, w)} tiles and a margin of 0 or more, got {tiles} and {margin}")
-        total = weight = None
-        for i, tile in enumerate(product(cut(h, tiles, margin), cut(w, tiles, margin))):
-            def within(v: Tensor) -> Tensor:
-                return v[(..., *(scale(cells, v.shape[-1] // w) for cells, _ in tile))]
-            y, cache = step(Spent(caches.pop(i, {})), *map(within, parts))
-            caches[i] = cache
-            if tiles == 1:
-                return y
-            s = y.shape[-1] * 8 // within(parts[-1]).shape[-1]         # of y to a latent cell: 1, or 8 pixels
-            if total is None:
-                total = y.new_zeros(*y.shape[:3], h * s, w * s, dtype=torch.float32)
-                weight = torch.zeros_like(total[0, 0, 0])
-            sides = (torch.arange(1, size + 1, device=y.device, dtype=torch.float32) for size in y.shape[-2:])
-            rise = torch.outer(*(torch.minimum(p, p.flip(0)).clamp(max=2 * margin * s + 1) for p in sides))
-            within(total).add_(y * rise)
-            within(weight).add_(rise)
-        return (total / weight).to(y.dtype)
+        h, w = (n // 8 for n in parts[-1].shape[-2:])
+
+        def pieces() -> Iterator[tuple[Tile, Tensor]]:
+            for i, tile in enumerate(cut(h, w, (cut_up[0], cut_up[0]), cut_up[1])):
+                y, caches[i] = step(Spent(caches.pop(i, {})), *(select(v, tile, v.shape[-1] // w) for v in parts))
+                yield tile, y
+        return assemble(pieces(), h, w)
 
     def _groups(self, frames: Iterable[Tensor]) -> Iterator[tuple[Tensor, int]]:
         """Frames -> (x_g [1, 3, T_g, H', W'], how many of its frames are real): the groups of a legal length."""
