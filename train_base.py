@@ -33,8 +33,9 @@ from tqdm import tqdm
 from mirage_min.data.pairs import Pairs
 from mirage_min.data.photometric import vary
 from mirage_min.data.real_clips import RealClips
-from mirage_min.method.one_step import add_noise, alpha_bar, denoise, v_target
+from mirage_min.method.one_step import T_MIRAGE, T_WAN, add_noise, alpha_bar, denoise, v_target
 from mirage_min.method.perceptual import Features, Lpips
+from mirage_min.method.schedules import VPrediction, config_from_schedule
 from mirage_min.networks.dit_cogvideox import CogVideoXDiT, CogVideoXDiTConfig
 from mirage_min.networks.dit_wan import WanDiT, WanDiTConfig
 from mirage_min.networks.vae_2d import AutoencoderKL, AutoencoderKLConfig
@@ -52,10 +53,8 @@ SMALL_DIT = CogVideoXDiTConfig(num_attention_heads=3, num_layers=6, time_embed_d
 SMALL_DIT_WAN = WanDiTConfig(num_attention_heads=3, attention_head_dim=64, text_dim=16, freq_dim=64, ffn_dim=768,
                              num_layers=6)
 SCHEDULER_WAN = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "flow_shift": 3.0}
-T_ONE_STEP, T_ONE_STEP_WAN = 199, 200  # Mirage §3.2, ChopGrad B.4
-SCHEDULER = {"_class_name": "CogVideoXDDIMScheduler",
-             "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
-             "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "snr_shift_scale": 1.0}
+SCHEDULER = config_from_schedule(VPrediction(prediction_type="v_prediction", rescale_betas_zero_snr=True,
+                                             snr_shift_scale=1.0))
 
 
 @dataclass
@@ -139,7 +138,7 @@ def prior_loss(model, batch, draws, schedule):
 def one_step_loss(model, batch, draws, schedule):
     """z_GT from z_NI in one call."""
     z_ni, z_gt = batch
-    t = T_ONE_STEP_WAN if schedule is None else T_ONE_STEP
+    t = T_WAN if schedule is None else T_MIRAGE
     z_dr = denoise(model, z_ni, t, empty_prompt(z_ni.shape[0]), schedule)
     return {"z": F.mse_loss(z_dr.float(), z_gt)}
 

@@ -90,6 +90,12 @@ MISTAKES = {
         ("a * z_t - b * v", "(z_t - b * v) / a"),                                   # a network that predicts ε
         ("a * z_t - b * v", "a.to(z_t.dtype) * z_t - b.to(z_t.dtype) * v"),         # bfloat16 weights
     ],
+    "z0_from_epsilon": [
+        ("(z_t - b * eps) / a", "z_t - b * eps"),                                       # not divided
+        ("(z_t - b * eps) / a", "(z_t + b * eps) / a"),
+        ("(z_t - b * eps) / a", "a * z_t - b * eps"),                                   # a network that predicts v
+        ("(z_t - b * eps) / a", "(z_t - b.to(z_t.dtype) * eps) / a.to(z_t.dtype)"),     # bfloat16 weights
+    ],
     "z0_from_flow": [
         ("z_t - _column(sigma, z_t) * v", "z_t + _column(sigma, z_t) * v"),
         ("z_t - _column(sigma, z_t) * v", "z_t - (1 - _column(sigma, z_t)) * v"),
@@ -100,6 +106,12 @@ MISTAKES = {
         ("z0_from_flow(z_t, prediction, 1.0)", "z0_from_flow(z_t, prediction, 0.2)"),
         ("dit(z_t, t, text)", "dit(add_noise(z_t, torch.randn_like(z_t), 0.74), t, text)"),
         ("alpha_bar[torch.as_tensor(t, device=alpha_bar.device)]", "alpha_bar[0]"),
+    ],
+    "denoise_edm": [
+        ("sigma / (1 + sigma)", "sigma"),
+        ("((1 - _column(t, z)) * z)", "z"),                                             # the input not shrunk
+        ("z0_from_flow(z_t,", "z0_from_flow(z,"),
+        ("dit(z_t, t, text)", "dit(z_t, 1000 * t, text)"),
     ],
     "algorithm_1": [
         ("c.detach().requires_grad_(c.requires_grad)", "c.detach()"),                   # never reaches back

@@ -1,11 +1,14 @@
-"""Noise schedules, and a clean latent from one call of the transformer (Mirage §3.1, §3.2).
+"""Noise schedules, and a clean latent from one call of the network (Mirage §3.1, §3.2; ChopGrad B.4).
 
-Diffusion mixes a clean latent with noise, and CogVideoX's transformer is trained to name the "velocity" v of that mix:
+Diffusion mixes a clean latent z0 with noise ε. Networks differ in the mix z_t, and in what they predict of it:
 
-    z_t = √ᾱ_t · z0 + √(1 − ᾱ_t) · ε                                                    (Mirage §3.1)
-    v   = √ᾱ_t · ε − √(1 − ᾱ_t) · z0          hence    z0 = √ᾱ_t · z_t − √(1 − ᾱ_t) · v
-
-Wan walks a straight line instead (flow): z_t = (1 − σ) · x0 + σ · ε and v = ε − x0, hence x0 = z_t − σ · v.
+    z_t = √ᾱ_t · z0 + √(1 − ᾱ_t) · ε                                                     Mirage §3.1
+        CogVideoX   v = √ᾱ_t · ε − √(1 − ᾱ_t) · z0      hence    z0 = √ᾱ_t · z_t − √(1 − ᾱ_t) · v
+        SD-Turbo    ε                                   hence    z0 = (z_t − √(1 − ᾱ_t) · ε) / √ᾱ_t
+    z_t = (1 − σ) · z0 + σ · ε
+        Wan         v = ε − z0, a flow                  hence    z0 = z_t − σ · v
+    z   = z0 + σ · ε, which is shrunk by 1 − t = 1 / (1 + σ) before the network sees it
+        Cosmos      F = ε − z0, as Wan at σ = t         hence    z0 = (1 − t) · z − t · F((1 − t) · z, t)
 
 Mirage takes z_NI itself for z_t at a small fixed t (§3.2), and adds no noise, neither in training nor at inference: the
 wrong light and the missing shadow are the "noise" to remove. Fresh noise would bury details of a scene that has to
@@ -13,10 +16,10 @@ stay, which one step cannot bring back, and would make the result a matter of ch
 chooses √ᾱ_t and √(1 − ᾱ_t), how much of z_NI goes straight through and how much the prediction weighs, and it asks the
 transformer for what it has learned to do at that t: at 199, small repairs.
 
-Mirage's Eq. 1 states the loss for a network that predicts ε; the published CogVideoX predicts v. A schedule is a table
-of ᾱ, or None for a flow. Left out: samplers of many steps, guidance, and the loss of Eq. 1 (the scripts have theirs).
+Mirage's Eq. 1 states the loss for a network that predicts ε; the published CogVideoX predicts v. Left out: samplers of
+many steps, guidance, and the loss of Eq. 1 (the scripts have theirs). schedules.py reads published schedules.
 
-    python -m mirage_min.method.one_step           # the schedule, and the weights of one step at some t
+    python -m mirage_min.method.one_step           # the schedules, and the weights of one step at some t
 """
 
 from collections.abc import Callable
@@ -24,111 +27,91 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-STEPS, BETA_START, BETA_END = 1000, 0.00085, 0.012  # CogVideoX
-
-# Fields of scheduler_config.json whose value is built in below. A field that is absent has its published default.
-FIXED = {
-    "CogVideoXDDIMScheduler": {
-        "num_train_timesteps": STEPS,
-        "beta_start": BETA_START,
-        "beta_end": BETA_END,
-        "beta_schedule": "scaled_linear",
-        "trained_betas": None,
-        "prediction_type": "v_prediction",
-        "rescale_betas_zero_snr": True,
-    },
-    "UniPCMultistepScheduler": {
-        "num_train_timesteps": STEPS,
-        "prediction_type": "flow_prediction",
-        "thresholding": False,
-    },
-}
-IGNORED = {
-    "CogVideoXDDIMScheduler": {  # clipping is declared but never applied by the published sampler
-        "clip_sample", "clip_sample_range", "sample_max_value", "set_alpha_to_one", "steps_offset", "timestep_spacing",
-        "snr_shift_scale",  # any value: it is read
-    },
-    "UniPCMultistepScheduler": {  # how it spaces and combines many steps
-        "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "sample_max_value",
-        "dynamic_thresholding_ratio", "solver_order", "solver_p", "solver_type", "predict_x0", "lower_order_final",
-        "disable_corrector", "steps_offset", "timestep_spacing", "final_sigmas_type", "flow_shift", "use_beta_sigmas",
-        "use_exponential_sigmas", "use_flow_sigmas", "use_karras_sigmas",
-    },
-}
-PUBLISHED_DEFAULTS = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
+STEPS, BETA_START, BETA_END = 1000, 0.00085, 0.012  # CogVideoX's and Stable Diffusion's
+T_MIRAGE, T_WAN = 199, 200                          # Mirage §3.2, ChopGrad B.4
 
 
-def alpha_bar(snr_shift: float = 1.0) -> Tensor:
-    """ᾱ of CogVideoX, [1000], float64: falls from about 1 to exactly 0. snr_shift is 1 for 5b and 1.5, 3 for 2b.
+def alpha_bar(snr_shift: float = 1.0, zero_terminal_snr: bool = True) -> Tensor:
+    """ᾱ, [1000], float64: falls from about 1, to exactly 0 with zero_terminal_snr.
 
     β is the square of STEPS even steps from √BETA_START to √BETA_END, and ᾱ_t = Π (1 − β) up to and with t. Then the
-    signal-to-noise ratio ᾱ / (1 − ᾱ) is divided by snr_shift. Last, √ᾱ is moved and stretched, linearly, so that its
-    last value is 0 and its first what it was (zero terminal SNR).
+    signal-to-noise ratio ᾱ / (1 − ᾱ) is divided by snr_shift. Last, with zero_terminal_snr, √ᾱ is moved and stretched,
+    linearly, so that its last value is 0 and its first what it was.
+
+    snr_shift          1 for CogVideoX 5b and 1.5 and for Stable Diffusion, 3 for CogVideoX 2b
+    zero_terminal_snr  True for CogVideoX, False for Stable Diffusion (SD-Turbo: R3D2, Difix)
     """
     betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, STEPS, dtype=torch.float64) ** 2
     # ᾱ_t = Π (1 − β)
     a = torch.cumprod(1 - betas, dim=0)
     # signal-to-noise ratio ᾱ / (1 − ᾱ) divided by snr_shift
     a = a / (snr_shift + (1 - snr_shift) * a)
+    if not zero_terminal_snr:
+        return a
     # √ᾱ moved so that it ends at 0, then stretched so that it still starts where it did (zero terminal SNR)
     root = a.sqrt()
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
-def schedule_from_config(config: dict) -> Tensor | None:
-    """The table of ᾱ that a published scheduler_config.json describes, or None where the model predicts a flow.
-
-    How a sampler spaces its steps does not matter to a single one. What would change the result and is not built in
-    here is refused by name, and so is a field never heard of (ValueError).
-    """
-    name = config.get("_class_name")
-    if name not in FIXED:
-        raise ValueError(f"_class_name must be one of {sorted(FIXED)}, got {name!r}")
-    for field, wanted in FIXED[name].items():
-        given = config.get(field, PUBLISHED_DEFAULTS.get(field, wanted))
-        if given != wanted:
-            raise ValueError(f"{name}: {field} must be {wanted!r}, got {given!r}")
-    unknown = set(config) - set(FIXED[name]) - IGNORED[name] - {"_class_name", "_diffusers_version"}
-    if unknown:
-        raise ValueError(f"{name}: unknown fields {sorted(unknown)}")
-    if name == "UniPCMultistepScheduler":
-        return None
-    return alpha_bar(config.get("snr_shift_scale", 3.0))  # the published default
-
+# ---- noise, and what networks predict of it --------------------------------------------------------------------------
+# The header has the equations. Latents are [B, ...] of one shape and any dtype; they are weighted in float32 at least
+# (_weights) and returned in their own dtype. alpha_bar_t is ᾱ at t, sigma a flow's σ: one number, or [B].
 
 def add_noise(z0: Tensor, eps: Tensor, alpha_bar_t: float | Tensor) -> Tensor:
-    """z_t = √ᾱ_t · z0 + √(1 − ᾱ_t) · ε. alpha_bar_t here and below: ᾱ at t, one number or [B]; latents in any dtype,
-    [B, ...], weighted in float32 at least (_weights) and given back in their own."""
+    """The mix z_t of a clean latent z0 and noise ε, in CogVideoX's and Stable Diffusion's way."""
     a, b = _weights(alpha_bar_t, z0)
     # z_t = √ᾱ_t · z0 + √(1 − ᾱ_t) · ε                                                     Mirage §3.1
     return (a * z0 + b * eps).to(z0.dtype)
 
 
 def v_target(z0: Tensor, eps: Tensor, alpha_bar_t: float | Tensor) -> Tensor:
-    """What the transformer is trained to predict from z_t: v = √ᾱ_t · ε − √(1 − ᾱ_t) · z0."""
+    """The velocity v of that mix, which CogVideoX is trained to predict from z_t."""
     a, b = _weights(alpha_bar_t, z0)
     # v = √ᾱ_t · ε − √(1 − ᾱ_t) · z0
     return (a * eps - b * z0).to(z0.dtype)
 
 
 def z0_from_v(z_t: Tensor, v: Tensor, alpha_bar_t: float | Tensor) -> Tensor:
-    """The clean latent that z_t and v together name: z0 = √ᾱ_t · z_t − √(1 − ᾱ_t) · v."""
+    """The clean latent that the mix z_t and its velocity v together name (CogVideoX)."""
     a, b = _weights(alpha_bar_t, z_t)
     # z0 = √ᾱ_t · z_t − √(1 − ᾱ_t) · v
     return (a * z_t - b * v).to(z_t.dtype)
 
 
+def z0_from_epsilon(z_t: Tensor, eps: Tensor, alpha_bar_t: float | Tensor) -> Tensor:
+    """The clean latent that the mix z_t and its noise ε together name (Stable Diffusion). ᾱ must not be 0."""
+    a, b = _weights(alpha_bar_t, z_t)
+    # z0 = (z_t − √(1 − ᾱ_t) · ε) / √ᾱ_t
+    return ((z_t - b * eps) / a).to(z_t.dtype)
+
+
 def z0_from_flow(z_t: Tensor, v: Tensor, sigma: float | Tensor) -> Tensor:
-    """The clean latent of a flow, z_t − σ · v; sigma is one number or [B]."""
-    # x0 = z_t − σ · v
+    """The clean latent that the mix z_t at noise level sigma and its flow v together name (Wan)."""
+    # z0 = z_t − σ · v                                                                      ChopGrad B.4
     return (z_t - _column(sigma, z_t) * v).to(z_t.dtype)
 
 
-def denoise(dit: Callable, z_t: Tensor, t: int | Tensor, text: Tensor, alpha_bar: Tensor | None = None) -> Tensor:
-    """One call: z_t [B, C, F, h, w] (Mirage: z_NI), t an int or [B], text [B, L, D] -> z0, shape and dtype of z_t.
+def _weights(alpha_bar_t: float | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """√ᾱ and √(1 − ᾱ), each a _column."""
+    a = torch.as_tensor(alpha_bar_t, dtype=torch.float64)
+    return _column(a.sqrt(), like), _column((1 - a).sqrt(), like)
 
-    alpha_bar: the table [1000] of a v-predicting transformer, or None for one that predicts a flow: then σ is 1. The
-    transformer is given z_t, t and text as they are; no noise is added.
+
+def _column(weight: float | Tensor, like: Tensor) -> Tensor:
+    """A number or [B] -> [B or 1, 1, ...], at least float32: √ᾱ rounded to bfloat16 would dim the whole latent."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return torch.as_tensor(weight, dtype=torch.float64).to(like.device, dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+
+# ---- one step --------------------------------------------------------------------------------------------------------
+# A network is given the latent, the timestep and the text as they are. No noise is added.
+
+def denoise(dit: Callable, z_t: Tensor, t: int | Tensor, text: Tensor, alpha_bar: Tensor | None = None) -> Tensor:
+    """One call of a transformer: z_t [B, C, F, h, w] (Mirage: z_NI) -> z0, shape and dtype of z_t.
+
+    t          an int or [B]
+    text       [B, L, D]
+    alpha_bar  the table [1000] of a network that predicts v; None for one that predicts a flow: then σ is 1
     """
     prediction = dit(z_t, t, text)
     if alpha_bar is None:
@@ -137,15 +120,31 @@ def denoise(dit: Callable, z_t: Tensor, t: int | Tensor, text: Tensor, alpha_bar
     return z0_from_v(z_t, prediction, alpha_bar[torch.as_tensor(t, device=alpha_bar.device)])
 
 
-def _weights(alpha_bar_t: float | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    a = torch.as_tensor(alpha_bar_t, dtype=torch.float64)
-    return _column(a.sqrt(), like), _column((1 - a).sqrt(), like)
+def denoise_epsilon(unet: Callable, z_t: Tensor, t: int | Tensor, text: Tensor, alpha_bar: Tensor) -> Tensor:
+    """One call of a network that predicts ε (SD-Turbo: R3D2, Difix): z_t [N, C, h, w] -> z0, shape and dtype of z_t.
+
+    At t = 999 √ᾱ is .068: an error of ε counts 14.6 times there, at 199 but .57 times.
+
+    t, text    an int or [N], and [N, L, D]
+    alpha_bar  the table [1000] without zero terminal SNR
+    """
+    eps = unet(z_t, t, text)
+    return z0_from_epsilon(z_t, eps, alpha_bar[torch.as_tensor(t, device=alpha_bar.device)])
 
 
-def _column(weight: float | Tensor, like: Tensor) -> Tensor:
-    """A number or [B] -> [B or 1, 1, ...], at least float32: √ᾱ rounded to bfloat16 would dim the whole latent."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    return torch.as_tensor(weight).to(like.device, dtype).reshape(-1, *[1] * (like.ndim - 1))
+def denoise_edm(dit: Callable, z: Tensor, sigma: float | Tensor, text: Tensor | None = None) -> Tensor:
+    """One call of a network with EDM's noise levels (Cosmos-Predict2): z [B, C, F, h, w] -> z0, shape and dtype of z.
+
+    DiffusionHarmonizer's "timestep 250" is sigma = .25: t = .2, and z0 = .8 z − .2 F(.8 z, .2).
+
+    sigma  noise in units of the clean latent's: one number, or [B]
+    text   [B, L, D], or None
+    """
+    # t = σ / (1 + σ)
+    t = sigma / (1 + sigma)
+    # z_t = (1 − t) · z, the network's input; z0 = z_t − t · F(z_t, t)
+    z_t = ((1 - _column(t, z)) * z).to(z.dtype)
+    return z0_from_flow(z_t, dit(z_t, t, text), t)
 
 
 if __name__ == "__main__":
@@ -153,10 +152,18 @@ if __name__ == "__main__":
     for t in (0, 199, 399, 999):
         print(f"t {t:3d}   ᾱ {float(table[t]):.4f}   z0 = {float(table[t].sqrt()):.3f} z_t − "
               f"{float((1 - table[t]).sqrt()):.3f} v")
+    turbo = alpha_bar(zero_terminal_snr=False)
+    for t in (199, 999):
+        a, b = float(turbo[t].sqrt()), float((1 - turbo[t]).sqrt())
+        print(f"t {t:3d}   ᾱ {a * a:.4f}   z0 = {1 / a:.3f} z_t − {b / a:.3f} ε")
     torch.manual_seed(0)
     z0, eps = torch.randn(2, 1, 16, 3, 8, 12, dtype=torch.float64)
-    z_t = add_noise(z0, eps, table[199])
-    oracle = denoise(lambda z, t, text: v_target(z0, eps, table[t]), z_t, 199, None, table)
-    print(f"one step with a perfect transformer, largest error {float((oracle - z0).abs().max()):.0e}")
+    perfect = {
+        "v": denoise(lambda z, t, text: v_target(z0, eps, table[t]), add_noise(z0, eps, table[199]), 199, None, table),
+        "ε": denoise_epsilon(lambda z, t, text: eps, add_noise(z0, eps, turbo[999]), 999, None, turbo),
+        "EDM": denoise_edm(lambda z, t, text: eps - z0, z0 + 0.25 * eps, 0.25),
+    }
+    for name, found in perfect.items():
+        print(f"one step with a perfect network of {name}: largest error {float((found - z0).abs().max()):.0e}")
     a, b = float(table[199].sqrt()), float((1 - table[199]).sqrt())
     print(f"z_NI comes out unchanged where v = {(a - 1) / b:.3f} z_NI")

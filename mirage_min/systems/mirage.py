@@ -26,7 +26,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..method import injection, lora
-from ..method.one_step import denoise, schedule_from_config
+from ..method.one_step import T_MIRAGE, T_WAN, denoise
+from ..method.schedules import schedule_from_config
 from ..method.tiles import Tile, assemble, cut, select
 from ..networks import weights
 from ..networks.causal_conv import Spent
@@ -44,7 +45,7 @@ class Mirage(nn.Module):
     """Figure 2: a causal 3D VAE with fusion blocks, a transformer, and a 2D encoder that supplies detail."""
 
     def __init__(self, vae: nn.Module, dit: nn.Module, vae2d: nn.Module | None, text: Tensor, alpha_bar: Tensor | None,
-                 t: int = 199, window: int = 9):
+                 t: int = T_MIRAGE, window: int = 9):
         """text [1, L, D]; alpha_bar [1000] of a v-predicting base, None for flow; vae2d None: the 3D encoder run frame
         by frame supplies the features (ChopGrad B.4). `window` is in latents, for `stream`."""
         super().__init__()
@@ -203,7 +204,7 @@ class Mirage(nn.Module):
         place = dict(dtype=dtype, device=device)
         vae, dit = VAE.from_pretrained(base, "vae", **place), DiT.from_pretrained(base, "transformer", **place)
         scheduler = weights.locate(DiT, base, "scheduler", "scheduler_config.json") / "scheduler_config.json"
-        alpha_bar = schedule_from_config(weights.read_json(scheduler))
+        alpha_bar = schedule_from_config(weights.read_json(scheduler), file=scheduler)
         if vae2d is None and not wan:
             raise ValueError(f"{base} is CogVideoX: Mirage needs an AutoencoderKL beside it (--vae2d)")
         vae2d = None if wan else AutoencoderKL.from_pretrained(vae2d, **place)
@@ -212,7 +213,7 @@ class Mirage(nn.Module):
         text = torch.zeros(shape) if text is None else text
         if text.shape != shape:
             raise ValueError(f"{base} takes a prompt of {list(shape)}, given {list(text.shape)} (encode_prompt.py)")
-        mirage = cls(vae, dit, vae2d, text.to(device), alpha_bar, **({"t": 200} if wan else {}) | settings)
+        mirage = cls(vae, dit, vae2d, text.to(device), alpha_bar, **({"t": T_WAN} if wan else {}) | settings)
         return mirage.requires_grad_(False).eval()
 
     @classmethod
