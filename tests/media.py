@@ -92,6 +92,93 @@ def break_frame(path: Path, number: int, junk: bool = False) -> Path:
     return path
 
 
+def remux(source: Path, target: Path, change, metadata: dict | None = None) -> Path:
+    """Copy the packets of a video; change(number, content, pts, dts) -> (content, pts, dts) of each."""
+    with av.open(str(source)) as given, av.open(str(target), "w") as out:
+        stream = out.add_stream_from_template(given.streams.video[0])
+        stream.metadata.update(metadata or {})
+        for number, packet in enumerate(p for p in given.demux(video=0) if p.size):
+            content, pts, dts = change(number, bytes(packet), packet.pts, packet.dts)
+            copy = av.Packet(content)
+            copy.pts, copy.dts, copy.time_base = pts, dts, packet.time_base
+            copy.duration, copy.is_keyframe, copy.stream = packet.duration, packet.is_keyframe, stream
+            out.mux(copy)
+    return target
+
+
+def times_of_decoding(source: Path, target: Path) -> Path:
+    """Copy a video with B-frames and number its packets as they come, as `ffmpeg -fflags +genpts -c copy` does."""
+    return remux(source, target, lambda number, content, pts, dts: (content, 1000 * number, 1000 * number))
+
+
+class Bits:
+    """A bit string with H.264's codes (ITU-T H.264, 7.2 and 9.1)."""
+
+    def __init__(self):
+        self.bits = []
+
+    def u(self, *fields: tuple[int, int]) -> None:
+        """(how many bits, value)"""
+        for n, value in fields:
+            self.bits += [value >> i & 1 for i in reversed(range(n))]
+
+    def ue(self, *values: int) -> None:
+        for value in values:
+            self.u((2 * (value + 1).bit_length() - 1, value + 1))
+
+    def align(self, *end: int) -> bytes:
+        self.bits += end
+        self.bits += [0] * (-len(self.bits) % 8)
+        return np.packbits(np.array(self.bits, np.uint8)).tobytes()
+
+
+def nal_unit(importance: int, kind: int, content: bytes) -> bytes:
+    """H.264, 7.3.1: with a 3 after two zeros, so that nothing in it looks like a start code."""
+    out, zeros = bytearray(), 0
+    for byte in content:
+        if zeros >= 2 and byte <= 3:
+            out.append(3)
+            zeros = 0
+        out.append(byte)
+        zeros = zeros + 1 if byte == 0 else 0
+    return bytes([0, 0, 0, 1, importance << 5 | kind]) + bytes(out)
+
+
+def field_pictures(levels: list[int]) -> list[bytes]:
+    """Two packets for each frame, a field each, as AVCHD and 1080i broadcasts have them: 64x64, one grey, lossless."""
+    sps = Bits()
+    sps.u((8, 77), (8, 0), (8, 30))                        # main profile, level 3
+    sps.ue(0, 0, 0, 4, 1)                                  # ids, frame numbers of 4 bits, picture order of 8
+    sps.u((1, 0))
+    sps.ue(3, 1)                                           # 4 macroblocks wide, 2 pairs of them high
+    sps.u((1, 0), (1, 0), (1, 1), (1, 0), (1, 0))          # fields or frames; no cropping, no VUI
+    pps = Bits()
+    pps.ue(0, 0)
+    pps.u((1, 0), (1, 0))
+    pps.ue(0, 0, 0)
+    pps.u((1, 0), (2, 0))
+    pps.ue(0, 0, 0)
+    pps.u((1, 1), (1, 0), (1, 0))
+    packets = []
+    for i, level in enumerate(levels):
+        for bottom in (0, 1):
+            key = not packets
+            field = Bits()
+            field.ue(0, 7, 0)                              # an I slice of the whole picture
+            field.u((4, i % 16), (1, 1), (1, bottom))
+            if key:
+                field.ue(0)
+            field.u((8, (2 * i + bottom) % 256), (2, 0) if key else (1, 0))
+            field.ue(0, 1)
+            for _ in range(4 * 2):
+                field.ue(25)                               # I_PCM: 256 samples of luma and 128 of chroma follow
+                field.align()
+                field.bits += np.unpackbits(np.array([level] * 256 + [128] * 128, np.uint8)).tolist()
+            parameters = nal_unit(3, 7, sps.align(1)) + nal_unit(3, 8, pps.align(1)) if key else b""
+            packets.append(nal_unit(0, 9, b"\x10") + parameters + nal_unit(3, 5 if key else 1, field.align(1)))
+    return packets
+
+
 def yuv_frame(colour: tuple[int, int, int], matrix: tuple[float, float], full: bool, pix_fmt: str = "yuv420p",
               height: int = HEIGHT, width: int = WIDTH) -> av.VideoFrame:
     """One RGB colour as YUV by the definition (ITU-R BT.601 and BT.709, equations 3 and 4; H.273, 8.3)."""

@@ -1,7 +1,8 @@
 """Frames from files: in order, at their times, and none lost without being missed."""
 
+import os
+import random
 from fractions import Fraction
-from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -9,9 +10,23 @@ import pytest
 from av.stream import Disposition
 from PIL import Image
 
-from mirage_min.data.decode import hidden
 from mirage_min.data.video import Video
-from tests.media import RATE, WIDTH, assert_close, break_frame, copy, encode, packets_of, picture, pictures, read
+from tests.media import (
+    HEIGHT,
+    RATE,
+    WIDTH,
+    assert_close,
+    break_frame,
+    copy,
+    encode,
+    field_pictures,
+    packets_of,
+    picture,
+    pictures,
+    read,
+    remux,
+    times_of_decoding,
+)
 
 
 def packet_places(path) -> list[int]:
@@ -131,6 +146,225 @@ def test_images_come_in_natural_order_and_other_files_are_passed_over(tmp_path):
     assert video.count == 4 and times[3] == (Fraction(300, 2997), Fraction(100, 2997))
 
 
+# ---- packets and frames ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.mkv", "a.ts"])
+def test_two_fields_in_two_packets_are_one_frame(tmp_path, name):
+    """PAFF, as AVCHD and 1080i broadcasts have it: ten packets at 50 a second, five frames at 25."""
+    levels = [50, 90, 130, 170, 210]
+    (tmp_path / "raw.h264").write_bytes(b"".join(field_pictures(levels)))
+    source = remux(tmp_path / "raw.h264", tmp_path / name, lambda n, content, pts, dts: (content, n * 24000, n * 24000))
+    with av.open(str(source)) as container:
+        assert sum(packet.size > 0 for packet in container.demux(video=0)) == 10
+    frames, times, video = read(source)
+    wanted = [np.full((64, 64, 3), (level - 16) * 255 / 219) for level in levels]
+    assert_close(frames, wanted, 1)
+    assert [t for t, _ in times] == [Fraction(t, 25) for t in range(5)] and not video.broken
+
+
+@pytest.mark.parametrize("name, codec", [("a.mp4", "libx265"), ("a.mov", "libx264"), ("a.mkv", "libx264"),
+                                         ("a.mkv", "libx265"), ("a.mkv", "mpeg2video")])
+def test_b_frames_whose_packets_have_times_of_decoding_alone_are_shown_in_order(tmp_path, name, codec):
+    options = {"bf": "2", "b_strategy": "0", "x265-params": "bframes=2:b-adapt=0:log-level=none"}
+    whole = encode(tmp_path / f"whole{name[1:]}", pictures(9), codec, options=options)
+    frames, times, video = read(times_of_decoding(whole, tmp_path / name))
+    assert_close(frames, pictures(9), 12)
+    steps = {float(b - a) for (a, _), (b, _) in zip(times, times[1:])}
+    assert len(steps) == 1 and steps.pop() > 0 and not video.broken, times
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.mkv", "a.3gp", "a.avi"])
+def test_a_picture_that_is_not_coded_repeats_the_one_before_and_is_not_missed(tmp_path, name):
+    """MPEG-4 part 2, 6.2.5: vop_coded = 0, as XviD and phones write it; the frames around keep their times."""
+    whole = encode(tmp_path / "whole.avi", pictures(5), "mpeg4", options={"g": "1"})
+
+    def change(number, content, pts, dts):  # a P-VOP at this time, a marker, and the bit that says "not coded"
+        return (bytes([0, 0, 1, 0xB6, 0x50 + number, 0x9F]) if number in (2, 3) else content), pts, dts
+    frames, times, video = read(remux(whole, tmp_path / name, change))
+    assert np.abs(frames.mean(axis=(1, 2, 3)) - [picture(t).mean() for t in (0, 1, 4)]).max() < 2
+    assert [t for t, _ in times] == [Fraction(t, RATE) for t in (0, 1, 4)] and not video.broken
+
+
+@pytest.mark.parametrize("name, codec, pix_fmt", [("a.mov", "mjpeg", "yuvj420p"), ("a.mp4", "libx264", "yuv420p")])
+def test_a_sample_of_no_bytes_leaves_the_frame_before_where_it_is(tmp_path, name, codec, pix_fmt):
+    source = encode(tmp_path / name, pictures(5), codec, pix_fmt, options={"g": "1", "bf": "0"})
+    with av.open(str(source)) as container:
+        place, size = next((p.pos, p.size) for p in container.demux(video=0) if p.pts and p.size and p.pts > 1024)
+    data = bytearray(source.read_bytes())
+    table = data.index(b"stsz") + 16 + 4 * 2
+    assert int.from_bytes(data[table : table + 4], "big") == size
+    data[table : table + 4] = bytes(4)
+    mdat = data.index(b"mdat") - 4
+    data[mdat : mdat + 4] = (int.from_bytes(data[mdat : mdat + 4], "big") - size).to_bytes(4, "big")
+    del data[place : place + size]
+    source.write_bytes(data)
+    frames, times, video = read(source)
+    assert [t for t, _ in times] == [Fraction(t, RATE) for t in (0, 1, 3, 4)] and not video.broken
+    assert_close(frames, [pictures(5)[t] for t in (0, 1, 3, 4)], 12)
+
+
+# ---- which video ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.mov", "a.mkv"])
+def test_of_several_videos_the_default_is_read_and_named(tmp_path, name):
+    with av.open(str(tmp_path / name), "w") as out:
+        streams = [out.add_stream("libx264", rate=RATE, options={"bf": "0"}) for _ in range(2)]
+        for stream, side, default in zip(streams, (32, 64), (False, True)):
+            stream.width = stream.height = side
+            stream.disposition = Disposition.default if default else Disposition(0)
+        for t in range(5):
+            for stream in streams:
+                frame = av.VideoFrame.from_ndarray(picture(t, stream.height, stream.width), format="rgb24")
+                frame.pts = t
+                out.mux(stream.encode(frame))
+        for stream in streams:
+            out.mux(stream.encode())
+    frames, times, video = read(tmp_path / name)
+    assert frames.shape == (5, 64, 64, 3) and len(video.notes) == 1
+    assert f"{name}: holds 2 videos; read is the one of 64x64" in video.notes[0]
+    assert not read(encode(tmp_path / "one.mkv", pictures(2)))[2].notes
+
+
+@pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
+def test_the_alpha_of_a_webm_is_over_black(tmp_path, codec):
+    rows = np.where(np.arange(WIDTH) < WIDTH // 2, 0, 255).astype(np.uint8)[None].repeat(HEIGHT, 0)
+    with av.open(str(tmp_path / "a.webm"), "w") as out:
+        stream = out.add_stream(codec, rate=RATE, options={"auto-alt-ref": "0", "crf": "4", "b": "2M"})
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuva420p"
+        stream.metadata["alpha_mode"] = "1"
+        for t in range(5):
+            frame = av.VideoFrame.from_ndarray(np.dstack([picture(20 + t), rows]), format="rgba")
+            frame = frame.reformat(format="yuva420p")
+            frame.pts = t
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    frames, times, _ = read(tmp_path / "a.webm")
+    assert [t for t, _ in times] == [Fraction(t, RATE) for t in range(5)]
+    assert frames[:, :, : WIDTH // 2 - 8].max() <= 2, "what is transparent shows its hidden colour"
+    right = np.stack([picture(20 + t) for t in range(5)])[:, :, WIDTH // 2 + 8 :]
+    assert np.abs(frames[:, :, WIDTH // 2 + 8 :] - right).mean() < 4
+
+
+MATRICES = {  # the first two rows of a display matrix, a b u c d v -> what is to be shown (ISO 14496-12, 8.3.2)
+    (-1, 0, 0, 0, 1, 0): np.fliplr, (1, 0, 0, 0, -1, 0): np.flipud, (-1, 0, 0, 0, -1, 0): lambda x: np.rot90(x, 2),
+    (0, 1, 0, 1, 0, 0): lambda x: x.transpose(1, 0, 2),
+    (0, -1, 0, -1, 0, 0): lambda x: np.rot90(x, 2).transpose(1, 0, 2),
+    (0, 1, 0, -1, 0, 0): lambda x: np.rot90(x, -1), (0, -1, 0, 1, 0, 0): np.rot90, (0, 0, 0, 0, 0, 0): lambda x: x,
+}
+
+
+@pytest.mark.parametrize("matrix", MATRICES, ids=str)
+def test_a_display_matrix_turns_and_mirrors_as_players_do(tmp_path, matrix):
+    image = picture(3)
+    image[: HEIGHT // 2, : WIDTH // 4] = (250, 20, 20)
+    source = encode(tmp_path / "in.mp4", [image] * 2, pix_fmt="yuv444p", aspect=Fraction(4, 3), options={"crf": "1"})
+    data = bytearray(source.read_bytes())
+    at = data.index(b"tkhd") + 4 + 40  # after version, flags, times, id, duration, layer, group and volume
+    data[at : at + 24] = b"".join((65536 * value).to_bytes(4, "big", signed=True) for value in matrix)
+    source.write_bytes(data)
+    frames, _, video = read(source)
+    wanted = MATRICES[matrix](image)
+    assert_close(frames, [wanted] * 2, 12)
+    assert video.format.aspect == (Fraction(4, 3) if wanted.shape == image.shape else Fraction(3, 4))
+
+
+def test_a_square_video_on_its_side_has_its_pixels_on_their_side_too(tmp_path):
+    image = picture(3, 64, 64)
+    source = encode(tmp_path / "in.mp4", [image] * 2, rotation=90, aspect=Fraction(4, 3))
+    assert read(source)[2].format.aspect == Fraction(3, 4)
+
+
+# ---- clocks and tags ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.mp4", "a.ts"])
+def test_a_recording_that_keeps_the_broadcasts_clock_starts_at_zero_with_its_sound(tmp_path, name):
+    source = encode(tmp_path / name, pictures(10), sound="aac", start=36_000 * RATE)
+    out = copy(source, tmp_path / "out.mp4")
+    frames, times, _ = read(out)
+    assert len(frames) == 10 and times[0][0] < Fraction(1, 10) and sum(times[-1]) - times[0][0] == 1
+    assert abs(packets_of(out, "audio")[0][0]) < 0.1 and abs(packets_of(out, "audio")[-1][0] - 1) < 0.15
+
+
+def test_a_gap_of_more_than_seconds_in_a_broadcast_is_closed_for_picture_and_sound(tmp_path):
+    one, two = (encode(tmp_path / f"{start}.ts", pictures(10), sound="aac", start=start) for start in (0, 5000 * RATE))
+    (tmp_path / "in.ts").write_bytes(one.read_bytes() + two.read_bytes())
+    frames, times, video = read(copy(tmp_path / "in.ts", tmp_path / "out.mp4"))
+    assert_close(frames, pictures(10) * 2, 12)
+    assert [t - times[0][0] for t, _ in times] == [Fraction(t, RATE) for t in range(20)]
+    sound = [t for t, _ in packets_of(tmp_path / "out.mp4", "audio")]
+    assert abs(sound[-1] - 2) < 0.2 and max(np.diff(sound)) < 0.1, f"sound until second {sound[-1]:.2f}"
+
+
+def test_a_recorder_that_names_no_rate_is_not_taken_for_a_thousand_frames_a_second(tmp_path):
+    """MediaRecorder's WebM: x264 would claim a level that few decoders have."""
+    times = [0, 946, 992, 1062, 1085, 1108, 1143, 1213, 1248, 1282, 1317, 1375]
+    source = encode(tmp_path / "in.webm", pictures(12), "libvpx", pts=times, time_base=Fraction(1, 1000))
+    data = bytearray(source.read_bytes())
+    at = data.index(b"\x23\xe3\x83")  # the track's DefaultDuration becomes a Void of the same length
+    n = data[at + 3] & 0x7F
+    data[at : at + 4 + n] = bytes([0xEC, 0x80 | (2 + n)]) + bytes(2 + n)
+    source.write_bytes(data)
+    frames, found, video = read(source)
+    assert video.format.rate == Fraction(11 * 1000, 1375)
+    assert [t for t, _ in found] == [Fraction(t, 1000) for t in times]
+    with av.open(str(copy(source, tmp_path / "out.mp4"))) as out:
+        assert out.streams.video[0].codec_context.level <= 22
+
+
+@pytest.mark.parametrize("name", ["a.avi", "a.mkv", "a.mp4", "a.mov"])
+@pytest.mark.parametrize("title", ["\u6620\u753b".encode("shift-jis"), "caf\u00e9".encode("latin-1")])
+def test_tags_in_any_encoding_are_no_reason_to_refuse_a_video(tmp_path, name, title):
+    plain = encode(tmp_path / f"plain{name[1:]}", pictures(5))
+    with av.open(str(plain)) as given, av.open(str(tmp_path / name), "w") as out:
+        out.metadata["title"] = "t" * len(title)
+        stream = out.add_stream_from_template(given.streams.video[0])
+        for packet in given.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                out.mux(packet)
+    data = (tmp_path / name).read_bytes()
+    assert data.count(b"t" * len(title)) >= 1
+    (tmp_path / name).write_bytes(data.replace(b"t" * len(title), title))
+    assert_close(read(tmp_path / name)[0], pictures(5), 12)
+
+
+# ---- what is not opened ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, text", [
+    ("list.mp4", "ffconcat version 1.0\nfile clip.mp4\n"), ("list.ffconcat", "ffconcat version 1.0\nfile clip.mp4\n"),
+    ("list.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{}\n#EXT-X-ENDLIST\n"),
+    ("list.mpd", '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011"><Period></Period></MPD>'),
+    ("list.sdp", "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n"),
+    ("notes.txt", "many words " * 99)])
+def test_a_text_that_names_other_files_or_hosts_is_no_video(tmp_path, name, text):
+    clip = encode(tmp_path / "clip.mp4", pictures(2))
+    (tmp_path / name).write_text(text.format(clip))
+    with pytest.raises(ValueError, match=f"{name}: cannot be read as video"):
+        Video(tmp_path / name)
+
+
+def test_a_name_with_a_pattern_is_that_file_and_a_pattern_is_none(tmp_path):
+    for level, name in ((50, "b%d.png"), (200, "b0.png"), (120, "b*.png")):
+        Image.fromarray(np.full((16, 16, 3), level, np.uint8)).save(tmp_path / name)
+    assert sorted(read(tmp_path)[0].mean(axis=(1, 2, 3)).round().tolist()) == [50, 120, 200]
+    assert read(tmp_path / "b%d.png")[0].mean() == 50 and read(tmp_path / "b*.png")[0].mean() == 120
+    for pattern in ("%04d.png", "c*.png"):
+        with pytest.raises(ValueError, match="No such file"):
+            Video(tmp_path / pattern)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes in the file system")
+def test_a_pipe_or_a_device_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    for path in (tmp_path / "pipe.mp4", "/dev/null", "/dev/zero"):
+        with pytest.raises(ValueError, match="is no file"):
+            Video(path)
+
+
 # ---- damage ---------------------------------------------------------------------------------------------------------
 
 
@@ -208,17 +442,6 @@ def test_a_reference_frame_that_vp8_never_shows_is_not_missed(tmp_path):
     assert len(frames) == 7 and not video.broken and Fraction(5, RATE) not in [t for t, _ in times]
 
 
-@pytest.mark.parametrize("codec, first, discarded, wanted", [
-    ("vp8", 0b1_001_0, False, False), ("vp8", 0b0_001_1, False, True), ("vp8", 0b1_000_1, True, True),
-    ("vp9", 0b0_001_1, False, False)])
-def test_the_fifth_bit_of_a_vp8_frame_says_that_it_is_for_showing(codec, first, discarded, wanted):
-    """RFC 6386, 9.1: one bit that no key frame has, three of the version, then show_frame; not so in other codecs."""
-    class Packet(bytes):
-        is_discard, stream, size = discarded, SimpleNamespace(name=codec), 4
-    for rest in (0, 255):
-        assert hidden(Packet([first, rest, rest, rest])) == wanted, f"{codec}, {first:05b}, then {rest}"
-
-
 def test_a_broken_image_is_named_and_repeated_on_request(tmp_path):
     for t in range(4):
         Image.fromarray(picture(t)).save(tmp_path / f"{t}.png")
@@ -268,3 +491,41 @@ def test_what_holds_no_video_is_refused_in_one_line(tmp_path):
         with pytest.raises(ValueError, match=wanted) as error:
             Video(tmp_path / name)
         assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
+
+
+# ---- what damage may do ---------------------------------------------------------------------------------------------
+
+
+def spoilt(data: bytes, draws: random.Random) -> bytes:
+    """Bits flipped, bytes overwritten, left out or cut off."""
+    spoilt, at = bytearray(data), draws.randrange(len(data))
+    size = min(len(data) - at, draws.choice([1, 4, 40, 200, 600]))
+    kind = draws.choice(["flip", "flip", "zero", "junk", "drop", "cut"])
+    if kind == "flip":
+        spoilt[at] ^= 1 << draws.randrange(8)
+    elif kind == "drop":
+        del spoilt[at : at + size]
+    else:
+        spoilt[at : at + size] = {"zero": bytes(size), "junk": draws.randbytes(size), "cut": b""}[kind]
+    return bytes(spoilt[:at] if kind == "cut" else spoilt)
+
+
+@pytest.mark.parametrize("name, codec, options", [
+    ("a.mkv", "libx264", {"bf": "2"}), ("a.webm", "libvpx", {}), ("a.webm", "libvpx-vp9", {}), ("a.avi", "mpeg4", {}),
+    ("a.mp4", "libx265", {"x265-params": "log-level=none"}), ("a.mov", "libx264", {"bf": "0"})])
+def test_a_damaged_file_gives_all_its_frames_or_says_that_it_does_not(tmp_path, name, codec, options):
+    noise = np.random.default_rng(0)
+    frames = [(p + noise.integers(0, 30, p.shape)).clip(0, 255).astype(np.uint8) for p in pictures(12)]
+    data, draws = encode(tmp_path / name, frames, codec, options=options).read_bytes(), random.Random(0)
+    refused, path = 0, tmp_path / f"spoilt{name[1:]}"
+    for number in range(20):
+        path.write_bytes(spoilt(data, draws))
+        try:
+            with Video(path) as video:
+                count = sum(1 for _ in video)
+        except ValueError as error:
+            refused += 1
+            assert str(error).startswith(str(path)) and "\n" not in str(error)
+            continue
+        assert count >= 12, f"input {number}: {count} of 12 frames, and nothing was said"
+    assert refused >= 5, "the damage was too small to test anything"

@@ -220,7 +220,7 @@ def test_a_folder_that_cannot_be_replaced_comes_back(tmp_path, monkeypatch):
     replace = os.replace
 
     def fail(source, target):
-        if str(source).endswith(".part"):
+        if os.path.basename(source) == "new":
             raise OSError("no")
         replace(source, target)
     monkeypatch.setattr(os, "replace", fail)

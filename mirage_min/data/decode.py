@@ -1,74 +1,124 @@
-"""The frames of a video file or of a folder of images: each with its time, and none lost without being missed.
+"""The frames of a video file, upright and in RGB: each with its time, and none lost without being missed.
 
 Decoders conceal damage, and what they cannot conceal they may drop without a word. Here a frame that does not decode is
-a None in its place, so that video.py can refuse the file or repair it, and say which frame it is.
+a None in its place, so that video.py can refuse the file or repair it, and say which frame it is. A frame is lost where
+the decoder says so, where the container's own table or chain says so (containers.py), and, with the few codecs whose
+decoders pass over damage, where a packet's time comes and goes without a frame.
 
     python -m mirage_min.data.decode          # a clip with a hole in it
 """
 
 import heapq
-import re
+import math
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
 import av
+import numpy as np
 from av.stream import Disposition
+from av.video.frame import PictureType
 
-IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+from .colour import BT709, UNKNOWN, Turn, matrix_of, rgb, turn_of_angle, turn_of_matrix
+from .containers import Matroska, riff_is_cut
+from .demux import decode_packet, measured_rate, open_file, packets
+
+SILENT = {"hevc", "av1", "mpeg1video", "mpeg2video"}  # codecs whose decoders lose a frame without saying so
 
 
 class File:
-    """The first video stream of anything that libav reads.
+    """The default video stream of anything that libav reads.
 
-    rate: frames a second, on average; time_base: seconds in a tick; aspect: width / height of a pixel;
-    count: how many frames there are, as far as the file tells, or None. ValueError if it holds no video.
+    rate: frames a second, on average; time_base: seconds in a tick; aspect: width / height of a pixel; matrix,
+    primaries, transfer: as H.273 numbers them; count: how many frames there are, as far as the file tells, or None;
+    notes: what is worth saying about the choice. ValueError if it holds no video.
     """
 
     def __init__(self, path: Path):
-        self.path, self.container = path, open_file(path)
-        streams = [s for s in self.container.streams.video if not s.disposition & Disposition.attached_pic]
-        if not streams or streams[0].codec_context is None:
-            raise ValueError(f"{path}: holds no video" + " of a known codec" * bool(streams))
-        self.stream = streams[0]
-        self.rate = self.stream.average_rate or self.stream.guessed_rate or Fraction(25)
-        self.time_base = self.stream.time_base
-        self.aspect = self.stream.sample_aspect_ratio or Fraction(1)
+        self.path, self.container, self.notes = path, open_file(path), []
+        videos = [s for s in self.container.streams.video if not s.disposition & Disposition.attached_pic]
+        known = [s for s in videos if s.codec_context is not None]
+        if not known:
+            raise ValueError(f"{path}: holds no video" + " of a known codec" * bool(videos))
+        best = self.container.streams.best("video")
+        self.stream = stream = next((s for s in known if best is not None and s.index == best.index), known[0])
+        if len(known) > 1:
+            self.notes.append(f"{path}: holds {len(known)} videos; read is the one of {stream.width}x{stream.height} "
+                              f"(stream {stream.index})")
+        self.decoder, self.codec = stream.codec_context, stream.codec_context.codec.canonical_name
+        alpha = any(name.lower() == "alpha_mode" and value == "1" for name, value in stream.metadata.items())
+        if alpha and self.codec in ("vp8", "vp9"):  # libav's own decoders leave the alpha of a WebM out
+            self.decoder = av.CodecContext.create({"vp8": "libvpx", "vp9": "libvpx-vp9"}[self.codec], "r")
+        self.time_base = stream.time_base
+        self.rate = stream.average_rate or measured_rate(path, stream.index) or Fraction(25)
+        self.aspect = stream.sample_aspect_ratio or Fraction(1)
+        self.matrix, self.primaries, self.transfer = BT709, UNKNOWN, UNKNOWN
         seconds = Fraction(self.container.duration or 0, av.time_base)
-        self.count = self.stream.frames or round(seconds * self.rate) or None
+        self.count = stream.frames or round(seconds * self.rate) or None
 
-    def frames(self) -> Iterator[tuple[av.VideoFrame | None, int | None]]:
-        """(frame, or None where one does not decode; its time in ticks, or None if the file does not say)."""
-        name = self.container.format.name
-        # In these each packet promises a frame at its time: one that never comes was broken, even if the decoder does
-        # not say so (HEVC's does not). In others (where fields may come apart, say) only what the decoder says counts.
-        promising = name.startswith(("mov,", "matroska"))
-        # AVI counts the frames, left-out ones too, in the order of decoding: which need not be that of showing.
-        timed = name != "avi" or not self.stream.codec_context.codec.reorder
-        origin = round(clock_start(self.container) / self.time_base)
+    def frames(self) -> Iterator[tuple[np.ndarray | None, int | None, int | None]]:
+        """(pixels uint8 [H, W, 3], its time and its duration in ticks) of each frame.
 
-        def shown_at(pts: int | None) -> int | None:
-            return pts - origin if timed and pts is not None else None
+        Pixels are None where a frame is lost, times and durations where the file does not tell them.
+        """
+        turn = None
+        for frame, time in self._decoded():
+            if frame is None:
+                yield None, time, None
+                continue
+            if turn is None:
+                turn = self._turn(frame)
+                self.aspect = 1 / self.aspect if turn.transposed else self.aspect
+                self.matrix, self.primaries, self.transfer = matrix_of(frame), frame.color_primaries, frame.color_trc
+            yield turn(rgb(frame)), time, frame.duration or None
 
-        due: list[tuple[int, bool]] = []  # a heap: times of frames still to come, and whether their packet failed
-        count, begun = 0, False
+    def _turn(self, frame: av.VideoFrame) -> Turn:
+        """How the stream is to be shown, by its first frame."""
+        if self.codec not in ("png", "apng"):  # whose ICC profiles PyAV 18 frees twice, once side data was looked at
+            try:
+                a, b, _, c, d = np.frombuffer(frame.side_data["DISPLAYMATRIX"], np.int32)[:5].tolist()
+                return turn_of_matrix(a, b, c, d)
+            except (KeyError, ValueError):  # there is none, or there is another kind that PyAV does not know
+                pass
+        return turn_of_angle(frame.rotation)
+
+    def _decoded(self) -> Iterator[tuple[av.VideoFrame | None, int | None]]:
+        """Each frame, None if it is lost, and its time in ticks, None if the file does not tell it."""
+        timed = self.container.format.name.startswith(("mov,", "matroska"))
+        chain = Matroska(self.path) if self.container.format.name.startswith("matroska") else None
+        due, read, cut = Due(), 0, False
         for packet in packets(self.container, [self.stream]):
-            count += packet.dts is not None
-            decoded, failed = decode_packet(packet)
-            if packet.pts is not None and (failed or (promising and not hidden(packet))):
-                heapq.heappush(due, (packet.pts, failed))
+            if packet is None:
+                cut = True
+                continue
+            if chain and chain.breaks_before(packet.pos or 0):
+                yield None, None
+            if packet.size == 0 and packet.pts is not None:
+                continue  # a recorder could not keep up: the frame before stays
+            read += packet.size > 0
+            decoded, failed = decode_packet(self.decoder, packet)
+            if packet.pts is not None and (decoded or failed or not self._repeats(packet)):
+                due.add(packet.pts, failed, promised=timed and self.codec in SILENT and not packet.is_discard)
             for frame in decoded:
-                while due and frame.pts is not None and due[0][0] <= frame.pts:
-                    pts, failed = heapq.heappop(due)
-                    # A stream may start with packets whose references were cut away: only later are they a loss.
-                    if pts < frame.pts and (begun or failed):
-                        yield None, shown_at(pts)
-                begun = True
-                yield (None if frame.is_corrupt else frame), shown_at(frame.pts)
-        # A file that was cut off has fewer packets than its table (mov, mp4) lists, or bytes than it says (Matroska).
-        lost = max(0, len(self.stream.index_entries) - count) if name.startswith("mov,") else ends_early(self.path)
-        yield from ((None, None if lost else shown_at(pts)) for pts, _ in sorted(due))
-        yield from ((None, None) for _ in range(lost))
+                lost, time = due.take(frame)
+                yield from ((None, pts) for pts in lost)
+                yield (None if frame.is_corrupt else frame), time
+        missing = max(self._missing(read, due.latest), cut or (chain is not None and chain.breaks_before(math.inf)))
+        yield from ((None, None if missing else pts) for pts in due.rest())
+        yield from ((None, None) for _ in range(missing))
+
+    def _repeats(self, packet: av.Packet) -> bool:
+        """Whether a packet that gave no frame says that the one before stays: MPEG-4's vop_coded = 0."""
+        return self.codec == "mpeg4" and packet.size < 16
+
+    def _missing(self, read: int, latest: float) -> int:
+        """How many more packets the tables of a mov, mp4 or AVI list than were read, the last of them at `latest`."""
+        if not self.container.format.name.startswith(("mov,", "avi")):
+            return 0
+        listed = sum(entry.size > 0 for entry in self.stream.index_entries)
+        if self.container.format.name == "avi" and riff_is_cut(self.path):
+            return max(1, self.stream.frames - 1 - round(max(latest, -1)))
+        return max(0, listed - read)
 
     def name(self, number: int) -> str:
         return f"frame {number} (counted from 0)"
@@ -77,93 +127,41 @@ class File:
         self.container.close()
 
 
-class Folder:
-    """The images of a folder in natural order (9.png before 10.png), each opened as a video of one frame."""
+class Due:
+    """The times of the packets whose frames are still to come."""
 
-    aspect = Fraction(1)
+    def __init__(self):
+        self.heap: list[tuple[int, bool, bool]] = []  # time, whether its packet failed, whether it promises a frame
+        self.latest, self.rising, self.begun = -math.inf, True, False
+        self.of_decoding = False                      # whether the times are those of decoding, not of showing
 
-    def __init__(self, path: Path, fps: Fraction):
-        images = (file for file in path.iterdir() if file.suffix.lower() in IMAGES and not file.name.startswith("."))
-        self.files = sorted(images, key=lambda file: natural_order(file.name))
-        self.count = len(self.files)
-        self.rate, self.time_base = fps, 1 / fps
+    def add(self, time: int, failed: bool, promised: bool) -> None:
+        """A packet has been decoded."""
+        heapq.heappush(self.heap, (time, failed, promised))
+        self.rising &= time > self.latest
+        self.latest = max(time, self.latest)
 
-    def frames(self) -> Iterator[tuple[av.VideoFrame | None, int]]:
-        for number, file in enumerate(self.files):
-            try:
-                with open_file(file) as container:
-                    # or half a JPEG would be a whole frame, the rest of it grey
-                    container.streams.video[0].codec_context.options = {"err_detect": "explode"}
-                    frame = next(container.decode(video=0), None)
-            except (ValueError, IndexError, av.FFmpegError):  # cannot be opened, holds no image, does not decode
-                frame = None
-            if frame is not None:
-                frame.duration = 1
-            yield frame, number
+    def take(self, frame: av.VideoFrame) -> tuple[list[int], int | None]:
+        """A frame has come -> the times of those lost before it, and its own."""
+        if frame.pts is None:
+            return [], None
+        # A B-frame follows a frame in the file that it precedes on the screen. Where the times of packets rise all the
+        # same, they were made up on the way (AVI has no others): the frames take them in the order in which they come.
+        self.of_decoding |= self.rising and frame.pict_type == PictureType.B
+        lost = []
+        while self.heap and (self.of_decoding or self.heap[0][0] <= frame.pts):
+            time, failed, promised = heapq.heappop(self.heap)
+            if self.of_decoding and not failed:
+                return lost, time
+            # A stream may start with packets whose references were cut away, and a field is no frame: no losses.
+            if time < frame.pts and (failed or (promised and self.begun and not frame.interlaced_frame)):
+                lost.append(time)
+        self.begun = True
+        return lost, None if self.of_decoding else frame.pts
 
-    def name(self, number: int) -> str:
-        return f"frame {number} ({self.files[number].name})"
-
-    def close(self) -> None:
-        pass
-
-
-def natural_order(name: str) -> list:
-    """A key to sort names by: numbers in them go by value (9.png before 10.png), capitals do not count."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
-
-
-def open_file(path: Path) -> av.container.InputContainer:
-    """ValueError of one line if it cannot be opened."""
-    try:
-        return av.open(f"file:{path}")  # without the prefix, what is before a colon in a name would be a protocol
-    except av.FFmpegError as error:
-        raise ValueError(f"{path}: cannot be read as video: {error.strerror}") from error
-
-
-def ends_early(path: Path) -> bool:
-    """Whether a Matroska file (or WebM) is shorter than its second element, the Segment, says; other files are not."""
-    with open(path, "rb") as file:
-        head, at = file.read(4096), 0
-        while head[:4] == b"\x1a\x45\xdf\xa3" and at + 12 < len(head):  # EBML: id, length, content
-            length = at + 9 - head[at].bit_length()  # leading zeros of the first byte tell how many bytes follow
-            content = length + 9 - head[length].bit_length()
-            bits = 7 * (content - length)
-            size = int.from_bytes(head[length:content], "big") & ((1 << bits) - 1)
-            if head[at:length] == b"\x18\x53\x80\x67":
-                return size != (1 << bits) - 1 and content + size > path.stat().st_size  # all ones: not known
-            at = content + size
-    return False
-
-
-def clock_start(container: av.container.InputContainer) -> Fraction:
-    """Seconds that a file's clock shows at its start: 0, save in broadcast streams, whose clock runs by itself."""
-    broadcast = container.format.flags & av.format.Flags.ts_discont.value
-    return Fraction(container.start_time or 0, av.time_base) if broadcast else Fraction(0)
-
-
-def packets(container: av.container.InputContainer, streams: list) -> Iterator[av.Packet]:
-    """The packets of some streams, and at the end an empty one each, which makes decoders hand out what they hold."""
-    try:
-        yield from container.demux(streams) if streams else ()
-    except av.FFmpegError:  # the file was cut off
-        for stream in streams:
-            end = av.Packet()
-            end.stream = stream
-            yield end
-
-
-def decode_packet(packet: av.Packet) -> tuple[list, bool]:
-    """The frames that a packet completes, and whether it failed."""
-    try:
-        return packet.decode(), False
-    except av.FFmpegError:
-        return [], True
-
-
-def hidden(packet: av.Packet) -> bool:
-    """Whether the frame of a packet is not for showing: cut away by an edit list, or only a reference (VP8)."""
-    return packet.is_discard or (packet.stream.name == "vp8" and packet.size > 0 and not bytes(packet)[0] & 0x10)
+    def rest(self) -> list[int]:
+        """The times of those that never came."""
+        return [time for time, failed, promised in sorted(self.heap) if failed or promised]
 
 
 if __name__ == "__main__":
@@ -183,4 +181,4 @@ if __name__ == "__main__":
         data[pos : pos + size] = bytes(size)
         path.write_bytes(data)
         print(f"the packet of frame {pts} of {len(places)} overwritten with zeros:")
-        print([(pts, "does not decode" if frame is None else frame.format.name) for frame, pts in File(path).frames()])
+        print([(pts, "lost" if frame is None else frame.shape) for frame, pts, _ in File(path).frames()])

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..networks.weights import read_json
-from .decode import natural_order
+from .pictures import natural_order
 from .splat import Camera, Gaussians, load_ply
 from .video import Video
 

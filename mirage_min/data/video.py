@@ -6,25 +6,19 @@
 
 Bytes become numbers, and numbers bytes, here and nowhere else. What that takes:
 
-    colour   YUV is converted by the matrix and range that the file names. If it names no matrix, BT.601 is meant up to
-             576 lines and BT.709 above; no range means limited. An mp4 is written with the same matrix in limited
-             range and says so: reading it again shifts no colour.
-    upright  the rotation flag of a phone's video, or of a photograph, is applied to the pixels.
-    alpha    is composited over black.
+    colour   an mp4 is written with the matrix of the input (colour.py) in limited range, and says so: reading it again
+             shifts no colour.
     time     every frame keeps its presentation time and duration; the shape of a pixel is carried over.
-    sound    every audio stream is copied, or encoded as AAC where players of mp4 would not know it.
-    whole    a written file or folder appears under its name when it is complete, or never.
+    sound    every audio stream is copied, or encoded as AAC where players of mp4 would not know it (sound.py).
+    whole    a written file or folder appears under its name when it is complete, or never (place.py).
 
-Left out: subtitles, chapters, metadata, mirroring and interlacing flags, more than 8 bits, tone mapping of HDR (its
-tags are kept), matrices beside BT.601, 709, 2020, FCC and SMPTE 240M (read as if the file named none).
-Not here: what is in a file (decode.py), and its sound (sound.py).
+Left out: subtitles, chapters, metadata, interlacing flags, more than 8 bits, tone mapping of HDR (its tags are kept).
 
     python -m mirage_min.data.video                           # a clip written and read again
 """
 
 import math
 import os
-import shutil
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -40,14 +34,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .decode import File, Folder
+from ..networks.weights import save_tensors
+from .clips import Clip
+from .colour import BT709, EXACTLY, FULL, LIMITED, UNKNOWN, swscale_matrix
+from .decode import File
+from .pictures import Animation, Folder, animates
+from .place import is_clip, is_mp4, taking_place
 from .sound import copy_sound
 
-BT709, UNKNOWN, FCC, BT470BG, BT601, SMPTE240M, BT2020 = 1, 2, 4, 5, 6, 7, 9  # matrices, as H.273 numbers them
-LIMITED, FULL = 1, 2                                                          # ranges, as libav numbers them
-
-# swscale's flags bicubic, accurate_rnd and full_chroma_int; without the last two it is off by up to 3 of 255.
-EXACTLY = 0x4 | 0x40000 | 0x2000
+LOOK_AHEAD = 2**26  # bytes of frames, 1 a number, that are decoded before they are asked for
 
 
 @dataclass(frozen=True)
@@ -69,12 +64,15 @@ class Format:
 
 def from_bytes(x: Tensor) -> Tensor:
     """uint8 of any shape -> [-1, 1]."""
-    return x.float() / 127.5 - 1
+    return x.float().div_(127.5).sub_(1)
 
 
 def to_bytes(x: Tensor) -> Tensor:
-    """[-1, 1] of any shape -> uint8, rounded to the nearest; what is out of range is clamped."""
-    return ((x.detach().float() + 1) * 127.5).round().clamp(0, 255).byte()
+    """[-1, 1] of any shape -> uint8, rounded to the nearest; what is out of range is clamped, NaN and inf refused."""
+    x = x.detach().float()
+    if not x.isfinite().all():
+        raise ValueError("a frame is not finite (NaN or inf), so it has no colours")
+    return ((x + 1) * 127.5).round().clamp(0, 255).byte()
 
 
 def to_float(pixels: np.ndarray) -> Tensor:
@@ -87,95 +85,77 @@ def to_uint8(x: Tensor) -> np.ndarray:
     return to_bytes(x.cpu()).permute(1, 2, 0).contiguous().numpy()
 
 
-def matrix_of(frame: av.VideoFrame) -> int:
-    """The matrix between the frame's YUV and RGB; of an RGB frame the one it shall be written with."""
-    if frame.colorspace in (BT709, FCC, BT470BG, BT601, SMPTE240M, BT2020):
-        return frame.colorspace
-    return BT601 if frame.height <= 576 and not frame.format.is_rgb else BT709
-
-
-def swscale_matrix(matrix: int) -> int:
-    """swscale's number for a matrix: the same, but it knows BT.601 by its other name only."""
-    return BT470BG if matrix == BT601 else matrix
-
-
-def rgb(frame: av.VideoFrame) -> np.ndarray:
-    """A decoded frame -> uint8 [H, W, 3], full range, upright."""
-    name = frame.format.name
-    transparent = name == "pal8" or any(component.is_alpha for component in frame.format.components)
-    stored = frame.color_range or (FULL if name.startswith(("yuvj", "gray", "ya", "mono")) else LIMITED)
-    source = {} if frame.format.is_rgb or name == "pal8" else {
-        "src_colorspace": swscale_matrix(matrix_of(frame)), "src_color_range": stored, "dst_color_range": FULL}
-    pixels = frame.reformat(format="rgba" if transparent else "rgb24", interpolation=EXACTLY, **source).to_ndarray()
-    if transparent:
-        pixels = (pixels[..., :3] * (pixels[..., 3:] / 255)).round().astype(np.uint8)
-    return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))  # both counter-clockwise
-
-
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
 class Video(AbstractContextManager):
-    """A video file, or a folder of images in natural order (`fps` of them a second), open for reading.
+    """A video file, a clip, or a folder of pictures in natural order (`fps` of them a second), open for reading.
 
-    Iterate it, once, for its frames [3, H, W] in [-1, 1]; a thread decodes up to `ahead` of them in advance.
+    Iterate it, once, for its frames [3, H, W] in [-1, 1]; a thread decodes up to `ahead` of them in advance, fewer if
+    they are large.
 
         format   Format: size (upright), rate, colours
         count    how many frames there are, as far as the file tells; None if it does not
         times    (presentation time, duration) in ticks, of every frame that was decoded and is not yet popped
         broken   numbers, counted from 0, of the frames that did not decode
+        notes    lines worth saying: which of several videos is read
 
-    A frame that does not decode, or is missing because the file was cut off, is a ValueError; with `skip_broken` the
-    frame before is repeated. Whatever is wrong is a ValueError of one line that begins with the path.
+    A frame that does not decode, or is missing from a damaged file, is a ValueError; with `skip_broken` the frame
+    before is repeated. Whatever is wrong is a ValueError of one line that begins with the path.
     """
 
     def __init__(self, path: str | Path, fps: float | Fraction = 25, skip_broken: bool = False, ahead: int = 8):
-        self.path, self.skip_broken, self.ahead = Path(path), skip_broken, ahead
-        self.source = Folder(self.path, rational(fps)) if self.path.is_dir() else File(self.path)
-        self.count, self.format = self.source.count, None
+        self.path, self.skip_broken = Path(path), skip_broken
+        self.source = open_source(self.path, rational(fps))
+        self.count, self.notes, self.format = self.source.count, self.source.notes, None
         self.times: deque[tuple[int, int]] = deque()
         self.broken: list[int] = []
         self._pool = ThreadPoolExecutor(1)
         self._frames = self._decode()
-        self._first = next(self._frames, None)
-        if self._first is None:
-            raise ValueError(f"{path}: holds no frames" + " that decode" * bool(self.broken))
+        try:
+            self._first = next(self._frames, None)
+            if self._first is None:
+                raise ValueError(f"{path}: holds no frames" + " that decode" * bool(self.broken))
+        except BaseException:
+            self.source.close()
+            raise
+        self.ahead = min(ahead, max(1, LOOK_AHEAD // self._first.size))
 
     def __iter__(self) -> Iterator[Tensor]:
-        yield self._first
+        yield to_float(self._first)
+        self._first = None
         pending = deque(self._pool.submit(next, self._frames, None) for _ in range(self.ahead))
-        while (frame := pending.popleft().result()) is not None:
+        while (pixels := pending.popleft().result()) is not None:
             pending.append(self._pool.submit(next, self._frames, None))
-            yield frame
+            yield to_float(pixels)
 
-    def _decode(self) -> Iterator[Tensor]:
-        """The frames, repaired: none is missing and their times rise."""
-        pixels, now = None, None
-        step = max(1, round(1 / (self.source.rate * self.source.time_base)))
-        for number, (frame, pts) in enumerate(self.source.frames()):
-            if frame is not None:
-                pixels = rgb(frame)
-                self._check(number, frame, pixels)
+    def _decode(self) -> Iterator[np.ndarray]:
+        """The frames, uint8 [H, W, 3], repaired: none is missing and their times rise."""
+        last, now, step = None, None, 1
+        for number, (pixels, time, duration) in enumerate(self.source.frames()):
+            if pixels is not None:
+                self._check(number, pixels)
+                step = max(1, round(1 / (self.format.rate * self.format.time_base)))
+                last = pixels
             elif self.skip_broken:
                 self.broken.append(number)
             else:
                 raise ValueError(f"{self.path}: {self.source.name(number)} does not decode "
                                  "(--skip-broken repeats the frame before it)")
-            if pixels is None:
+            if last is None:
                 continue  # broken from the start: there is nothing to repeat
-            if pts is None or (now is not None and pts <= now):
-                pts = 0 if now is None else now + step
-            now = pts
-            self.times.append((now, frame.duration if frame and frame.duration else step))
-            yield to_float(pixels)
+            if time is None or (now is not None and time <= now):
+                time = 0 if now is None else now + step
+            now = time
+            self.times.append((now, duration or step))
+            yield last
 
-    def _check(self, number: int, frame: av.VideoFrame, pixels: np.ndarray) -> None:
+    def _check(self, number: int, pixels: np.ndarray) -> None:
         """Take the format from the first frame; hold the others to its size."""
         H, W, C = pixels.shape
         if self.format is None:
-            aspect = self.source.aspect if (W, H) == (frame.width, frame.height) else 1 / self.source.aspect
-            self.format = Format(W, H, self.source.rate, self.source.time_base, aspect,
-                                 matrix_of(frame), frame.color_primaries, frame.color_trc)
+            s = self.source
+            self.format = Format(W, H, s.rate, s.time_base, s.aspect, s.matrix, s.primaries, s.transfer)
         w, h = self.format.width, self.format.height
         if (W, H) != (w, h):
             raise ValueError(f"{self.path}: {self.source.name(number)} is {W}x{H}, the first is {w}x{h}")
@@ -183,6 +163,20 @@ class Video(AbstractContextManager):
     def __exit__(self, *error) -> None:
         self._pool.shutdown(cancel_futures=True)  # waits for the frame in progress: its file must stay open so long
         self.source.close()
+
+
+def open_source(path: Path, fps: Fraction) -> File | Folder | Animation | Clip:
+    """What reads the frames of a path; each has rate, time_base, aspect, matrix and frames()."""
+    if path.is_dir():
+        return Folder(path, fps)
+    if is_clip(path):
+        return Clip(path, fps)
+    return Animation(path, fps) if animates(path) else File(path)
+
+
+def may_sound(path: Path) -> bool:
+    """Whether a video may have sound: pictures and clips have none."""
+    return not (path.is_dir() or is_clip(path) or animates(path))
 
 
 def read_clip(path: str | Path, frames: int | None = None) -> Tensor:
@@ -195,32 +189,26 @@ def read_clip(path: str | Path, frames: int | None = None) -> Tensor:
 
 
 @contextmanager
-def writing(path: str | Path, format: Format, crf: int = 16, preset: str = "medium", sound: str | Path | None = None):
-    """Lend a writer, `write(x [3, H, W] in [-1, 1], pts, duration)`, of an mp4 or of a folder of PNGs.
+def writing(path: str | Path, format: Format, crf: int = 16, preset: str = "medium", sound: str | Path | None = None,
+            overwrite: bool = True):
+    """Lend a writer, `write(x [3, H, W] in [-1, 1], pts, duration)`, of an mp4, a clip or a folder of PNGs.
 
-    It writes beside `path` and takes its place at the end; if anything is raised until then, nothing is left of it.
+    What is written takes its place at the end (place.py); if anything is raised until then, nothing is left of it.
     A path that is no folder and ends in .mp4 becomes H.264: `crf` is its quality, from 0 (lossless but for the
-    conversion to YUV) to 51, and `sound` the file whose sound is taken over. PNGs are lossless, and silent.
+    conversion to YUV) to 51, and `sound` the file whose sound is taken over. NAME.safetensors gets x_dr. PNGs are
+    lossless, and silent.
     """
-    target = Path(path).resolve()
-    part, old = (target.with_name(f"{target.name}.{os.getpid()}.{end}") for end in ("part", "old"))
+    target = Path(os.path.realpath(path))
     try:
-        with Mp4(part, format, crf, preset, sound) if is_mp4(target) else Pngs(part) as writer:
-            yield writer
-        if target.is_dir():
-            os.replace(target, old)
-        os.replace(part, target)
+        with taking_place(target, overwrite) as new:
+            if is_mp4(target):
+                writer = Mp4(new, format, crf, preset, sound)
+            else:
+                writer = Tensors(new) if is_clip(target) else Pngs(new)
+            with writer:
+                yield writer
     except av.FFmpegError as error:
         raise ValueError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
-        if old.is_dir():  # the folder that was there: it comes back if it could not be replaced
-            shutil.rmtree(old) if target.exists() else os.replace(old, target)
-
-
-def is_mp4(path: Path) -> bool:
-    """Whether an output of this name is an mp4, not a folder of PNGs."""
-    return path.suffix.lower() == ".mp4" and not path.is_dir()
 
 
 def write_clip(path: str | Path, x: Tensor, fps: float | Fraction = 25, crf: int = 16) -> None:
@@ -242,6 +230,8 @@ class Mp4(AbstractContextManager):
     """H.264 in yuv420p, or in yuv444p where a side is odd, because then chroma cannot be halved."""
 
     def __init__(self, path: Path, format: Format, crf: int, preset: str, sound: str | Path | None):
+        if not (0 <= crf <= 51 and preset):
+            raise ValueError(f"x264 takes a crf from 0 to 51 and a preset, got crf={crf}, preset={preset}")
         self.format = format
         ticks = {"video_track_timescale": str(format.time_base.denominator)}
         self.container = av.open(f"file:{path}", "w", format="mp4", options=ticks)
@@ -260,7 +250,7 @@ class Mp4(AbstractContextManager):
         except av.FFmpegError as error:
             raise ValueError(f"x264 takes no such settings: crf={crf}, preset={preset}, {format}") from error
         self.stream = stream
-        self.sound = copy_sound(Path(sound), self.container) if sound else iter(())
+        self.sound = copy_sound(Path(sound), self.container) if sound and may_sound(Path(sound)) else iter(())
         self.heard = next(self.sound, math.inf)  # seconds of sound written; the first step adds its streams
 
     def write(self, x: Tensor, pts: int, duration: int = 0) -> None:
@@ -286,6 +276,20 @@ class Mp4(AbstractContextManager):
                 self._sound_until(math.inf)
         finally:
             self.container.close()
+
+
+class Tensors(AbstractContextManager):
+    """A clip NAME.safetensors with x_dr, uint8 [3, T, H, W], which is in memory as a whole."""
+
+    def __init__(self, path: Path):
+        self.path, self.frames = path, []
+
+    def write(self, x: Tensor, pts: int = 0, duration: int = 0) -> None:
+        self.frames.append(to_bytes(x.cpu()))
+
+    def __exit__(self, kind, *error) -> None:
+        if kind is None:
+            save_tensors(self.path, {"x_dr": torch.stack(self.frames, dim=1)})
 
 
 class Pngs(AbstractContextManager):

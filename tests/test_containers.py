@@ -1,0 +1,126 @@
+"""What the bytes of a container tell: a chain that is whole is passed, and one that breaks is noticed where it does."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mirage_min.data import containers
+from mirage_min.data.containers import Matroska, gif_images, places, riff_is_cut
+from tests.media import encode, pictures
+
+
+def chain(*elements: tuple[str, int | None, bytes]) -> bytes:
+    """Elements of EBML by name in hex, length (None: not told) and content."""
+    out = b""
+    for name, length, content in elements:
+        out += bytes.fromhex(name) + (b"\x01" + b"\xff" * 7 if length is None else b"\x08" + length.to_bytes(4, "big"))
+        out += content
+    return out
+
+
+BLOCKS = chain(("e7", 1, b"\0"), ("a3", 12, b"\x81\0\0\x80xxxxxxxx"), ("a0", 12, chain(("a1", 6, b"\x81\0\0\x80yy"))))
+TRACKS = chain(("1654ae6b", 13, chain(("ae", 7, chain(("d7", 1, b"\1"))))))
+
+
+def file_of(cluster_told: bool = True, segment_told: bool = True, after: bytes = b"") -> bytes:
+    """A Matroska file with one track and one cluster, whose lengths are told or not."""
+    body = TRACKS + chain(("1f43b675", len(BLOCKS) if cluster_told else None, BLOCKS)) + after
+    return chain(("1a45dfa3", 0, b""), ("18538067", len(body) if segment_told else None, body))
+
+
+def breaks(path, data: bytes) -> bool:
+    path.write_bytes(data)
+    return Matroska(path).breaks_before(math.inf)
+
+
+@pytest.mark.parametrize("segment", [True, False])
+@pytest.mark.parametrize("cluster", [True, False])
+def test_a_whole_chain_passes_whether_its_lengths_are_told_or_not(tmp_path, cluster, segment):
+    path = tmp_path / "a.mkv"
+    assert not breaks(path, file_of(cluster, segment))
+    tags = chain(("1254c367", 3, b"xyz"))
+    assert not breaks(path, file_of(cluster, segment, after=tags)), "tags follow the cluster"
+    if segment:
+        assert not breaks(path, file_of(cluster, segment) + b"bytes that somebody appended")
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.webm"])
+def test_what_libav_writes_is_whole_and_each_packet_lies_in_a_block(tmp_path, name):
+    path = encode(tmp_path / name, pictures(6), "libvpx-vp9", sound="libopus")
+    data = path.read_bytes()
+    names = [data[place] for place in places(path)]
+    assert not breaks(path, data) and sum(first in (0xA3, 0xA1) for first in names) > 12
+
+
+BLOCK = b"\xa3\x08\0\0\0\x0c"
+
+
+@pytest.mark.parametrize("old, new, why", [
+    (BLOCK, b"\xa7" + BLOCK[1:], "a block has become a Position, of more than eight bytes"),
+    (BLOCK, b"\xb3" + BLOCK[1:], "a block has become an element that no cluster holds"),
+    (BLOCK, BLOCK[:-1] + b"\x8c", "a length reaches beyond the cluster"),
+    (BLOCK, BLOCK[:-1] + b"\x0b", "a length ends within the block"),
+    (BLOCK, b"\xa3\0" + BLOCK[2:], "a length of no number of bytes"),
+    (b"\x81\0\0\x80xx", b"\x85\0\0\x80xx", "a block of a track that the file has not"),
+    (b"\x1f\x43\xb6\x75", b"\x1f\x43\xb6\x74", "a cluster has become an element that no segment holds"),
+    (b"\xa1\x08", b"\xa0\x08", "a group within a group")])
+def test_one_wrong_bit_breaks_the_chain(tmp_path, old, new, why):
+    data = file_of()
+    assert data.count(old) == 1 and breaks(tmp_path / "a.mkv", data.replace(old, new)), why
+
+
+def test_a_break_is_told_once_and_not_before_its_place(tmp_path):
+    data = file_of()
+    at = data.index(BLOCK)
+    (tmp_path / "a.mkv").write_bytes(data.replace(BLOCK, b"\xb3" + BLOCK[1:]))
+    chain = Matroska(tmp_path / "a.mkv")
+    assert [chain.breaks_before(at), chain.breaks_before(at + 1), chain.breaks_before(math.inf)] == [False, True, False]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_file_is_cut_off_if_its_segment_says_how_long_it_is(tmp_path, told):
+    data = file_of(segment_told=told)
+    for left in range(data.index(BLOCK), len(data)):
+        assert breaks(tmp_path / "a.mkv", data[:left]) == told, f"{left} of {len(data)} bytes left"
+
+
+def test_an_avi_is_cut_off_if_it_is_shorter_than_its_chunks(tmp_path):
+    path = tmp_path / "a.avi"
+    riff = b"RIFF" + (5).to_bytes(4, "little") + b"AVI x\0"
+    unknown = [b"RIFF" + bytes(4) + b"AVI ", b"RIFF" + b"\xff" * 4 + b"AVI "]
+    whole = [riff, riff[:-1], 2 * riff, riff + b"junk at the end", *unknown]
+    for data, wanted in [(data, False) for data in whole] + [(riff[:-2], True), (riff + riff[:-3], True)]:
+        path.write_bytes(data)
+        assert riff_is_cut(path) == wanted, data
+
+
+@pytest.mark.parametrize("settings", [{}, {"transparency": 3, "disposal": 2}, {"comment": b"a comment", "loop": 0}])
+def test_the_images_of_a_gif_are_counted_and_its_trailer_is_missed(tmp_path, settings):
+    images = [Image.fromarray(picture).quantize(17 * (n + 1)) for n, picture in enumerate(pictures(5, 20, 30))]
+    file = io.BytesIO()
+    images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=100, **settings)
+    path, data = tmp_path / "a.gif", file.getvalue()
+    path.write_bytes(data + b"appended")
+    assert gif_images(path) == (5, True)
+    counts = []
+    for left in range(0, len(data), 7):
+        path.write_bytes(data[:left])
+        count, whole = gif_images(path)
+        counts.append(count)
+        assert not whole
+    assert counts == sorted(counts) and counts[-1] == 5
+
+
+def test_numbers_of_ebml_are_those_of_its_definition():
+    """RFC 8794, 4.1: as many leading zeros as bytes follow, then a 1, then the value."""
+    for n in range(1, 9):
+        for value in {0, 1, 2 ** (7 * n) - 2, int(np.random.default_rng(n).integers(2 ** (7 * n) - 1))}:
+            coded = (value | 1 << 7 * n).to_bytes(n, "big")
+            assert containers.number(coded + b"\xff") == (value, n)
+            with pytest.raises(IndexError):
+                containers.number(coded[:-1])
+    with pytest.raises(ValueError, match="no number"):
+        containers.number(b"\0" + bytes(9))
