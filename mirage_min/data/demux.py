@@ -24,7 +24,7 @@ class Clock:
         start = Fraction(container.start_time or 0, av.time_base)
         # A start of a second or more is a recorder's clock; less is a picture, or a sound, that begins late.
         self.off = round(start / stream.time_base) if self.broadcast or abs(start) >= 1 else 0
-        self.of_decoding = container.format.name == "avi"  # it counts frames in the order of decoding, and libav adds to it
+        self.of_decoding = container.format.name == "avi"  # which has times of decoding, shifted by libav
         self.back, self.ahead = (round(seconds / stream.time_base) for seconds in (Fraction(1, 2), 10))
         self.next, self.step = None, 0
 

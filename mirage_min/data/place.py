@@ -1,7 +1,7 @@
 """An output takes its place whole or never, and replaces only what it may.
 
-While it is made it lies in NAME.RANDOM.part next to its place. A run that was killed leaves that folder; the next run to
-the same place removes it, because nobody holds the lock in it.
+While it is made it lies in the folder NAME.RANDOM.part next to its place. A run that was killed leaves that folder; the
+next run to the same place removes it, because nobody holds the lock in it any more.
 
     python -m mirage_min.data.place           # what appears under the name in the meantime stays
 """

@@ -64,7 +64,7 @@ class Format:
 
 def from_bytes(x: Tensor) -> Tensor:
     """uint8 of any shape -> [-1, 1]."""
-    return x.float().div_(127.5).sub_(1)
+    return x.to(torch.float32, copy=True).div_(127.5).sub_(1)
 
 
 def to_bytes(x: Tensor) -> Tensor:
