@@ -94,6 +94,17 @@ def test_a_window_holds_the_car_and_stays_inside_the_frame():
         assert pair.actor.sum() > 50, f"seed {seed}: no car in the crop"
 
 
+def test_the_ground_grid_lies_on_the_road_and_the_lanes_meet_at_the_horizon():
+    x = street.ground_grid(torch.zeros(3, H, W), Street(0.9, 0.45, lanes=((-2.0, 0.0), (2.0, 0.0))))
+    green = (x[1] == 1).nonzero()
+    assert not x[:, : int(0.45 * H)].any(), "nothing above the horizon"
+    spread = [green[green[:, 0] == row, 1] for row in (36, 50, 64)]
+    widths = [int(columns.max() - columns.min()) for columns in spread]
+    for row, width in zip((36, 50, 64), widths):
+        # 4 m apart at the distance z where the road is seen in this row: f · 4 / z, and z = f · height / (row − cy)
+        assert abs(width - 4 * (row + 0.5 - 0.45 * H) / 1.4) < 4, f"row {row}: {width} columns"
+
+
 @pytest.fixture
 def clips(tmp_path):
     weights.save_tensors(tmp_path / "drive.safetensors", {"x": torch.full((3, 12, 108, 192), 120, dtype=torch.uint8)})

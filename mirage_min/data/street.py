@@ -9,7 +9,7 @@ NAME.street.json:
     horizon   the row where the road would vanish, in image heights from the top
     centre    the column of straight ahead, in image widths from the left
     height    of the camera above the road, metres
-    lanes     where cars may drive, metres to the right of the camera: [[x, heading in degrees from straight ahead], …]
+    lanes     where cars may drive: [[metres to the right of the camera, heading in degrees from straight ahead], …]
     near, far how far ahead a car may be inserted, metres
     sun       [azimuth, elevation] in degrees: azimuth from straight ahead, positive to the right
     shadow    what share of a road's light is left where the sun is hidden: 0.35 on a clear day, 1 under clouds
@@ -270,20 +270,16 @@ def ground_grid(x: Tensor, street: Street) -> Tensor:
     """x [3, H, W] -> the same with lines on the road: every metre across, every 5 m ahead, the lanes in green."""
     H, W = x.shape[-2:]
     K, x = intrinsics(street, H, W), x.clone()
-
-    def dot(right: float, ahead: float, color: tuple[float, float, float]) -> None:
-        column = K[0, 2] + K[0, 0] * right / ahead
-        row = K[1, 2] + K[1, 1] * street.height / ahead
-        if 0 <= row < H and 0 <= column < W:
-            x[:, int(row), int(column)] = torch.tensor(color)
-    for ahead in range(5, 45, 5):
-        for right in torch.linspace(-8, 8, 1200).tolist():
-            dot(right, ahead, (1, -1, -1))
-    for ahead in torch.linspace(4, 40, 2500).tolist():
-        for right in range(-8, 9):
-            dot(right, ahead, (1, 0, -1))
-        for right, _ in street.lanes:
-            dot(right, ahead, (-1, 1, -1))
+    across, ahead = torch.linspace(-8, 8, 1200), torch.linspace(4, 40, 2500)
+    lanes = torch.tensor([right for right, _ in street.lanes])
+    for points, color in ((torch.cartesian_prod(across, torch.arange(5.0, 45, 5)), (1.0, -1.0, -1.0)),
+                          (torch.cartesian_prod(torch.arange(-8.0, 9), ahead), (1.0, 0.0, -1.0)),
+                          (torch.cartesian_prod(lanes, ahead), (-1.0, 1.0, -1.0))):
+        right, z = points.T
+        column = (K[0, 2] + K[0, 0] * right / z).long()
+        row = (K[1, 2] + K[1, 1] * street.height / z).long()
+        seen = (row >= 0) & (row < H) & (column >= 0) & (column < W)
+        x[:, row[seen], column[seen]] = torch.tensor(color)[:, None]
     return x
 
 
@@ -328,10 +324,9 @@ def main(args: argparse.Namespace) -> None:
         return
     args.out.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(args.workers) as pool:
-        jobs = []
+        jobs, weights = [], torch.tensor(lengths, dtype=torch.float32)
         for seed in range(args.first_seed, args.first_seed + args.count):
-            draws = torch.Generator().manual_seed(seed)
-            clip = clips[int(torch.multinomial(torch.tensor(lengths, dtype=torch.float32), 1, generator=draws))]
+            clip = clips[int(torch.multinomial(weights, 1, generator=torch.Generator().manual_seed(seed)))]
             path = args.out / f"{clip.stem}_{seed:06d}.safetensors"
             jobs.append(pool.submit(write_pair, clip, path, args.size, args.frames, seed))
         for job in tqdm(jobs, unit="pair", disable=None):
