@@ -167,6 +167,19 @@ def test_refining_draws_an_object_onto_the_assets_surface_and_outliers_do_not_pu
     assert off < allowed, f"a corner is {off:.1e} off, allowed {allowed}"
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_one_step_of_refining_already_turns_about_the_objects_own_middle(seed):
+    """Far from the origin a turn about the wrong point shifts the object by metres, which later steps would hide."""
+    src, one = box_surface(600, seed), torch.ones(600, dtype=torch.float64)
+    s, R, t = 1.7, upright(0.6), torch.tensor([5.0, -3, 1], dtype=torch.float64)
+    start = torch.tensor(1.02 * s, dtype=torch.float64), upright(0.6 + math.radians(2)), t + 0.02
+    scale, Q, u = refine(src, s * src @ R.T + t, one, start, steps=1)
+    corners = torch.tensor([[a, b, c] for a in (-1, 1) for b in (-1, 1) for c in (-1, 1)], dtype=torch.float64)
+    wanted = s * corners @ R.T + t
+    before, after = ((k * corners @ P.T + v - wanted).norm(dim=1).max() for k, P, v in (start, (scale, Q, u)))
+    assert after < 0.1 * before, f"a corner was {before:.3f} off and is {after:.3f} off"
+
+
 # ---- coarse ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("case, trials, allowed", [
