@@ -4,10 +4,14 @@
     python train_vae.py --base THUDM/CogVideoX1.5-5B --prompt prompt.safetensors ...
 
 The text encoder is needed here and nowhere else: training takes the file that this writes (`text` [1, L, D], float32)
-and keeps it beside the adapters. Tokens and padding are those of each base's published pipeline:
+and keeps it with the adapters. Tokens and padding are those of each base's published pipeline:
 
-    CogVideoX   T5     L = 226    the padding is encoded as well, and the text attends to it
-    Wan 2.1     UMT5   L = 512    the text is cleaned first, attends to itself alone, and zeros follow it
+    CogVideoX               T5     L = 226    the padding is encoded as well, and the text attends to it
+    Wan 2.1                 UMT5   L = 512    the text is cleaned first, attends to itself alone, and zeros follow it
+    SD-Turbo, SD 2.1, 1.5   CLIP   L = 77     the padding is encoded as well, after the text; R3D2 and Difix stand on it
+
+CLIP's padding differs between checkpoints (SD 2.x has "!", SD 1.x the end of text), and every padded position with it:
+the checkpoint's own tokenizer decides, and its token is printed.
 
 Needs transformers. Exit status: 0 done; 2 something is wrong, and one line says what.
 """
@@ -17,59 +21,98 @@ import html
 import os
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mirage_min.networks import weights
 from mirage_min.networks.dit_cogvideox import CogVideoXDiT
 from mirage_min.networks.dit_wan import WanDiT
-from mirage_min.networks.vae_wan import WanVAE
+from mirage_min.networks.unet_2d import UNet2D
 from mirage_min.training import run
+
+
+class Kind(NamedTuple):
+    """A kind of text encoder, and the network of its base that reads what it writes."""
+
+    encoder: str               # transformers' class
+    width: str                 # the field of its config.json that says how wide the text is
+    network: type[nn.Module]
+    folder: str                # of the network, in the base
+    taken: str                 # the field of its config.json that says how wide a text it takes
+    L: int | None              # tokens; None: the network's max_text_seq_length
+
+
+KINDS = {  # by model_type in the text encoder's config.json
+    "t5": Kind("T5EncoderModel", "d_model", CogVideoXDiT, "transformer", "text_embed_dim", None),
+    "umt5": Kind("UMT5EncoderModel", "d_model", WanDiT, "transformer", "text_dim", 512),
+    "clip_text_model": Kind("CLIPTextModel", "hidden_size", UNet2D, "unet", "cross_attention_dim", 77),
+}
 
 
 def main(args: argparse.Namespace) -> None:
     if args.out.is_dir() or not args.out.parent.is_dir():
         raise ValueError(f"{args.out}: wanted a file in a folder that exists")
     args.device = run.choose_device(args.device)
-    try:
-        from transformers import AutoTokenizer, T5EncoderModel, UMT5EncoderModel
-    except ImportError as error:
-        raise ValueError(f"needs transformers (pip install transformers sentencepiece protobuf): {error}") from error
-
-    wan, L, D = text_shape(args.base)
-    tokens = tokenize(load(AutoTokenizer, args.base, "tokenizer"), args.text, L, wan)
-    check_encoder(args.base, "umt5" if wan else "t5", D)  # before it is fetched, as the largest part of a base
-    encoder, report = load(UMT5EncoderModel if wan else T5EncoderModel, args.base, "text_encoder",
+    kind, L = text_shape(args.base)
+    transformers = import_transformers()
+    tokenizer = load(transformers.AutoTokenizer, args.base, "tokenizer")
+    tokens = tokenize(tokenizer, args.text, L, kind)
+    encoder, report = load(getattr(transformers, KINDS[kind].encoder), args.base, "text_encoder",
                            torch_dtype=args.dtype, use_safetensors=True, output_loading_info=True)
     if missing := sorted(report["missing_keys"]):  # transformers fills these with random numbers
         raise ValueError(f"{args.base}: text_encoder lacks {len(missing)} weights: {', '.join(missing[:5])}")
-    text = encode(encoder.eval().to(args.device), tokens.to(args.device), wan)
+    text = encode(encoder.eval().to(args.device), tokens.to(args.device), kind)
     base = os.path.relpath(args.base, args.out.parent) if Path(args.base).is_dir() else args.base
     weights.save_tensors(args.out, {"text": text.float()}, {"text": args.text, "base": base})
-    print(f"{args.out}: {args.text!r} as {list(text.shape)}")
+    print(f"{args.out}: {args.text!r} as {list(text.shape)}, padded with token {tokenizer.pad_token_id} "
+          f"({tokenizer.pad_token!r})")
 
 
-def text_shape(base: str) -> tuple[bool, int, int]:
-    """What the base's transformer wants: (whether it is Wan's, L, D)."""
-    def config(cls, part: str) -> tuple[dict, Path]:
-        # named with its folder, so that of a hub id this file alone is fetched and no weights
-        where = weights.locate(cls, base, None, f"{part}/config.json") / part / "config.json"
-        return weights.read_json(where), where
+def import_transformers():
+    """The package transformers; ValueError tells one that is not installed from one that fails to import."""
+    if find_spec("transformers") is None:
+        raise ValueError("needs transformers (pip install transformers sentencepiece protobuf)")
+    try:
+        import torchvision  # noqa: F401
+    except Exception:  # built for another torch, say: text needs none, and transformers does without one it cannot find
+        sys.modules["torchvision"] = None
+    try:
+        import transformers
 
-    wan = config(WanVAE, "vae")[0].get("_class_name") == WanVAE.CLASS_NAME
-    DiT = WanDiT if wan else CogVideoXDiT
-    c = weights.read_config(DiT, *config(DiT, "transformer"))
-    return (True, 512, c.text_dim) if wan else (False, c.max_text_seq_length, c.text_embed_dim)
+        for name in ("AutoTokenizer", *(kind.encoder for kind in KINDS.values())):
+            getattr(transformers, name)  # they are imported only when they are asked for
+    except Exception as error:  # whatever one of its many dependencies raises
+        raise ValueError(f"transformers is installed but cannot be imported: {error}") from error
+    return transformers
 
 
-def check_encoder(base: str, kind: str, D: int) -> None:
-    """Raise unless the base's text encoder is of this kind and width; transformers would go on with a warning."""
-    where = weights.locate(None, base, None, "text_encoder/config.json") / "text_encoder" / "config.json"
-    config = weights.read_json(where)
-    if (given := (config.get("model_type"), config.get("d_model"))) != (kind, D):
-        raise ValueError(f"{where}: wanted model_type {kind} and d_model {D}, got {given[0]} and {given[1]}")
+def text_shape(base: str) -> tuple[str, int]:
+    """The kind of a base's text encoder and the number of its tokens, L; of a hub id two config.json are fetched.
+
+    ValueError if the kind is unknown, or if its width is not what the base's network takes: transformers would only
+    warn.
+    """
+    about, where = read_config(base, "text_encoder")
+    name = about.get("model_type")
+    if name not in KINDS:
+        raise ValueError(f"{where}: wanted model_type {', '.join(KINDS)}, got {name}")
+    kind = KINDS[name]
+    network = weights.read_config(kind.network, *read_config(base, kind.folder))
+    wanted, given = getattr(network, kind.taken), about.get(kind.width)
+    if given != wanted:
+        raise ValueError(f"{where}: wanted {kind.width} {wanted}, which the {kind.folder} takes, got {given}")
+    return name, kind.L or network.max_text_seq_length
+
+
+def read_config(base: str, part: str) -> tuple[dict, Path]:
+    """config.json of one part of the base, and where it is."""
+    # named with its folder, so that of a hub id this file alone is fetched and no weights
+    where = weights.locate(None, base, None, f"{part}/config.json") / part / "config.json"
+    return weights.read_json(where), where
 
 
 def load(cls, base: str, part: str, **settings):
@@ -80,9 +123,9 @@ def load(cls, base: str, part: str, **settings):
         raise ValueError(f"{base}: transformers cannot load {part}: {error}") from error
 
 
-def tokenize(tokenizer, text: str, L: int, wan: bool):
+def tokenize(tokenizer, text: str, L: int, kind: str):
     """text -> input_ids and attention_mask [1, L], padded on the right; a longer text is a ValueError."""
-    text = clean(text) if wan else text
+    text = clean(text) if kind == "umt5" else text
     # DEVIATION: the published pipelines warn, and cut a longer text off
     if (count := len(tokenizer(text).input_ids)) > L:
         raise ValueError(f"the text has {count} tokens, this base takes at most {L}")
@@ -90,9 +133,9 @@ def tokenize(tokenizer, text: str, L: int, wan: bool):
 
 
 @torch.no_grad()
-def encode(encoder, tokens, wan: bool) -> Tensor:
-    """input_ids and attention_mask [1, L] -> text [1, L, D]"""
-    if not wan:
+def encode(encoder, tokens, kind: str) -> Tensor:
+    """input_ids and attention_mask [1, L] -> text [1, L, D], the last hidden state (CLIP's has its last norm)."""
+    if kind != "umt5":
         return encoder(tokens.input_ids).last_hidden_state
     return encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state * tokens.attention_mask[..., None]
 
@@ -111,14 +154,14 @@ def clean(text: str) -> str:
 
 def cli(argv: list[str] | None = None) -> int:
     """Run; on an error say it in one line. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--base", required=True, help="folder or hub id of CogVideoX or Wan")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--base", required=True, help="folder or hub id of CogVideoX, Wan or Stable Diffusion")
     parser.add_argument("--text", default="remove degradation", help="may be empty (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("prompt.safetensors"), help="file (default: %(default)s)")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
                         help="of the text encoder (default: auto, as its config.json says)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="default: cuda if it is there, else cpu")
+                        help="default: cuda if there is one, else cpu")
     try:
         main(parser.parse_args(argv))
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
