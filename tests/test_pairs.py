@@ -1,5 +1,7 @@
 """Reading pairs: both videos are cut and flipped alike, a sample is its generator's, and what is broken is left out."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -132,6 +134,73 @@ def test_a_pair_that_breaks_later_is_replaced_by_another_draw(tmp_path):
     with pytest.warns(UserWarning):
         two = pairs.batch(draws(0, 6))
     assert one[2] == ["a"] * 6 and torch.equal(one[0], two[0])
+
+
+@pytest.mark.parametrize("boxes", [torch.tensor(3.0), torch.zeros(4), torch.zeros(12, 5), torch.zeros(11, 4),
+                                   torch.zeros(12, 4, dtype=torch.complex64)],
+                         ids=lambda boxes: f"{boxes.dtype} {list(boxes.shape)}")
+def test_boxes_of_another_rank_length_or_kind_are_named_and_the_pair_is_left_out(tmp_path, boxes):
+    save(tmp_path / "a.safetensors")
+    save(tmp_path / "b.safetensors", boxes=boxes)
+    pairs = Pairs(tmp_path, 4)
+    assert pairs.names == ["a.safetensors"] and pairs.left_out[0].startswith("b.safetensors: wanted boxes [12, 4], got")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_boxes_that_are_not_finite_are_a_valueerror_that_names_the_clip(tmp_path, value):
+    save(tmp_path / "a.safetensors", boxes=torch.full((12, 4), value))
+    with pytest.raises(ValueError, match="a.safetensors: wanted boxes of finite numbers"):
+        Pairs(tmp_path, 4).crops(0)
+    save(tmp_path / "a.safetensors", boxes=torch.tensor([[0, 0, 20, 10]]).repeat(12, 1))
+    assert Pairs(tmp_path, 4).crops(0)[0] is not None, "integers are boxes too"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a system with pipes")
+def test_a_pipe_is_left_out_and_not_waited_for_and_hidden_files_are_passed_over(tmp_path):
+    save(tmp_path / "a.safetensors")
+    os.mkfifo(tmp_path / "b.safetensors")
+    (tmp_path / "._a.safetensors").write_bytes(b"of another system")
+    for side in ("ni", "gt"):
+        (tmp_path / side / ".ipynb_checkpoints").mkdir(parents=True)
+        os.mkfifo(tmp_path / side / "c.mp4")
+    (tmp_path / "loop.safetensors").symlink_to(tmp_path / "loop.safetensors")
+    pairs = Pairs(tmp_path, 4)
+    assert pairs.names == ["a.safetensors"] and sorted(line.split(": ")[0] for line in pairs.left_out) == [
+        "b.safetensors", "c.mp4", "loop.safetensors"]
+    assert all("is neither a file nor a folder" in line for line in pairs.left_out)
+
+
+def test_the_paths_are_all_that_is_read_and_the_real_videos(tmp_path):
+    save(tmp_path / "a.safetensors")
+    for side in ("ni", "gt"):
+        (tmp_path / side / "b").mkdir(parents=True)
+        for t in range(4):
+            Image.fromarray(np.full((16, 16, 3), 9 * t, np.uint8)).save(tmp_path / side / "b" / f"{t}.png")
+    (tmp_path / "real").mkdir()
+    weights.save_tensors(tmp_path / "real" / "street.safetensors", {"x": torch.zeros(3, 5, 32, 40).byte()})
+    own = [tmp_path / "a.safetensors", tmp_path / "ni" / "b", tmp_path / "gt" / "b"]
+    assert Pairs(tmp_path, 4).paths() == own
+    assert Pairs(tmp_path, 4, real=tmp_path / "ni" / "b").paths() == [*own, tmp_path / "ni" / "b"]
+    assert Pairs(tmp_path, 4, real=tmp_path / "real").paths() == [*own, tmp_path / "real" / "street.safetensors"]
+
+
+def test_a_folder_of_real_clips_is_mixed_in_by_its_share_each_its_own_truth(tmp_path):
+    save(tmp_path / "a.safetensors", H=24, W=32)
+    (tmp_path / "real").mkdir()
+    for name in ("street", "road"):
+        x = torch.randint(0, 256, (3, 9, 60, 90), dtype=torch.uint8)
+        weights.save_tensors(tmp_path / "real" / f"{name}.safetensors", {"x": x})
+    pairs, seen = Pairs(tmp_path, 5, (16, 24), tmp_path / "real"), []
+    for step in range(60):
+        x, y, names = pairs.batch(draws(step), real=0.5)
+        assert x.shape == y.shape == (2, 3, 5, 16, 24) and x.abs().max() <= 1
+        seen += names
+        for k, name in enumerate(names):
+            assert torch.equal(x[k], y[k]) is (name != "a.safetensors")
+            wanted = pairs.batch([run.draws(3, step, k)], real=0.5)
+            assert torch.equal(wanted[0][0], x[k]) and wanted[2] == [name]
+    assert 40 <= seen.count("a.safetensors") <= 80 and min(seen.count("street"), seen.count("road")) > 10
+    assert set(pairs.batch(draws(0), real=0.0)[2]) == {"a.safetensors"}
 
 
 def test_nothing_to_train_on_is_fatal_and_says_why(tmp_path):

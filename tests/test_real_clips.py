@@ -121,8 +121,13 @@ def test_a_crop_keeps_its_proportions_at_a_random_scale_place_and_time(streets):
 def test_a_folder_without_clips_and_a_file_without_x_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="wanted NAME.safetensors clips of at least 5 frames, found none"):
         RealClips(tmp_path, 5)
-    weights.save_tensors(tmp_path / "a.safetensors", {"y": torch.zeros(1)})
-    with pytest.raises(ValueError, match="a.safetensors: wanted a tensor x, got"):
+    for tensors in ({"y": torch.zeros(1)}, {"x": torch.zeros(3, 9, 8, 8)}, {"x": torch.zeros(9, 8, 8).byte()},
+                    {"x": torch.zeros(4, 9, 8, 8).byte()}, {}):
+        weights.save_tensors(tmp_path / "a.safetensors", tensors)
+        with pytest.raises(ValueError, match=r"a.safetensors: wanted a tensor x, uint8 \[3, T, H, W\], got"):
+            RealClips(tmp_path, 5)
+    (tmp_path / "a.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match="a.safetensors: truncated or corrupt"):
         RealClips(tmp_path, 5)
 
 

@@ -2,8 +2,8 @@
 
 A folder of pairs holds `ni/NAME` and `gt/NAME` videos (files or image folders) of equal names, or clips as toy_world
 and build_pairs write them, `NAME.safetensors` with x_ni and x_gt as uint8 [3, T, H, W] and perhaps the actor's `boxes`
-[T, 4]. Which clip, crop and flip a sample is, is a function of its own generator alone: a run can be repeated, resumed,
-and shared among processes.
+[T, 4]. A sample's clip, crop and flip are a function of its own generator alone, so a run can be repeated, resumed, and
+shared among processes.
 
     python -m mirage_min.data.pairs
 """
@@ -17,33 +17,54 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..method.metrics import actor_crops
+from .real_clips import RealClips
 from .video import Video, from_bytes, read_clip, to_bytes
 
 
 class Pairs:
-    """The usable pairs of a folder; `left_out` says of each other one why. Nothing usable: ValueError.
+    """The usable pairs of a folder; `left_out` says of each other one why.
 
-    Every pair is checked once, from its header or first frame: both videos are there, of one size and length, of at
-    least `frames` frames and of `size` (height, width). What only shows later is warned of and drawn again.
+    Every pair is checked once, from its header or first frame: both videos exist, are of one size and length, and have
+    at least `frames` frames and `size` (height, width). A pair that turns out to be broken when it is read is named in
+    a warning, and another is drawn in its place.
     """
 
     def __init__(self, folder: str | Path, frames: int, size: tuple[int, int] | None = None,
                  real: str | Path | None = None, real_frames: int = 0):
-        """size None: whole frames. real: a video that is its own truth; only its first `real_frames`, if not 0."""
+        """size: of the samples; None: whole frames. ValueError if no pair is usable, or `real` is too short.
+
+        real         videos that are their own truth: one that PyAV decodes, or a folder of clips (real_clips.py)
+        real_frames  of the one video only its first so many frames; 0: all
+        """
         self.folder, self.frames, self.size, self.left_out = Path(folder), frames, size, []
-        ni, gt = ({p.name for p in (self.folder / side).glob("*")} for side in ("ni", "gt"))
+        ni, gt = ({p.name for p in (self.folder / side).glob("[!.]*")} for side in ("ni", "gt"))
         self.left_out += [f"{name}: only in {'ni' if name in ni else 'gt'}" for name in sorted(ni ^ gt)]
-        found = sorted(p.name for p in self.folder.glob("*.safetensors")) + sorted(ni & gt)
+        found = sorted(p.name for p in self.folder.glob("[!.]*.safetensors")) + sorted(ni & gt)
         self.names = [name for name in found if self._usable(name)]
         if not self.names:
             raise ValueError(f"{folder}: no usable pairs: " + ("; ".join(self.left_out[:5]) or
                              "wanted *.safetensors clips, or ni/ and gt/ videos of equal names"))
-        self.real = None if real is None else to_bytes(read_clip(real)[:, : real_frames or None])   # [3, T, H, W]
-        if real is not None and self.real.shape[1] < frames:
-            raise ValueError(f"{real}: wanted at least {frames} frames, got {self.real.shape[1]}")
+        self.real, self.real_clips, self.real_paths = None, None, []
+        if real is not None and any(Path(real).glob("*.safetensors")):
+            self.real_clips = RealClips(real, frames)
+            self.real_paths = self.real_clips.paths()
+        elif real is not None:
+            self.real, self.real_paths = to_bytes(read_clip(real)[:, : real_frames or None]), [Path(real)]
+            if self.real.shape[1] < frames:                                            # [3, T, H, W]
+                raise ValueError(f"{real}: wanted at least {frames} frames, got {self.real.shape[1]}")
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def paths(self) -> list[Path]:
+        """Every file or folder that clips are read from, in order; those of `real` last."""
+        return [path for name in self.names for path in self._paths(name)] + self.real_paths
+
+    def _paths(self, name: str) -> list[Path]:
+        """Where one pair is: a file, or a video on each side."""
+        if name.endswith(".safetensors"):
+            return [self.folder / name]
+        return [self.folder / side / name for side in ("ni", "gt")]
 
     def batch(self, draws: list[torch.Generator], real: float = 0.0) -> tuple[Tensor, Tensor, list[str]]:
         """A sample for each generator: x_ni, x_gt [n, 3, frames, h, w] in [-1, 1], names; a share of `real` ones."""
@@ -54,7 +75,10 @@ class Pairs:
         def integer(high: int) -> int:
             return int(torch.randint(high, (), generator=draws))
 
-        if self.real is not None and torch.rand((), generator=draws) < real:
+        if self.real_paths and torch.rand((), generator=draws) < real:
+            if self.real_clips is not None:
+                x, name = self.real_clips.crop(self.size or (96, 144), draws)
+                return x, x, name
             x = y = self._real_crop(draws)
             name = "the real video"
         else:
@@ -70,7 +94,10 @@ class Pairs:
         return (x.flip(-1), y.flip(-1), name) if integer(2) else (x, y, name)
 
     def read(self, i: int, integer) -> tuple[Tensor, Tensor]:
-        """One pair, each [3, frames, h, w] in [-1, 1]; `integer(n)` draws where to cut. A broken clip: ValueError."""
+        """Pair number i: x_ni, x_gt [3, frames, h, w] in [-1, 1]. integer(n) draws one of 0 … n - 1, for where to cut.
+
+        ValueError if the clip is broken.
+        """
         clip = self.folder / self.names[i]
         try:
             if clip.suffix == ".safetensors":
@@ -87,20 +114,30 @@ class Pairs:
         return x[:, t, h, w], y[:, t, h, w]
 
     def crops(self, i: int) -> list[tuple[slice, slice] | None] | None:
-        """metrics.actor_crops of the clip's first frames; None if its boxes are not known, or show no actor there."""
+        """metrics.actor_crops of the clip's first frames; None if its boxes are not known, or show no actor there.
+
+        ValueError if a box is not finite, or the clip is broken.
+        """
         clip = self.folder / self.names[i]
         if clip.suffix != ".safetensors":
             return None
-        with safe_open(clip, framework="pt") as file:
-            if "boxes" not in file.keys():
-                return None
-            boxes, (H, W) = file.get_tensor("boxes")[: self.frames], file.get_slice("x_gt").get_shape()[2:]
+        try:
+            with safe_open(clip, framework="pt") as file:
+                if "boxes" not in file.keys():
+                    return None
+                boxes, (H, W) = file.get_tensor("boxes")[: self.frames], file.get_slice("x_gt").get_shape()[2:]
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{clip}: cannot be read: {error}") from None
+        if not boxes.isfinite().all():
+            raise ValueError(f"{clip}: wanted boxes of finite numbers")
         crops = actor_crops(boxes, H, W)
         return crops if any(crops) else None
 
     def _usable(self, name: str) -> bool:
         """Whether both videos can be opened and fit; if not, left_out says why."""
         try:
+            if irregular := [path for path in self._paths(name) if not (path.is_file() or path.is_dir())]:
+                raise ValueError(f"{irregular[0]} is neither a file nor a folder")
             ni, gt = self._shapes(name)  # [T or None, H, W]
             least = [self.frames, *(self.size or (1, 1))]
             if any(None not in (a, b) and a != b for a, b in zip(ni, gt)):
@@ -120,6 +157,10 @@ class Pairs:
                 for x in both:
                     if x.get_dtype() != "U8" or len(x.get_shape()) != 4 or x.get_shape()[0] != 3:
                         raise ValueError(f"wanted uint8 [3, T, H, W], got {x.get_dtype()} {x.get_shape()}")
+                if "boxes" in file.keys():
+                    boxes, T = file.get_slice("boxes"), both[0].get_shape()[1]
+                    if boxes.get_dtype()[0] not in "FBIU" or boxes.get_shape() != [T, 4]:
+                        raise ValueError(f"wanted boxes [{T}, 4], got {boxes.get_dtype()} {boxes.get_shape()}")
                 return [x.get_shape()[1:] for x in both]
         shapes = []
         for side in ("ni", "gt"):
@@ -128,16 +169,16 @@ class Pairs:
         return shapes
 
     def _cut(self, shape, integer) -> tuple[slice, slice, slice]:
-        """Where to cut a random piece out of [3, T, H, W]."""
+        """Frames, rows and columns of a random piece of a clip [3, T, H, W]."""
         C, T, H, W = shape
         h, w = self.size or (H, W)
         t, y, x = (integer(n + 1) for n in (T - self.frames, H - h, W - w))
         return slice(t, t + self.frames), slice(y, y + h), slice(x, x + w)
 
     def _real_crop(self, draws: torch.Generator) -> Tensor:
-        """A crop of the real video at a random smaller scale, so that its detail spans that of the toy scenes.
+        """A crop [3, frames, h, w] of the real video at a random scale, so that its detail spans that of toy scenes.
 
-        As often from .4 to .8 as from .2 to .4: to norms a whole frame is not what a piece of it is.
+        The scale is even in its logarithm, from the whole frame to .8: norms see a whole frame otherwise than a piece.
         """
         T, H, W = self.real.shape[1:]
         h, w = self.size or (96, 144)

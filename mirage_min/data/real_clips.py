@@ -26,7 +26,7 @@ from safetensors import safe_open
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from ..networks.weights import save_tensors
+from ..networks.weights import one_line, save_tensors
 from .video import Video, from_bytes, to_bytes
 
 RAW = "https://raw.githubusercontent.com"
@@ -82,16 +82,22 @@ class RealClips:
     def __init__(self, folder: str | Path, frames: int):
         self.frames, self.files = frames, []
         for file in sorted(Path(folder).glob("*.safetensors")):
-            with safe_open(file, framework="pt") as tensors:
-                if "x" not in tensors.keys():
-                    raise ValueError(f"{file}: wanted a tensor x, got {sorted(tensors.keys())[:5]}")
-                shape = tensors.get_slice("x").get_shape()
+            with one_line(file), safe_open(file, framework="pt") as tensors:
+                kinds = {key: (tensors.get_slice(key).get_dtype(), tensors.get_slice(key).get_shape())
+                         for key in tensors.keys()}
+            kind, shape = kinds.get("x", (None, []))
+            if kind != "U8" or len(shape) != 4 or shape[0] != 3:
+                raise ValueError(f"{file}: wanted a tensor x, uint8 [3, T, H, W], got {list(kinds.items())[:5]}")
             if shape[1] >= frames:
                 self.files.append((file, shape))
         if not self.files:
             raise ValueError(f"{folder}: wanted NAME.safetensors clips of at least {frames} frames, found none "
                              f"(python -m mirage_min.data.real_clips makes them)")
         self.names = [file.stem for file, _ in self.files]
+
+    def paths(self) -> list[Path]:
+        """The files of the clips."""
+        return [file for file, _ in self.files]
 
     def crop(self, size: tuple[int, int], draws: Generator, frames: int | None = None) -> tuple[Tensor, str]:
         """A piece [3, frames, h, w] in [-1, 1] of a clip, mirrored half of the time, and the clip's name.
