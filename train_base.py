@@ -9,65 +9,58 @@
 
 With `--family wan`, vae, prior and one_step train a base of Wan's classes instead of CogVideoX's.
 
-The autoencoders see every clip under one photometric variation (mirage_min/data/photometric.py), in crops of mixed
-sizes, and their loss weighs coarse tone by itself: a network that has seen the tones of one drive shifts the others'.
+The autoencoders see crops of mixed sizes in many tones (mirage_min/data/crops.py), and their loss weighs coarse tone by
+itself: a network that has seen the tones of one drive shifts the others'.
 
-The networks are the published classes with small numbers. The stage `one_step` trains the transformer to predict z_GT
-from z_NI in latent space before stage H does so through pixels. The paper has none, because its transformer starts from
-a strong prior; one of four million parameters does not (DEVIATIONS.md).
+The networks are the published classes with small numbers (mirage_min/networks/small_base.py). The stage `one_step`
+trains the transformer to predict z_GT from z_NI in latent space before stage H does so through pixels. The paper has
+none, because its transformer starts from a strong prior; one of four million parameters does not (DEVIATIONS.md).
 """
 
 import argparse
-import copy
 import json
-import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
+from mirage_min.data.crops import Crops
 from mirage_min.data.pairs import Pairs
-from mirage_min.data.photometric import vary
 from mirage_min.data.real_clips import RealClips
 from mirage_min.method.one_step import T_MIRAGE, T_WAN, add_noise, alpha_bar, denoise, v_target
-from mirage_min.method.perceptual import Features, Lpips
+from mirage_min.method.perceptual import Lpips
 from mirage_min.method.schedules import VPrediction, config_from_schedule
-from mirage_min.networks.dit_cogvideox import CogVideoXDiT, CogVideoXDiTConfig
-from mirage_min.networks.dit_wan import WanDiT, WanDiTConfig
-from mirage_min.networks.vae_2d import AutoencoderKL, AutoencoderKLConfig
-from mirage_min.networks.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
-from mirage_min.networks.vae_wan import WanVAE, WanVAEConfig
-from mirage_min.training import run, watch
+from mirage_min.networks import small_base, weights
+from mirage_min.networks.dit_cogvideox import CogVideoXDiT
+from mirage_min.networks.dit_wan import WanDiT
+from mirage_min.networks.imagenet import Features
+from mirage_min.networks.vae_2d import AutoencoderKL
+from mirage_min.networks.vae_cogvideox import CogVideoXVAE
+from mirage_min.networks.vae_wan import WanVAE
+from mirage_min.training import checkpoint, processes, run, watch
 
-SMALL_VAE_2D = AutoencoderKLConfig(block_out_channels=(16, 32, 32, 32), norm_num_groups=8, layers_per_block=1,
-                                   latent_channels=4)
-SMALL_VAE = CogVideoXVAEConfig(block_out_channels=(16, 32, 64, 64), norm_num_groups=8, layers_per_block=1)
-SMALL_VAE_WAN = WanVAEConfig(base_dim=16, num_res_blocks=1, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16)
-SMALL_DIT = CogVideoXDiTConfig(num_attention_heads=3, num_layers=6, time_embed_dim=64, text_embed_dim=16,
-                               max_text_seq_length=1, sample_height=12, sample_width=18,
-                               use_rotary_positional_embeddings=True)
-SMALL_DIT_WAN = WanDiTConfig(num_attention_heads=3, attention_head_dim=64, text_dim=16, freq_dim=64, ffn_dim=768,
-                             num_layers=6)
-SCHEDULER_WAN = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "flow_shift": 3.0}
-SCHEDULER = config_from_schedule(VPrediction(prediction_type="v_prediction", rescale_betas_zero_snr=True,
-                                             snr_shift_scale=1.0))
+SCHEDULERS = {  # scheduler_config.json, by family
+    "cogvideox": config_from_schedule(VPrediction(prediction_type="v_prediction", rescale_betas_zero_snr=True,
+                                                  snr_shift_scale=1.0)),
+    "wan": {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "flow_shift": 3.0},
+}
 
 
 @dataclass
-class Recipe:
-    """What a stage costs and how it goes about it. The learning rate warms up linearly and falls as a cosine."""
+class Recipe(run.Optimisation):
+    """What a stage costs and how it goes about it."""
 
-    steps: int
-    batch: int
-    frames: int = 9         # of the pairs
     lr: float = 2e-3
     beta2: float = 0.99
     warmup: int = 100
-    weight_decay: float = 0.01
+    cosine: bool = True
+    frames: int = 9         # of the pairs
     real: float = 0.5       # share of crops from the real clips
     sizes: str = "9x48x48 9x80x80 1x128x192"  # of the autoencoders' crops: one is drawn a step, the first with
                                               # `batch` clips, the others with as many pixels, but two clips at least
@@ -75,7 +68,6 @@ class Recipe:
     width: float = 1.0      # factor on the autoencoders' channels
     bf16: bool = False      # on a CPU that multiplies it natively
     seed: int = 0
-    every: int = 200        # steps between checkpoints
 
 
 RECIPES = {
@@ -87,94 +79,102 @@ RECIPES = {
 }
 
 
-def kl(mean, logvar):
-    """Of the posterior to a standard normal, per latent value."""
+# ---- losses: (network, batch, generator, what else they need) -> (loss, its terms, unweighted) -----------------------
+
+def kl(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL divergence of the posterior N(mean, exp(logvar)) to a standard normal, per latent value."""
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
 
 
-def reconstruction(y, x, lpips, mean, logvar):
-    """L = MSE + 0.5 tone + 0.1 L1 + 0.1 LPIPS + 1e-4 KL; tone is the L1 of means over 16 x 16 pixels."""
+def sample(mean: Tensor, logvar: Tensor, draws: Generator) -> Tensor:
+    """One draw of N(mean, exp(logvar)), the same on every device."""
+    return mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=draws).to(mean.device)
+
+
+def reconstruction(y: Tensor, x: Tensor, lpips_distance: Lpips, mean: Tensor, logvar: Tensor):
+    """The loss of y, made from x [B, 3, T, H, W] in [-1, 1], and of the posterior between; tone is the L1 of means
+    over 16 x 16 pixels."""
     y = rearrange(y.float(), "b c t h w -> (b t) c h w")
     x = rearrange(x, "b c t h w -> (b t) c h w")
+    mse, l1 = F.mse_loss(y, x), F.l1_loss(y, x)
     tone = F.avg_pool2d(y - x, 16).abs().mean()
-    return {"mse": F.mse_loss(y, x), "tone": 0.5 * tone, "l1": 0.1 * F.l1_loss(y, x), "lpips": 0.1 * lpips(y, x).mean(),
-            "kl": 1e-4 * kl(mean.float(), logvar.float())}
+    lpips = lpips_distance(y, x).mean()
+    divergence = kl(mean.float(), logvar.float())
+    # L = MSE + 0.5 tone + 0.1 L1 + 0.1 LPIPS + 1e-4 KL
+    loss = mse + 0.5 * tone + 0.1 * l1 + 0.1 * lpips + 1e-4 * divergence
+    return loss, {"mse": mse, "tone": tone, "l1": l1, "lpips": lpips, "kl": divergence}
 
 
-def vae_2d_loss(model, batch, draws, lpips):
+def vae_2d_loss(model: AutoencoderKL, batch, draws: Generator, lpips_distance: Lpips):
     """Frames through the 2D VAE and back."""
     x = batch[0]
-    frames = rearrange(x, "b c t h w -> (b t) c h w")
-    mean, logvar = model.posterior(frames)
-    z = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=draws)
+    mean, logvar = model.posterior(rearrange(x, "b c t h w -> (b t) c h w"))
+    z = sample(mean, logvar, draws)
     y = rearrange(model.decode(z * model.config.scaling_factor), "(b t) c h w -> b c t h w", b=x.shape[0])
-    return reconstruction(y, x, lpips, mean, logvar)
+    return reconstruction(y, x, lpips_distance, mean, logvar)
 
 
-def vae_loss(model, batch, draws, lpips):
-    """Clips of one group through the 3D VAE and back."""
+def vae_loss(model: CogVideoXVAE | WanVAE, batch, draws: Generator, lpips_distance: Lpips):
+    """Clips through the 3D VAE and back, in the groups of frames in which inference takes them."""
     x = batch[0]
-    mean, logvar, _ = model.posterior_group(x)
-    z = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=draws)
-    # Wan's latents are normalised only after training; CogVideoX's are scaled as its decoder undoes it.
-    y, _ = model.decode_group(z * getattr(model.config, "scaling_factor", 1.0))
-    return reconstruction(y, x, lpips, mean, logvar)
+    mean, logvar = posterior(model, x)
+    z = sample(mean, logvar, draws)
+    if isinstance(model, WanVAE):  # every grouping computes the same; its latents are normalised after training only
+        y, _ = model.decode_group(z)
+    else:
+        y = model.decode(z * model.config.scaling_factor)
+    return reconstruction(y, x, lpips_distance, mean, logvar)
 
 
-def prior_loss(model, batch, draws, schedule):
+def posterior(model: CogVideoXVAE | WanVAE, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance [B, C, F, h, w] of the latents of x [B, 3, T, H, W], not normalised.
+
+    ValueError for a number of frames that the VAE would pad: it would train on frames that are none.
+    """
+    T = x.shape[2]
+    if model.legal_length(T) != T:
+        raise ValueError(f"sizes: wanted crops of as many frames as {type(model).__name__} takes whole, got {T}")
+    if isinstance(model, WanVAE):
+        mean, logvar, _ = model.posterior_group(x)
+        return mean, logvar
+    cache, means, logvars = None, [], []
+    for group in model.encode_groups(T):  # its norms see a whole group, so the grouping matters
+        mean, logvar, cache = model.posterior_group(x[:, :, group], cache)
+        means.append(mean)
+        logvars.append(logvar)
+    return torch.cat(means, dim=2), torch.cat(logvars, dim=2)
+
+
+def prior_loss(model: CogVideoXDiT | WanDiT, batch, draws: Generator, alpha_bars: Tensor | None):
     """v-prediction on true latents at a random t; without a schedule, flow matching at a random σ = t / 1000."""
     z0 = batch[1]
     t = torch.randint(1000, (z0.shape[0],), generator=draws)
-    eps = torch.randn(z0.shape, generator=draws)
-    if schedule is None:
-        sigma = (t / 1000).view(-1, 1, 1, 1, 1)
+    eps = torch.randn(z0.shape, generator=draws).to(z0.device)
+    if alpha_bars is None:
+        sigma = (t / 1000).view(-1, 1, 1, 1, 1).to(z0.device)
         # z_t = (1 − σ) · z0 + σ · ε,  v = ε − z0
         z_t, target = torch.lerp(z0, eps, sigma), eps - z0
     else:
-        z_t, target = add_noise(z0, eps, schedule[t]), v_target(z0, eps, schedule[t])
-    return {"v": F.mse_loss(model(z_t, t, empty_prompt(z0.shape[0])).float(), target)}
+        z_t, target = add_noise(z0, eps, alpha_bars[t]), v_target(z0, eps, alpha_bars[t])
+    loss = F.mse_loss(model(z_t, t.to(z0.device), empty_prompt(z0)).float(), target)
+    return loss, {"v": loss}
 
 
-def one_step_loss(model, batch, draws, schedule):
+def one_step_loss(model: CogVideoXDiT | WanDiT, batch, draws: Generator, alpha_bars: Tensor | None):
     """z_GT from z_NI in one call."""
     z_ni, z_gt = batch
-    t = T_WAN if schedule is None else T_MIRAGE
-    z_dr = denoise(model, z_ni, t, empty_prompt(z_ni.shape[0]), schedule)
-    return {"z": F.mse_loss(z_dr.float(), z_gt)}
+    t = T_WAN if alpha_bars is None else T_MIRAGE
+    z_dr = denoise(model, z_ni, t, empty_prompt(z_ni), alpha_bars)
+    loss = F.mse_loss(z_dr.float(), z_gt)
+    return loss, {"z": loss}
 
 
-def empty_prompt(batch: int) -> Tensor:
-    """The embedding [batch, 1, D] that both small transformers are given."""
-    return torch.zeros(batch, 1, SMALL_DIT.text_embed_dim)
+def empty_prompt(z: Tensor) -> Tensor:
+    """The embedding [B, 1, D] that both small transformers are given with latents z [B, C, F, h, w]."""
+    return torch.zeros(z.shape[0], 1, small_base.DIT.text_embed_dim, device=z.device)
 
 
-@torch.no_grad()
-def new_transformer(family: str = "cogvideox") -> CogVideoXDiT | WanDiT:
-    """A transformer that starts as nothing: every block's gates and the output are zero (adaLN-zero, DiT)."""
-    if family == "wan":
-        model = WanDiT(SMALL_DIT_WAN)
-        time_proj = model.condition_embedder.time_proj
-        for k in (2, 5):  # of shift, scale, gate, for attention and for the feed-forward layers
-            time_proj.weight.view(6, -1, time_proj.in_features)[k].zero_()
-            time_proj.bias.view(6, -1)[k].zero_()
-            for block in model.blocks:
-                block.scale_shift_table[:, k].zero_()
-        for block in model.blocks:  # cross-attention has no gate
-            block.attn2.to_out[0].weight.zero_()
-            block.attn2.to_out[0].bias.zero_()
-        model.proj_out.weight.zero_()
-        model.proj_out.bias.zero_()
-        return model
-    model = CogVideoXDiT(SMALL_DIT)
-    for block in model.transformer_blocks:
-        for norm in (block.norm1, block.norm2):  # the thirds are shift, scale, gate for the video, then for the text
-            for k in (2, 5):
-                norm.linear.weight.view(6, -1, norm.linear.in_features)[k].zero_()
-                norm.linear.bias.view(6, -1)[k].zero_()
-    model.proj_out.weight.zero_()
-    model.proj_out.bias.zero_()
-    return model
-
+# ---- data ------------------------------------------------------------------------------------------------------------
 
 class Latents:
     """The pairs as latents, as they are and mirrored, encoded once and kept in a file.
@@ -183,150 +183,142 @@ class Latents:
     """
 
     def __init__(self, pairs: Pairs, vae: CogVideoXVAE | WanVAE, recipe: Recipe, file: Path):
-        of = {"pairs": str(len(pairs)), "first": pairs.names[0], "last": pairs.names[-1],
-              "vae": f"{sum(p.double().sum().item() for p in vae.encoder.parameters()):.6f}"}  # of what encodes
+        about = {"pairs": checkpoint.digest_of_files(pairs.paths()), "vae": checkpoint.digest_of_frozen(vae, {})}
         if not file.exists():
-            z = None  # one tensor from the first clip on: many small ones, kept between large ones, hold the heap open
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
-                for i in tqdm(range(len(pairs)), desc="encoding", unit="clip"):
-                    x = torch.stack(pairs.read(i, lambda n: 0))                          # [NI and GT, 3, T, H, W]
-                    both = torch.stack([vae.encode(x), vae.encode(x.flip(-1))]).half()   # [2, 2, 16, F, h, w]
-                    if z is not None and both.shape[1:] != z.shape[1:]:
-                        raise ValueError(f"{pairs.names[i]}: wanted clips of one size, got latents "
-                                         f"{list(both.shape[2:])} after {list(z.shape[2:])}")
-                    z = both.new_empty(2 * len(pairs), *both.shape[1:]) if z is None else z
-                    z[2 * i : 2 * i + 2] = both
+            z = self.encode(pairs, vae, recipe)
             file.parent.mkdir(parents=True, exist_ok=True)
-            run.weights.save_tensors(file, {"z": z}, of)
-        tensors, found = run.weights.load_tensors(file)
-        if found != of:
-            raise ValueError(f"{file}: wanted latents of {of}, got {found}: remove it, or give --runs another folder")
+            weights.save_tensors(file, {"z": z}, about)
+        tensors, found = weights.load_tensors(file)
+        if found != about:
+            raise ValueError(f"{file}: wanted latents of {about}, got {found}: remove it, or name another --runs")
         self.z = tensors["z"]                                                            # [2 N, 2, 16, F, h, w]
 
-    def batch(self, draws, real):
-        z = self.z[torch.randint(len(self.z), (len(draws),), generator=draws[0])].float()
+    @staticmethod
+    @torch.no_grad()
+    def encode(pairs: Pairs, vae: CogVideoXVAE | WanVAE, recipe: Recipe) -> Tensor:
+        """All pairs -> latents [2 N, 2, 16, F, h, w] in float16: of every pair as it is, then mirrored."""
+        z, device = None, next(vae.parameters()).device
+        for i in tqdm(range(len(pairs)), desc="encoding", unit="clip", disable=None):
+            x = torch.stack(pairs.read(i, lambda n: 0)).to(device)                       # [NI and GT, 3, T, H, W]
+            with run.autocast(recipe, device):
+                both = torch.stack([vae.encode(x), vae.encode(x.flip(-1))]).half().cpu()  # [2, 2, 16, F, h, w]
+            if z is None:  # one tensor from the start: many small ones, kept between large ones, hold the heap open
+                z = both.new_empty(2 * len(pairs), *both.shape[1:])
+            if both.shape[1:] != z.shape[1:]:
+                raise ValueError(f"{pairs.names[i]}: wanted clips of one size, got latents {list(both.shape[2:])} "
+                                 f"after {list(z.shape[2:])}")
+            z[2 * i : 2 * i + 2] = both
+        return z
+
+    def batch(self, n: int, draws: Generator) -> tuple[Tensor, Tensor]:
+        """n pairs of latents: z_NI, z_GT [n, 16, F, h, w]."""
+        z = self.z[torch.randint(len(self.z), (n,), generator=draws)].float()
         return z[:, 0], z[:, 1]
 
 
-@torch.no_grad()
-def quiet_posterior(model) -> None:
-    """Start with little noise on the latents (std e^-2), or decoders first learn to ignore them."""
-    last = model.encoder.conv_out.conv if isinstance(model, CogVideoXVAE) else model.quant_conv
-    last.bias.chunk(2)[1].sub_(4)
+def next_batch(data: Crops | Latents, recipe: Recipe, step: int, draws: Generator) -> tuple[tuple, list[str]]:
+    """What a step trains on, (crops [n, 3, T, h, w],) or (z_NI, z_GT), and the names of its clips."""
+    if isinstance(data, Latents):
+        return data.batch(recipe.batch, draws), []
+    size = data.draw_size(run.draws(recipe.seed, step))
+    crops = [data.crop(size, run.draws(recipe.seed, step, k + 1)) for k in range(data.count(size, recipe.batch))]
+    return (torch.stack([x for x, _ in crops]),), [name for _, name in crops]
 
 
-class Crops:
-    """Crops of toy and real clips at mixed sizes, each clip under one photometric variation."""
+# ---- stages ----------------------------------------------------------------------------------------------------------
 
-    def __init__(self, pairs: Pairs, real: RealClips | None, recipe: Recipe):
-        self.pairs, self.real, self.recipe = pairs, real, recipe
-        self.toy = pairs.read(0, lambda n: 0)[0].shape[-2:]
-        self.sizes = [tuple(map(int, size.split("x"))) for size in recipe.sizes.split()]
+@dataclass
+class Stage:
+    """What is trained, on what, by which loss(model, batch, draws), and where it goes."""
 
-    def batch(self, step: int) -> tuple[Tensor, list[str]]:
-        """The crops of a step, [n, 3, T, h, w] in [-1, 1], and the names of their clips."""
-        draws = run.draws(self.recipe.seed, step)
-        T, h, w = size = self.sizes[int(torch.randint(len(self.sizes), (), generator=draws))]
-        first = self.sizes[0]
-        # two: PyTorch's CPU chooses a convolution that is many times slower for one small clip
-        n = max(2, round(self.recipe.batch * first[0] * first[1] * first[2] / (T * h * w)))
-        crops = [self.crop(size, run.draws(self.recipe.seed, step, k + 1)) for k in range(n)]
-        return torch.stack([x for x, _ in crops]), [name for _, name in crops]
+    model: nn.Module
+    data: Crops | Latents
+    loss: Callable
+    out: Path
+    files: list[Path]          # that clips are read from
+    judge: Lpips | None = None  # the network of the loss
 
-    def crop(self, size: tuple[int, int, int], draws: torch.Generator) -> tuple[Tensor, str]:
-        """One crop [3, T, h, w]: real where the toy clips are smaller than it, else by the recipe's share."""
-        T, h, w = size
-        H, W = self.toy
-        if self.real and (h > H or w > W or torch.rand((), generator=draws) < self.recipe.real):
-            x, name = self.real.crop((h, w), draws, T)
+
+def build(args, recipe: Recipe) -> Stage:
+    """The stage of --stage and --family."""
+    wan = args.family == "wan"
+    VAE, DiT = (WanVAE, WanDiT) if wan else (CogVideoXVAE, CogVideoXDiT)
+    base = args.out / f"base{'_wan' * wan}"
+    pairs = Pairs(args.data, recipe.frames)
+    if args.stage in ("vae_2d", "vae"):
+        real = RealClips(args.real, 9) if args.real else None
+        data = Crops(pairs, real, recipe.real, recipe.sizes)
+        files = pairs.paths() + (real.paths() if real else [])
+        lpips = Lpips(Features("squeeze", args.perceptual)).to(args.device)
+        if args.stage == "vae_2d":
+            model, loss, out = small_base.new_vae_2d(recipe.width), vae_2d_loss, args.out / "vae_2d"
         else:
-            i, side, t = (int(torch.randint(n, (), generator=draws)) for n in (len(self.pairs), 2, 10**6))
-            x = self.pairs.read(i, lambda n: 0)[side]                  # the naive insertion, or the truth
-            t %= x.shape[1] - T + 1
-            y, z = (int(torch.randint(n + 1, (), generator=draws)) for n in (x.shape[2] - h, x.shape[3] - w))
-            x, name = x[:, t : t + T, y : y + h, z : z + w], self.pairs.names[i]
-        return vary(x, draws), name
-
-
-def widened(config, recipe: Recipe):
-    """The small autoencoder's config with the recipe's width and groups."""
-    config = copy.copy(config)
-    if isinstance(config, WanVAEConfig):
-        config.base_dim = round(config.base_dim * recipe.width)
-        return config
-    config.block_out_channels = tuple(round(c * recipe.width) for c in config.block_out_channels)
-    if isinstance(config, CogVideoXVAEConfig):
-        config.norm_num_groups = recipe.norm_groups
-    return config
+            model = small_base.new_vae(args.family, recipe.width, recipe.norm_groups)
+            loss, out = vae_loss, base / "vae"
+        return Stage(model, data, partial(loss, lpips_distance=lpips), out, files, lpips)
+    out, alpha_bars = base / "transformer", None if wan else alpha_bar().to(args.device)
+    if args.stage == "prior":
+        model, loss = small_base.new_transformer(args.family), prior_loss
+    else:
+        model, loss = DiT.from_pretrained(out), one_step_loss
+    vae = VAE.from_pretrained(base, "vae", device=args.device)
+    data = Latents(pairs, vae, recipe, args.run.parent / f"latents{'_wan' * wan}.safetensors")
+    return Stage(model, data, partial(loss, alpha_bars=alpha_bars), out, pairs.paths())
 
 
 def main(args, recipe: Recipe) -> None:
     torch.manual_seed(recipe.seed)
-    wan = args.family == "wan" and args.stage != "vae_2d"
-    base, folder = args.out / ("base_wan" if wan else "base"), args.runs / (args.stage + "_wan" * wan)
-    pixels = args.stage in ("vae_2d", "vae")
-    pairs = Pairs(args.data, recipe.frames)
-    real = RealClips(args.real, 9) if args.real else None
-    settings = run.settings(args, recipe, pairs.names + (real.names if real else []))
-    if pixels:
-        what = Lpips(Features("squeeze", args.perceptual))
-        data = Crops(pairs, real, recipe)
-        if args.stage == "vae_2d":
-            model, loss, out = AutoencoderKL(widened(SMALL_VAE_2D, recipe)), vae_2d_loss, args.out / "vae_2d"
-        else:
-            VAE, config = (WanVAE, SMALL_VAE_WAN) if wan else (CogVideoXVAE, SMALL_VAE)
-            model, loss, out = VAE(widened(config, recipe)), vae_loss, base / "vae"
-    else:
-        what, out = None if wan else alpha_bar(), base / "transformer"
-        loss = prior_loss if args.stage == "prior" else one_step_loss
-        VAE, DiT = (WanVAE, WanDiT) if wan else (CogVideoXVAE, CogVideoXDiT)
-        model = new_transformer(args.family) if args.stage == "prior" else DiT.from_pretrained(out)
-        vae = VAE.from_pretrained(base, "vae")
-        data = Latents(pairs, vae, recipe, args.runs / f"latents{'_wan' * wan}.safetensors")
-    if pixels:
-        quiet_posterior(model)
-    model.train()
+    stage = build(args, recipe)
+    model = stage.model.train().to(args.device)
     params = dict(model.named_parameters())
-    optimizer = torch.optim.AdamW(params.values(), lr=recipe.lr, betas=(0.9, recipe.beta2),
-                                  weight_decay=recipe.weight_decay)
-    start = run.resume(folder, params, optimizer, settings)
-    log = watch.Log(folder, recipe, start)
-    print(f"{args.stage}: {sum(p.numel() for p in params.values()):,} parameters, {asdict(recipe)}")
+    identity = checkpoint.identify(args, recipe, stage.files, nn.ModuleList([model, stage.judge]), params)
+    optimizer = run.optimizer(params, recipe)
+    start = checkpoint.resume(args.run, params, optimizer, identity, recipe.steps)
+    log = watch.Log(args.run, recipe, start)
+    print(f"{args.stage}: {sum(p.numel() for p in params.values()):,} parameters, {recipe}")
 
-    for step in (bar := tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, unit="step")):
+    for step in (bar := run.Steps(args, recipe, start)):
         draws = run.draws(recipe.seed, step)
-        batch = data.batch(step) if pixels else data.batch([draws] * recipe.batch, 0)
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
-            terms = loss(model, batch, draws, what)
-
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * run.schedule(step, recipe.warmup, recipe.steps, cosine=True)
+        batch, names = next_batch(stage.data, recipe, step, draws)
         optimizer.zero_grad()
-        sum(terms.values()).backward()
+        with run.autocast(recipe, args.device):
+            loss, terms = stage.loss(model, [x.to(args.device) for x in batch], draws)
+        loss.backward()
         terms = {name: value.detach() for name, value in terms.items()}
         norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
-        run.check_finite(step, terms, norm, batch[1] if pixels else [])
+        processes.check_finite(step, terms, norm, names)
+        run.set_rate(optimizer, recipe, step)
         optimizer.step()
 
         if step % 20 == 0:
             bar.set_postfix(log(step, terms))
-        if (step + 1) % recipe.every == 0 or step + 1 == recipe.steps:
-            run.save(folder, step + 1, params, optimizer, settings)
-    if args.stage == "prior":
-        (base / "scheduler").mkdir(parents=True, exist_ok=True)
-        (base / "scheduler" / "scheduler_config.json").write_text(
-            json.dumps(SCHEDULER_WAN if wan else SCHEDULER, indent=2) + "\n")
+        if run.due(step, recipe):
+            checkpoint.save(args.run, step + 1, params, optimizer, identity)
+    save(args, recipe, stage)
+    print(f"{args.stage}: {recipe.steps} steps -> {stage.out}")
+
+
+def save(args, recipe: Recipe, stage: Stage) -> None:
+    """Write the network as the published ones are; the VAE with its latents' scale, the prior with its schedule."""
     if args.stage == "vae":
-        normalise_latents(model, data, recipe)
-    model.save_pretrained(out)
-    print(f"{args.stage}: {recipe.steps} steps -> {out}")
+        normalise_latents(stage.model, stage.data, recipe)
+    if args.stage == "prior":
+        file = stage.out.parent / "scheduler" / "scheduler_config.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with weights.whole_file(file) as temporary:
+            temporary.write_text(json.dumps(SCHEDULERS[args.family], indent=2) + "\n")
+    stage.model.save_pretrained(stage.out)
 
 
 @torch.no_grad()
-def normalise_latents(model, data: Crops, recipe: Recipe, batches: int = 32) -> None:
+def normalise_latents(model: CogVideoXVAE | WanVAE, data: Crops, recipe: Recipe, batches: int = 32) -> None:
     """Measure what makes latents of unit variance: CogVideoX's one factor, Wan's mean and std for each channel."""
-    z = torch.cat([model.posterior_group(data.batch(recipe.steps + k)[0])[0].transpose(0, 1).flatten(1)
-                   for k in range(batches)], dim=1)                    # [C, values]
+    values = []
+    for step in range(recipe.steps, recipe.steps + batches):
+        (x,), _ = next_batch(data, recipe, step, run.draws(recipe.seed, step))
+        mean, _ = posterior(model, x.to(next(model.parameters()).device))
+        values.append(mean.transpose(0, 1).flatten(1))
+    z = torch.cat(values, dim=1)                                                         # [C, values]
     if isinstance(model, CogVideoXVAE):
         model.config.scaling_factor = 1 / z.std().item()
     else:
@@ -335,7 +327,7 @@ def normalise_latents(model, data: Crops, recipe: Recipe, batches: int = 32) -> 
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("stage", choices=["vae_2d", "vae", "prior", "one_step"], help="what is trained, in this order")
     parser.add_argument("--family", choices=["cogvideox", "wan"], default="cogvideox",
                         help="whose classes the 3D VAE and the transformer are (default cogvideox)")
@@ -343,16 +335,16 @@ if __name__ == "__main__":
     parser.add_argument("--real", type=Path, help="folder of real clips for the autoencoders' crops (real_clips.py)")
     parser.add_argument("--perceptual", type=Path, default=Path("data/perceptual"),
                         help="folder with squeezenet1_1_features.safetensors, for LPIPS (default data/perceptual)")
-    parser.add_argument("--out", type=Path, default=Path("weights"),
-                        help="where the weights go (default weights: in place of the shipped ones)")
-    parser.add_argument("--runs", type=Path, default=Path("runs/base"), help="checkpoints and logs (default runs/base)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/base"),
+                        help="folder for checkpoints, logs and latents (default runs/base)")
+    parser.add_argument("--out", type=Path, default=Path("runs/base/weights"),
+                        help="where the weights go, and are looked for (default runs/base/weights)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                         help="change a value of the recipe (a wrong key names them all)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="default: cuda if there is one, else cpu")
     args = parser.parse_args()
-    try:
-        recipe = run.override(RECIPES.get(f"{args.stage}_{args.family}", RECIPES[args.stage]), args.set)
-        run.check(recipe)
-        main(args, recipe)
-    except (ValueError, OSError, ImportError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    own = f"{args.stage}_wan" if args.family == "wan" and args.stage != "vae_2d" else args.stage
+    args.run, args.recipe = args.runs / own, own if own in RECIPES else args.stage
+    del args.runs  # only where things lie
+    run.launch(main, args, RECIPES)

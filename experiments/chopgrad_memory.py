@@ -26,7 +26,7 @@ from experiments.common import GIB
 from mirage_min.method import chopgrad
 from mirage_min.networks.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
 from mirage_min.networks.vae_wan import WanVAE, WanVAEConfig
-from mirage_min.training.memory import Held
+from mirage_min.training.memory import SavedBytes
 
 LENGTHS, TIMED = range(9, 98, 8), (33, 65, 97)  # frames
 FIRST = {"CogVideoX": (9, 8), "Wan": (5, 4)}  # (a, b): from a + b · d_trunc frames on, d_trunc + 1 full groups are held
@@ -62,7 +62,7 @@ def step(vae: nn.Module, z: Tensor, method: dict) -> None:
 
 def peak(vae: nn.Module, z: Tensor, **method) -> int:
     """Peak bytes held for backward in a step."""
-    with Held(vae) as held:
+    with SavedBytes(vae) as held:
         step(vae, z, method)
     vae.zero_grad()
     return held.peak

@@ -29,7 +29,7 @@ from experiments.common import GIB
 from experiments.published import their_decode, their_encode
 from mirage_min.networks.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
 from mirage_min.systems.mirage import Mirage
-from mirage_min.training.memory import Live
+from mirage_min.training.memory import LiveBytes
 
 SMALL_VAE = {"block_out_channels": (16, 32, 64, 64), "layers_per_block": 1, "norm_num_groups": 8}  # the shipped one's
 
@@ -49,7 +49,7 @@ def bytes_part(args: argparse.Namespace) -> dict[str, float]:
     rows = {}
     for name, (ours, theirs) in published.vaes("meta").items():
         for (side, way), call in calls(ours, theirs, args.size or (17, 480, 832), "meta").items():
-            with Live(ours, theirs) as live:
+            with LiveBytes(ours, theirs) as live:
                 call()
             rows[f"{name} {way} {side}"] = live.peak / GIB
         for way in ("encode", "decode"):

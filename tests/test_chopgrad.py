@@ -16,7 +16,7 @@ from experiments.chopgrad_memory import passes
 from mirage_min.method import chopgrad, injection, tiles
 from mirage_min.networks.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
 from mirage_min.networks.vae_wan import WanVAE, WanVAEConfig
-from mirage_min.training.memory import Held
+from mirage_min.training.memory import SavedBytes
 from tests.small import unchanged
 from tests.torchvision_stub import stub
 
@@ -166,7 +166,7 @@ def test_algorithm_1_holds_no_more_for_a_longer_clip(name, d):
     vae = small(name)
 
     def peak(F):
-        with Held(vae) as held:
+        with SavedBytes(vae) as held:
             z = torch.randn(1, 3, F, 3, 2, dtype=torch.float64)
             chopgrad.algorithm_1(vae, z, lambda x, where: x.square().sum(), d)
         return held.peak
@@ -338,9 +338,9 @@ def test_bytes_held_for_backward_do_not_grow_with_the_clip(name, how):
 
     def peak(F):
         z = torch.randn(1, 3, F, 3, 2, dtype=torch.float64)
-        with Held(vae) as held:
+        with SavedBytes(vae) as held:
             chopgrad.backward(vae, z, lambda x, where: x.square().sum(), **how)
-        assert held.now == 0, f"{held.now} bytes outlive the call"
+        assert held.count == 0, f"{held.count} bytes outlive the call"
         return held.peak
     first = 2 * how["d_trunc"] + 3 if name == "cogvideox" else how["d_trunc"] + 2
     peaks = [peak(F) for F in (first, first + 4)]
@@ -348,7 +348,7 @@ def test_bytes_held_for_backward_do_not_grow_with_the_clip(name, how):
     if how["d_trunc"] == 0:
         z_1 = torch.randn(1, 3, 3 if name == "cogvideox" else 1, 3, 2, dtype=torch.float64, requires_grad=True)
         cache = None if name == "cogvideox" else vae.decode_group(z_1.detach())[1]
-        with Held(vae) as held:
+        with SavedBytes(vae) as held:
             x, _ = vae.decode_group(z_1, cache)
         # the loss holds the pixels once; nothing else comes on top of one group
         assert max(peaks) <= held.peak + x.nbytes, f"{max(peaks)} bytes for d_trunc 0, one group holds {held.peak}"
@@ -361,7 +361,7 @@ def test_groups_out_of_reach_are_dropped_without_any_loss(name, attached):
     vae = small(name)
 
     def peak(F):
-        with Held(vae) as held:
+        with SavedBytes(vae) as held:
             chopgrad.backward(vae, torch.randn(1, 3, F, 3, 2, dtype=torch.float64), lambda x, where: x.square().sum() if
                               where[2].stop == 4 * F - 3 else 0 * x.sum() if attached else x.new_zeros(()), d_trunc=0)
         return held.peak

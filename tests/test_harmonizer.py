@@ -16,7 +16,7 @@ from mirage_min.networks import causal_conv, vae_wan
 from mirage_min.networks.dit_cosmos import CosmosDiT, CosmosDiTConfig
 from mirage_min.networks.vae_wan import WanVAE, WanVAEConfig
 from mirage_min.systems.harmonizer import Harmonizer, Settings
-from mirage_min.training.memory import Live
+from mirage_min.training.memory import LiveBytes
 from tests.torchvision_stub import stub
 
 stub()
@@ -258,7 +258,7 @@ def test_memory_does_not_grow_with_the_length(parts, wiring):
     model, peaks = harmonizer(parts, wiring), []
     list(model.stream(torch.rand(5, 3, 16, 16)))  # makes the tables that stay
     for T in (6, 8):
-        with Live(model) as live:
+        with LiveBytes(model) as live:
             for _ in model.stream(torch.rand(3, 16, 16) for _ in range(T)):
                 pass
         peaks.append(live.peak)

@@ -36,11 +36,8 @@ class Model(nn.Module):
         self.trained, self.dit = nn.Parameter(torch.zeros(MIB // 4)), nn.Linear(MIB, 1, bias=False)
         self.dit.requires_grad_(False)
 
-    def pad(self, x):
-        return x
 
-
-def gradients(models, recipe, x_ni, x_gt, terms):
+def step(models, recipe, x_ni, x_gt, terms):
     """Holds the clips seven times more, and as many MiB as the settings say."""
     B, _, T, H, W = x_ni.shape
     held = x_ni.new_empty(7, 2, B, 3, T, H, W)
@@ -50,7 +47,7 @@ def gradients(models, recipe, x_ni, x_gt, terms):
 
 
 def by_hand(B=4, T=17, tiles=2, d=1, dit=False, decoder=False, processes=1, shard=False) -> float:
-    """MiB: parameters, two moments of what is trained, clips eight times, and the rest of `gradients`."""
+    """MiB: parameters, two moments of what is trained, clips eight times, and the rest of `step`."""
     frozen = 4 / processes if shard else 4
     return (1 + frozen + 2 + 8 * 2 * B * 3 * T * 64 * 64 * 4 / MIB
             + 64 / tiles + 16 * d + 8 * (not dit) + 4 * (not decoder))
@@ -91,7 +88,8 @@ def test_the_ways_out_are_named_in_order_with_their_values_what_they_need_and_wh
     free = 85.0
     monkeypatch.setattr(memory, "available", lambda device: int(free * MIB))
     recipe = Recipe()
-    first, *lines = memory.plan(nn.ModuleList([Model()]), gradients, recipe, processes, "cpu").splitlines()
+    model = Model()
+    first, *lines = memory.plan(nn.ModuleList([model]), step, recipe, "cpu", processes, model.dit).splitlines()
     B, n = 8 // 2 // processes, processes
     wanted = {f"accumulate={8 // n}": by_hand(1), "checkpoint_decoder=True": by_hand(B, decoder=True),
               "checkpoint_dit=True": by_hand(B, dit=True)}
@@ -108,16 +106,16 @@ def test_a_way_that_is_none_is_not_named(monkeypatch):
     def picky(models, recipe, x_ni, x_gt, terms):
         if recipe.tiles > Recipe().tiles:
             raise ValueError("frames of 1x1")
-        gradients(models, recipe, x_ni, x_gt, terms)
+        step(models, recipe, x_ni, x_gt, terms)
     monkeypatch.setattr(memory, "available", lambda device: 1)
     monkeypatch.setitem(memory.LESS, "frames", lambda recipe, processes: recipe.frames + 4)
-    ways = memory.plan(nn.ModuleList([Model()]), picky, Recipe(), 1, "cpu")
+    ways = memory.plan(nn.ModuleList([Model()]), picky, Recipe(), "cpu")
     assert "--set d_trunc=" in ways and "--set tiles=" not in ways and "--set frames=" not in ways, ways
 
 
 def test_a_step_that_fits_is_said_to_need_so_much_and_no_way_out_is_named(monkeypatch):
     monkeypatch.setattr(memory, "available", lambda device: 2**30)
-    assert memory.plan(nn.ModuleList([Model()]), gradients, Recipe(), 1, "cpu") == (
+    assert memory.plan(nn.ModuleList([Model()]), step, Recipe(), "cpu") == (
         f"a step needs about {by_hand() / 1024:.2f} GiB (parameters 0.00, moments 0.00, backward 0.00, passing "
         f"{(by_hand() - 7) / 1024:.2f}), and cpu has 1.00")
 

@@ -2,20 +2,23 @@
 
 import argparse
 import json
+import shutil
 
 import pytest
 import torch
 
 import train_base
+from mirage_min.data.crops import Crops
 from mirage_min.data.pairs import Pairs
 from mirage_min.data.real_clips import RealClips
 from mirage_min.method import perceptual
-from mirage_min.networks import imagenet, weights
+from mirage_min.networks import imagenet, small_base, weights
 from mirage_min.networks.dit_cogvideox import CogVideoXDiTConfig
 from mirage_min.networks.vae_2d import AutoencoderKL
 from mirage_min.networks.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
 from mirage_min.networks.vae_wan import WanVAE, WanVAEConfig
 from mirage_min.systems.mirage import Mirage
+from mirage_min.training import checkpoint, run
 
 SMALL_VAE = CogVideoXVAEConfig(block_out_channels=(4, 4, 8, 8), norm_num_groups=4, layers_per_block=1)
 SMALL_DIT = CogVideoXDiTConfig(num_attention_heads=1, num_layers=2, time_embed_dim=8, text_embed_dim=16,
@@ -36,9 +39,9 @@ def folder(tmp_path_factory):
         x = torch.randint(0, 256, (2, 3, 9, 32, 48), dtype=torch.uint8)
         weights.save_tensors(folder / "pairs" / f"{i}.safetensors", {"x_ni": x[0], "x_gt": x[1]})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_base, "SMALL_VAE", SMALL_VAE)
-        patch.setattr(train_base, "SMALL_DIT", SMALL_DIT)
-        patch.setattr(train_base, "SMALL_VAE_WAN", SMALL_VAE_WAN)
+        patch.setattr(small_base, "VAE", SMALL_VAE)
+        patch.setattr(small_base, "DIT", SMALL_DIT)
+        patch.setattr(small_base, "VAE_WAN", SMALL_VAE_WAN)
         for stage in ("vae", "vae_2d", "prior", "one_step"):
             train(folder, stage, steps=2)
             (folder / stage).mkdir()
@@ -51,7 +54,7 @@ def folder(tmp_path_factory):
 
 def train(folder, stage, family="cogvideox", **settings):
     args = argparse.Namespace(stage=stage, family=family, data=folder / "pairs", real=None, perceptual=folder,
-                              out=folder / "out", runs=folder / "runs")
+                              out=folder / "out", run=folder / "runs" / f"{stage}_{family}", device="cpu")
     recipe = dict(batch=2, sizes="9x32x32 1x32x48", norm_groups=4, warmup=1) | settings
     train_base.main(args, train_base.Recipe(**recipe))
 
@@ -79,22 +82,23 @@ def test_a_base_of_wans_classes_loads_too_and_its_latents_are_normalised(folder)
     assert isinstance(mirage.vae, WanVAE) and mirage.alpha_bar is None and mirage.t == 200
     assert mirage(torch.zeros(1, 3, 9, 32, 48)).shape == (1, 3, 9, 32, 48)
     recipe = train_base.Recipe(2, 2, sizes="9x32x32 1x32x48")
-    crops = train_base.Crops(Pairs(folder / "pairs", 9), None, recipe)  # those by which they were normalised
+    crops = Crops(Pairs(folder / "pairs", 9), None, recipe.real, recipe.sizes)  # those by which they were normalised
     with torch.no_grad():
-        z = torch.cat([mirage.vae.encode(crops.batch(2 + k)[0]).transpose(0, 1).flatten(1) for k in range(32)], dim=1)
+        batches = [train_base.next_batch(crops, recipe, 2 + k, None)[0][0] for k in range(32)]
+        z = torch.cat([mirage.vae.encode(x).transpose(0, 1).flatten(1) for x in batches], dim=1)
     mean, std = z.mean(dim=1), z.std(dim=1)
     assert mean.abs().max() < 1e-3 and (std - 1).abs().max() < 1e-3, f"channel means {mean}, standard deviations {std}"
 
 
-def test_crops_come_at_the_recipes_sizes_and_larger_ones_than_the_toy_clips_are_real(folder, tmp_path):
+def test_a_step_trains_on_as_many_crops_of_a_size_as_its_batch_has_pixels_each_drawn_by_its_place(folder, tmp_path):
     weights.save_tensors(tmp_path / "street.safetensors", {"x": torch.randint(0, 256, (3, 12, 96, 160)).byte()})
-    real = RealClips(tmp_path, 9)
-    recipe = train_base.Recipe(1, 4, sizes="9x16x16 1x64x96", real=0.5)
-    crops, shapes = train_base.Crops(Pairs(folder / "pairs", 9), real, recipe), {}
+    recipe, shapes = train_base.Recipe(1, 4, sizes="9x16x16 1x64x96", real=0.5, seed=3), {}
+    crops = Crops(Pairs(folder / "pairs", 9), RealClips(tmp_path, 9), recipe.real, recipe.sizes)
     for step in range(24):
-        x, names = crops.batch(step)
+        (x,), names = train_base.next_batch(crops, recipe, step, None)
         shapes.setdefault(tuple(x.shape), []).extend(names)
-        assert x.abs().max() <= 1 and torch.equal(x, crops.batch(step)[0]), "a step's crops are a function of the step"
+        again, name = crops.crop(tuple(x.shape[2:]), run.draws(3, step, 2))
+        assert torch.equal(x[1], again) and names[1] == name, "crop k of a step has the generator (seed, step, k + 1)"
     assert set(shapes) == {(4, 3, 9, 16, 16), (2, 3, 1, 64, 96)}
     assert set(shapes[2, 3, 1, 64, 96]) == {"street"} and len(set(shapes[4, 3, 9, 16, 16])) > 2
 
@@ -102,10 +106,10 @@ def test_crops_come_at_the_recipes_sizes_and_larger_ones_than_the_toy_clips_are_
 def test_a_frame_that_is_uniformly_too_bright_costs_its_tone_and_noise_does_not(folder):
     lpips = perceptual.Lpips(perceptual.Features("squeeze", folder))
     x, zero = torch.zeros(1, 3, 1, 64, 64), torch.zeros(1)
-    bright = train_base.reconstruction(x + 0.1, x, lpips, zero, zero)
-    noise = train_base.reconstruction(x + 0.1 * torch.randn_like(x).sign(), x, lpips, zero, zero)
-    assert abs(bright["mse"] - 0.01) < 1e-6 and abs(bright["tone"] - 0.05) < 1e-6
-    assert abs(noise["mse"] - 0.01) < 1e-6 and noise["tone"] < 6e-3
+    _, bright = train_base.reconstruction(x + 0.1, x, lpips, zero, zero)
+    _, noise = train_base.reconstruction(x + 0.1 * torch.randn_like(x).sign(), x, lpips, zero, zero)
+    assert abs(bright["mse"] - 0.01) < 1e-6 and abs(bright["tone"] - 0.1) < 1e-6
+    assert abs(noise["mse"] - 0.01) < 1e-6 and noise["tone"] < 1.2e-2
 
 
 @pytest.mark.parametrize("model", [AutoencoderKL(), WanVAE(SMALL_VAE_WAN), CogVideoXVAE(SMALL_VAE)],
@@ -117,8 +121,63 @@ def test_an_autoencoder_starts_with_little_noise_on_its_latents(model):
         with torch.no_grad():
             return (model.posterior(x) if isinstance(model, AutoencoderKL) else model.posterior_group(x))[:2]
     mean, logvar = posterior()
-    train_base.quiet_posterior(model)
+    small_base.quiet(model)
     assert torch.equal(posterior()[0], mean) and torch.allclose(posterior()[1], logvar - 4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [small_base.new_vae_2d, small_base.new_vae, lambda: small_base.new_vae("wan")])
+def test_the_small_autoencoders_are_made_quiet(make, monkeypatch):
+    torch.manual_seed(0)
+    quiet = make().state_dict()
+    monkeypatch.setattr(small_base, "quiet", lambda vae: vae)
+    torch.manual_seed(0)
+    loud = make().state_dict()
+    moved = {key: loud[key] - quiet[key] for key in loud if not torch.equal(loud[key], quiet[key])}
+    (less,) = moved.values()
+    n = len(less) // 2
+    assert less[:n].eq(0).all() and torch.allclose(less[n:], torch.full((n,), 4.0)), moved
+
+
+def test_the_loss_of_an_autoencoder_is_the_weighted_sum_of_terms_that_are_logged_unweighted(folder):
+    lpips = perceptual.Lpips(perceptual.Features("squeeze", folder))
+    (x, y), mean, logvar = torch.rand(2, 2, 3, 2, 32, 48) * 2 - 1, torch.randn(4, 5), torch.randn(4, 5)
+    loss, terms = train_base.reconstruction(y, x, lpips, mean, logvar)
+    frames = [v.movedim(2, 1).flatten(0, 1) for v in (y, x)]
+    wanted = {"mse": (y - x).square().mean(), "l1": (y - x).abs().mean(), "lpips": lpips(*frames).mean(),
+              "tone": (y - x).unflatten(3, (2, 16)).unflatten(5, (3, 16)).mean(dim=(4, 6)).abs().mean(),
+              "kl": train_base.kl(mean, logvar)}
+    assert terms.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert terms[name].item() == pytest.approx(value.item(), rel=1e-5), name
+    weights_of = {"mse": 1, "tone": 0.5, "l1": 0.1, "lpips": 0.1, "kl": 1e-4}
+    weighted = sum(weights_of[name] * value.item() for name, value in wanted.items())
+    assert loss.item() == pytest.approx(weighted, rel=1e-5)
+
+
+@pytest.mark.parametrize("family, frames", [("cogvideox", 17), ("cogvideox", 1), ("wan", 9)])
+def test_an_autoencoder_trains_on_the_groups_of_frames_in_which_inference_takes_them(family, frames, monkeypatch):
+    monkeypatch.setattr(small_base, "VAE", SMALL_VAE)
+    monkeypatch.setattr(small_base, "VAE_WAN", SMALL_VAE_WAN)
+    torch.manual_seed(0)
+    vae = small_base.new_vae(family, norm_groups=4).double()
+    x, seen = torch.rand(1, 3, frames, 32, 32, dtype=torch.float64) * 2 - 1, []
+    factor = getattr(vae.config, "scaling_factor", 1.0)
+    with torch.no_grad():
+        mean, logvar = train_base.posterior(vae, x)
+        z = vae.encode(x) / factor
+        difference = (mean - z).abs().max().item()
+        assert mean.shape == logvar.shape == z.shape and difference < 1e-9, f"largest difference {difference:.1e}"
+        monkeypatch.setattr(train_base, "sample", lambda mean, logvar, draws: mean)
+        monkeypatch.setattr(train_base, "reconstruction", lambda y, *given: seen.append(y) or (None, {}))
+        train_base.vae_loss(vae, [x], None, None)
+        difference = (seen[0] - vae.decode(z * factor)).abs().max().item()
+    assert difference < 1e-9, f"largest difference {difference:.1e}"
+
+
+@pytest.mark.parametrize("family", ["cogvideox", "wan"])
+def test_crops_of_a_length_that_the_vae_would_pad_are_refused(family):
+    with pytest.raises(ValueError, match="sizes: wanted crops of as many frames as .*VAE takes whole, got 10"):
+        train_base.posterior(small_base.new_vae(family), torch.zeros(1, 3, 10, 16, 16))
 
 
 def test_latents_are_scaled_to_a_standard_deviation_of_about_one(folder):
@@ -142,17 +201,28 @@ def test_every_pair_is_encoded_as_it_is_and_mirrored(folder):
                 assert off < 1e-3, f"pair {i}, side {side}, mirrored {mirrored}: {off:.1e} off"
 
 
-def test_latents_of_other_pairs_or_of_another_vae_are_refused(folder, tmp_path):
-    vae, pairs = CogVideoXVAE.from_pretrained(folder / "out" / "base", "vae"), Pairs(folder / "pairs", 9)
+def test_latents_of_other_pairs_other_contents_or_another_vae_are_refused(folder, tmp_path):
+    shutil.copytree(folder / "pairs", tmp_path / "pairs")
     file = folder / "runs" / "latents.safetensors"
-    assert len(train_base.Latents(pairs, vae, train_base.Recipe(1, 1), file).z) == 6
-    pairs.names = pairs.names[:2]
-    with pytest.raises(ValueError, match="latents.safetensors: wanted latents of .*'pairs': '2'.*, got .*'pairs': '3'"):
-        train_base.Latents(pairs, vae, train_base.Recipe(1, 1), file)
-    with torch.no_grad():
-        vae.encoder.conv_in.conv.weight[0, 0, 0, 0, 0] += 1
-    with pytest.raises(ValueError, match="wanted latents of"):
-        train_base.Latents(Pairs(folder / "pairs", 9), vae, train_base.Recipe(1, 1), file)
+
+    def latents(change=lambda vae: None):
+        vae = CogVideoXVAE.from_pretrained(folder / "out" / "base", "vae")
+        with torch.no_grad():
+            change(vae)
+        return train_base.Latents(Pairs(tmp_path / "pairs", 9), vae, train_base.Recipe(1, 1), file)
+    assert len(latents().z) == 6, "wherever the pairs are"
+    refused = pytest.raises(ValueError, match="latents.safetensors: wanted latents of .*: remove it, or name another")
+    with refused:
+        latents(lambda vae: vae.encoder.conv_in.conv.weight[0, 0, 0, 0, 0].add_(1))
+    with refused:
+        latents(lambda vae: setattr(vae.config, "scaling_factor", 2.0))
+    before = (tmp_path / "pairs" / "1.safetensors").read_bytes()
+    (tmp_path / "pairs" / "1.safetensors").write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    with refused:
+        latents()
+    (tmp_path / "pairs" / "1.safetensors").unlink()
+    with refused:
+        latents()
 
 
 def test_clips_of_different_sizes_are_refused_by_name(folder, tmp_path):
@@ -165,9 +235,9 @@ def test_clips_of_different_sizes_are_refused_by_name(folder, tmp_path):
 
 
 def test_a_new_transformer_says_nothing_whatever_it_is_given(monkeypatch):
-    monkeypatch.setattr(train_base, "SMALL_DIT", SMALL_DIT)
+    monkeypatch.setattr(small_base, "DIT", SMALL_DIT)
     torch.manual_seed(0)
-    model, x, text = train_base.new_transformer(), torch.randn(2, 16, 3, 4, 6), torch.randn(2, 1, 16)
+    model, x, text = small_base.new_transformer(), torch.randn(2, 16, 3, 4, 6), torch.randn(2, 1, 16)
     with torch.no_grad():
         assert model(x, 199, text).abs().max() == 0
         torch.nn.init.normal_(model.proj_out.weight)
@@ -180,7 +250,7 @@ def test_a_new_transformer_says_nothing_whatever_it_is_given(monkeypatch):
 
 def test_a_new_wan_transformer_says_nothing_whatever_it_is_given():
     torch.manual_seed(0)
-    model, x, text = train_base.new_transformer("wan"), torch.randn(1, 16, 1, 4, 6), torch.randn(1, 1, 16)
+    model, x, text = small_base.new_transformer("wan"), torch.randn(1, 16, 1, 4, 6), torch.randn(1, 1, 16)
     with torch.no_grad():
         assert model(x, 200, text).abs().max() == 0
         torch.nn.init.normal_(model.proj_out.weight)
@@ -193,12 +263,12 @@ def test_a_new_wan_transformer_says_nothing_whatever_it_is_given():
 
 def test_without_a_schedule_the_losses_are_those_of_a_flow():
     z_ni, z_gt, v = torch.randn(3, 2, 16, 3, 4, 6)
-    got = train_base.one_step_loss(lambda z, t, text: v, (z_ni, z_gt), None, None)["z"]
+    got = train_base.one_step_loss(lambda z, t, text: v, (z_ni, z_gt), None, None)[1]["z"]
     assert abs(got - (z_ni - v - z_gt).square().mean()) < 1e-5
     again, seen = torch.Generator().manual_seed(3), []
     t, eps = torch.randint(1000, (2,), generator=again), torch.randn(2, 16, 3, 4, 6, generator=again)
     got = train_base.prior_loss(lambda z, t, text: seen.append((z, t)) or v, (z_ni, z_gt),
-                                torch.Generator().manual_seed(3), None)["v"]
+                                torch.Generator().manual_seed(3), None)[1]["v"]
     sigma = t.view(2, 1, 1, 1, 1) / 1000
     assert torch.equal(seen[0][1], t) and torch.allclose(seen[0][0], (1 - sigma) * z_gt + sigma * eps, atol=1e-5)
     assert abs(got - (v - (eps - z_gt)).square().mean()) < 1e-5
@@ -210,16 +280,38 @@ def test_the_losses_are_their_formulas(folder):
     v = torch.randn(2, 16, 3, 4, 6)
     a = float(table[199])
     wanted = (a**0.5 * z_ni - (1 - a) ** 0.5 * v - z_gt).square().mean()
-    got = train_base.one_step_loss(lambda z, t, text: v, (z_ni, z_gt), draws, table)["z"]
+    got = train_base.one_step_loss(lambda z, t, text: v, (z_ni, z_gt), draws, table)[1]["z"]
     assert abs(got - wanted) < 1e-5
     again = torch.Generator().manual_seed(3)
     t, eps = torch.randint(1000, (2,), generator=again), torch.randn(2, 16, 3, 4, 6, generator=again)
     a = table[t].float().view(2, 1, 1, 1, 1)
     seen = []
     got = train_base.prior_loss(lambda z, t, text: seen.append((z, t)) or v, (z_ni, z_gt),
-                                torch.Generator().manual_seed(3), table)["v"]
+                                torch.Generator().manual_seed(3), table)[1]["v"]
     assert torch.equal(seen[0][1], t) and torch.allclose(seen[0][0], a**0.5 * z_gt + (1 - a) ** 0.5 * eps, atol=1e-5)
     assert abs(got - (v - (a**0.5 * eps - (1 - a) ** 0.5 * z_gt)).square().mean()) < 1e-5
     mean, logvar = torch.randn(4, 5), torch.randn(4, 5)
     normal, posterior = torch.distributions.Normal(0.0, 1.0), torch.distributions.Normal(mean, (logvar / 2).exp())
     assert abs(train_base.kl(mean, logvar) - torch.distributions.kl_divergence(posterior, normal).mean()) < 1e-5
+
+
+def test_a_stage_resumes_and_ends_bit_equal_and_a_longer_one_is_another_run(folder, tmp_path, monkeypatch):
+    for name in ("VAE", "DIT"):
+        monkeypatch.setattr(small_base, name, {"VAE": SMALL_VAE, "DIT": SMALL_DIT}[name])
+    save = checkpoint.save
+
+    def killed(*given):
+        save(*given)
+        raise KeyboardInterrupt
+    for name in ("pairs", "squeezenet1_1_features.safetensors"):
+        (tmp_path / name).symlink_to(folder / name)
+    monkeypatch.setattr(checkpoint, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, "vae", steps=2, every=1)
+    monkeypatch.setattr(checkpoint, "save", save)
+    with pytest.raises(ValueError, match="belongs to another run, 1 things differ: steps: then 2, now 3"):
+        train(tmp_path, "vae", steps=3, every=1)
+    train(tmp_path, "vae", steps=2, every=2)
+    one, two = (weights.load_tensors(where / "out/base/vae/diffusion_pytorch_model.safetensors")[0]
+                for where in (folder, tmp_path))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)

@@ -13,7 +13,7 @@ from tests.torchvision_stub import stub
 stub()
 from diffusers import AutoencoderKLCogVideoX  # noqa: E402
 
-from mirage_min.training.memory import Live  # noqa: E402
+from mirage_min.training.memory import LiveBytes  # noqa: E402
 
 CONFIGS = Path(__file__).parents[2] / "shared" / "checkpoint_configs"
 SMALL = dict(block_out_channels=(8, 16, 16, 24), layers_per_block=1, norm_num_groups=4, latent_channels=4,
@@ -207,7 +207,7 @@ def test_without_gradients_the_official_network_holds_far_less_than_the_publishe
             block_out_channels=(128, 256, 256, 512), layers_per_block=3)
         z, held = torch.empty(1, 16, 3, 32, 32), []
     for model in (vae, reference):
-        with torch.no_grad(), Live(model) as live:
+        with torch.no_grad(), LiveBytes(model) as live:
             model.decode(z)
         held.append(live.peak / 2**20)
     assert held[0] <= 0.6 * held[1], f"{held[0]:.0f} MiB, published {held[1]:.0f} MiB, allowed 0.6 of it"

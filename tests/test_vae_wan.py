@@ -19,7 +19,7 @@ from diffusers import AutoencoderKLWan  # noqa: E402
 
 from mirage_min.networks import weights  # noqa: E402
 from mirage_min.networks.vae_wan import WanVAE, WanVAEConfig  # noqa: E402
-from mirage_min.training.memory import Live  # noqa: E402
+from mirage_min.training.memory import LiveBytes  # noqa: E402
 
 CONFIGS = Path(__file__).parents[2] / "shared" / "checkpoint_configs"
 SMALL = dict(base_dim=8, z_dim=3, num_res_blocks=1, latents_mean=[0.3, -0.5, 0.1], latents_std=[1.5, 0.7, 2.0])
@@ -351,7 +351,7 @@ def test_without_gradients_the_official_network_holds_far_less_than_the_publishe
         vae, reference = WanVAE(), AutoencoderKLWan()
         z, held = torch.empty(1, 16, 3, 32, 32), []
     for model in (vae, reference):
-        with torch.no_grad(), Live(model) as live:
+        with torch.no_grad(), LiveBytes(model) as live:
             model.decode(z)
         held.append(live.peak / 2**20)
     assert held[0] <= 0.75 * held[1], f"{held[0]:.0f} MiB, published {held[1]:.0f} MiB, allowed 0.75 of it"

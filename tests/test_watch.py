@@ -1,4 +1,4 @@
-"""Watching a run: a line a step that a killed run's successor goes on from, and a picture of what it makes."""
+"""Watching a run: a line a step that a killed run's successor resumes, and a picture of what it makes."""
 
 import json
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ def steps(folder) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_every_step_is_a_line_and_a_run_that_goes_on_forgets_those_after_its_checkpoint(tmp_path):
+def test_every_step_is_a_line_and_a_run_that_resumes_forgets_those_after_its_checkpoint(tmp_path):
     log = watch.Log(tmp_path, Recipe(), 0)
     assert steps(tmp_path) == [] and json.loads((tmp_path / "settings.json").read_text()) == {"steps": 4}
     for step in range(4):
@@ -47,8 +47,9 @@ def test_a_picture_is_the_middle_frame_of_naive_now_and_truth_side_by_side(tmp_p
     ni, gt = 2 * torch.rand(2, 1, 3, 5, 8, 12) - 1
     log = watch.Log(tmp_path, Recipe(), 0)
     log(6, {"mse": 0.1})
-    log.look(6, lambda x, y: (x + y) / 2, (ni, gt))
-    shown = torch.from_numpy(np.array(Image.open(tmp_path / "step_7.png"))).permute(2, 0, 1)
+    log.report(6, lambda x, y: (x + y) / 2, (ni, gt))
+    sheet = torch.from_numpy(np.array(Image.open(tmp_path / "step_7.png"))).permute(2, 0, 1)
+    shown = sheet[:, watch.CAPTION:]
     wanted = (torch.cat([ni, (ni + gt) / 2, gt], dim=4)[0, :, 2] + 1) * 127.5
     difference = (shown - wanted).abs().max()
     assert shown.shape == (3, 8, 36) and difference <= 0.501, f"largest difference {difference} of 255"
@@ -60,10 +61,10 @@ def test_the_curves_are_the_positive_values_of_each_term_and_none_before_the_fir
     figures, pair = [], torch.zeros(2, 1, 3, 1, 8, 12)
     monkeypatch.setattr(watch, "Figure", lambda **settings: figures.append(Figure(**settings)) or figures[-1])
     log = watch.Log(tmp_path, Recipe(), 0)
-    log.look(0, lambda x, y: x, pair)
+    log.report(0, lambda x, y: x, pair)
     for step, terms in enumerate(({"mse": 0.5, "gram": 0.0}, {"mse": 0.25, "gram": 0.125}, {"mse": 1.0, "psnr": 20})):
         log(step, terms)
-    log.look(2, lambda x, y: x, pair)
+    log.report(2, lambda x, y: x, pair)
     before, after = ({line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
                      for figure in figures)
     assert before == {} and after == {"mse": [[0, 0.5], [1, 0.25], [2, 1]], "gram": [[1, 0.125]], "psnr": [[2, 20]]}

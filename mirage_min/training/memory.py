@@ -1,10 +1,10 @@
-"""The memory of a training step, worked out before there is one: the step itself runs on tensors that have no data.
+"""The memory of a training step, foretold: the step itself runs on tensors that have no data.
 
-PyTorch's FakeTensors have a shape, a type, a device and a lifetime, and no storage. The whole step runs on them:
-encoders, transformer, ChopGrad, losses and every backward; a storage counts from the operation that makes it until
-nothing refers to it any more, and the estimate is the highest sum. To it come AdamW's two moments. Not counted is what
-single operations need while they run (cuDNN's workspaces, a few per cent) and what the allocator wastes. Of the sum it
-says how much are parameters, moments and activations that autograd holds for backward; the rest lives in passing.
+PyTorch's FakeTensors have a shape, a type, a device and a lifetime, and no storage. The whole step runs on them: every
+network, ChopGrad, losses and every backward. A storage counts from the operation that makes it until nothing refers to
+it any more; the estimate is the highest sum, and AdamW's two moments. Of it, `parameters`, `moments` and what autograd
+holds for `backward` are told apart; the rest lives in passing. Not counted are the workspaces of single operations
+(cuDNN's: a few per cent) and what the allocator wastes.
 
     python -m mirage_min.training.memory
 """
@@ -12,6 +12,7 @@ says how much are parameters, moments and activations that autograd holds for ba
 import copy
 import dataclasses
 import os
+import sys
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -23,25 +24,27 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..networks import dit_cogvideox, dit_cosmos, dit_wan
-
 GIB = 2**30
-TABLES = (dit_cogvideox.rotary_table, dit_cogvideox.sincos_table, dit_cosmos.rotary_table, dit_wan.rotary_table)
-LESS = {  # what can be changed in a recipe, in the order in which it is cheapest to give up
-    "accumulate": lambda r, n: r.batch // n, "checkpoint_decoder": lambda r, n: True,
-    "checkpoint_dit": lambda r, n: True, "shard": lambda r, n: n > 1, "tiles": lambda r, n: 2 * r.tiles,
-    "d_trunc": lambda r, n: 0, "frames": lambda r, n: r.frames // 2 + 1}
+LESS = {  # what can be changed in a recipe that has it: the cheapest to give up first; r the recipe, n processes
+    "accumulate": lambda r, n: r.batch // n,
+    "checkpoint_decoder": lambda r, n: True,
+    "checkpoint_dit": lambda r, n: True,
+    "shard": lambda r, n: n > 1,
+    "tiles": lambda r, n: 2 * r.tiles,
+    "d_trunc": lambda r, n: 0,
+    "frames": lambda r, n: r.frames // 2 + 1,
+}
 
 
-class Live(TorchDispatchMode):
-    """Counts the bytes of all storages met while it is entered and still referred to: `now`, and their `peak`.
+class LiveBytes(TorchDispatchMode):
+    """While entered, counts the bytes of all storages met and still referred to: `count`, and its `peak`.
 
     The modules' parameters and buffers do not count.
     """
 
     def __init__(self, *modules: nn.Module):
         super().__init__()
-        self.now, self.peak = 0, 0
+        self.count, self.peak = 0, 0
         self.known = {t.untyped_storage()._cdata for m in modules for t in (*m.parameters(), *m.buffers())}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -52,29 +55,30 @@ class Live(TorchDispatchMode):
         return out
 
     def add(self, storage) -> None:
+        """Count a storage until nothing refers to it any more."""
         key, size = storage._cdata, storage.nbytes()
         self.known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
+        self.count += size
+        self.peak = max(self.peak, self.count)
 
         def drop():
             self.known.discard(key)
-            self.now -= size
+            self.count -= size
         weakref.finalize(storage, drop)
 
 
-class Held:
-    """Counts the bytes that autograd holds for backward while it is entered: `now`, and their `peak`.
+class SavedBytes:
+    """While entered, counts the bytes that autograd holds for backward: `count`, and its `peak`.
 
     Every storage counts once, for as long as it is held; those of the module's parameters do not count.
     """
 
     def __init__(self, module: nn.Module):
         self.parameters = {p.untyped_storage()._cdata for p in module.parameters()}
-        self.times, self.now, self.peak = Counter(), 0, 0
+        self.holders, self.count, self.peak = Counter(), 0, 0  # how many hold a storage, by storage
 
     def __enter__(self):
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: Saved(self, t), lambda saved: saved.tensor)
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: SavedTensor(self, t), lambda s: s.tensor)
         self.hooks.__enter__()
         return self
 
@@ -82,44 +86,54 @@ class Held:
         self.hooks.__exit__(*error)
 
 
-class Saved:
-    """One tensor in the hands of autograd; counted until autograd lets go of it."""
+class SavedTensor:
+    """One tensor that autograd holds; counted until autograd lets go of it."""
 
-    def __init__(self, held: Held, tensor: Tensor):
-        self.held, self.tensor = held, tensor.detach()
+    def __init__(self, saved: SavedBytes, tensor: Tensor):
+        self.saved, self.tensor = saved, tensor.detach()
         storage = tensor.untyped_storage()
-        self.key, self.bytes = storage._cdata, 0 if storage._cdata in held.parameters else storage.nbytes()
-        held.times[self.key] += 1
-        if held.times[self.key] == 1:
-            held.now += self.bytes
-            held.peak = max(held.peak, held.now)
+        self.key = storage._cdata
+        self.bytes = 0 if self.key in saved.parameters else storage.nbytes()
+        saved.holders[self.key] += 1
+        if saved.holders[self.key] == 1:
+            saved.count += self.bytes
+            saved.peak = max(saved.peak, saved.count)
 
     def __del__(self):
-        self.held.times[self.key] -= 1
-        if self.held.times[self.key] == 0:
-            self.held.now -= self.bytes
+        self.saved.holders[self.key] -= 1
+        if self.saved.holders[self.key] == 0:
+            self.saved.count -= self.bytes
 
 
 def expected(models: nn.ModuleList, step: Callable, size: tuple[int, ...], device: str) -> dict[str, int]:
-    """Bytes of `step(models, x_ni, x_gt)` at its worst moment, for clips [B, 3, T, H, W], by what they are.
+    """Bytes of step(models, x_ni, x_gt) at its worst moment, for clips of size (B, 3, T, H, W), by what they are.
 
     parameters (with buffers); moments, AdamW's; backward, what autograd holds for it at most; passing, all else.
     """
-    fake, live = FakeTensorMode(allow_non_fake_inputs=True), Live()
+    fake, live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
     try:
         with fake, live:
             memo = {id(p): nn.Parameter(torch.empty_like(p, device=device), p.requires_grad)
                     for p in models.parameters()}
             memo |= {id(b): torch.empty_like(b, device=device) for b in models.buffers()}
         fakes = copy.deepcopy(models, memo)  # deepcopy takes every tensor from the memo: nothing is copied
-        with fake, live, Held(fakes) as held:
+        with fake, live, SavedBytes(fakes) as saved:
             step(fakes, *torch.empty(2, *size, device=device))
     finally:
-        for table in TABLES:  # or the fake ones would be found there later
-            table.cache_clear()
+        forget_tables()
     parts = {"parameters": sum(t.nbytes for t in (*models.parameters(), *models.buffers())),
-             "moments": sum(2 * p.nbytes for p in models.parameters() if p.requires_grad), "backward": held.peak}
+             "moments": sum(2 * p.nbytes for p in models.parameters() if p.requires_grad), "backward": saved.peak}
     return parts | {"passing": live.peak + parts["moments"] - sum(parts.values())}
+
+
+def forget_tables() -> None:
+    """Empty every functools cache of the networks' modules: a table made on fake tensors would be found there later."""
+    package = __name__.rpartition(".training")[0] + ".networks."
+    for name, module in list(sys.modules.items()):
+        if name.startswith(package):
+            for function in vars(module).values():
+                if hasattr(function, "cache_clear"):
+                    function.cache_clear()
 
 
 def available(device: str) -> int:
@@ -129,23 +143,24 @@ def available(device: str) -> int:
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024
-    except OSError:  # not Linux: what is installed
+    except (OSError, KeyError):  # not Linux: what is installed
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def plan(models: nn.ModuleList, gradients: Callable, recipe, processes: int, device: str) -> str:
-    """What a step of gradients(models, recipe, x_ni, x_gt, terms) needs; if it cannot fit, a line for each way out.
+def plan(models: nn.ModuleList, step: Callable, recipe, device: str, processes: int = 1,
+         sharded: nn.Module | None = None) -> str:
+    """What step(models, recipe, x_ni, x_gt, terms) needs in one of so many processes; if that is more than there is, a
+    line for each setting that needs less.
 
-    The first of the models is the Mirage.
+    sharded: the network whose frozen weights are divided among the processes where the recipe has shard=True.
     """
     def needs(r) -> dict[str, int]:
-        def step(models, *clips):
-            gradients(models, r, *(models[0].pad(x) for x in clips), defaultdict(float))
-        size = (max(1, r.batch // (processes * r.accumulate)), 3, r.frames, r.height, r.width)
-        parts = expected(models, step, size, device)
-        if getattr(r, "shard", False):
-            frozen = sum(p.nbytes for p in models[0].dit.parameters() if not p.requires_grad)
+        clips = max(1, r.batch // (processes * r.accumulate))
+        parts = expected(models, lambda models, *x: step(models, r, *x, defaultdict(float)),
+                         (clips, 3, r.frames, r.height, r.width), device)
+        if sharded is not None and getattr(r, "shard", False):
+            frozen = sum(p.nbytes for p in sharded.parameters() if not p.requires_grad)
             parts["parameters"] -= frozen - frozen // processes
         return parts
 
@@ -156,13 +171,15 @@ def plan(models: nn.ModuleList, gradients: Callable, recipe, processes: int, dev
         return text
     text += ": it will not fit. Single settings make of it"
     for key, change in LESS.items():
-        if hasattr(recipe, key) and (value := change(recipe, processes)) != getattr(recipe, key):
-            try:
-                less = sum(needs(dataclasses.replace(recipe, **{key: value})).values())
-            except (ValueError, RuntimeError):  # pieces too small for a network of the loss, say: no way out
-                continue
-            if less < need:
-                text += f"\n    --set {key}={value}: {less / GIB:.2f} GiB" + ", which fits" * (less <= there)
+        if not hasattr(recipe, key) or change(recipe, processes) == getattr(recipe, key):
+            continue
+        value = change(recipe, processes)
+        try:
+            less = sum(needs(dataclasses.replace(recipe, **{key: value})).values())
+        except (ValueError, RuntimeError):  # pieces too small for a network of the loss, say: no way out
+            continue
+        if less < need:
+            text += f"\n    --set {key}={value}: {less / GIB:.2f} GiB" + ", which fits" * (less <= there)
     return text
 
 

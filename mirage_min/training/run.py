@@ -1,89 +1,78 @@
-"""A training run: its flags, processes and checkpoint. What the training scripts share; the loop is in each script.
+"""What the training scripts share apart from the loop: flags, recipes, data, the rate, and how a run ends.
 
-A checkpoint holds what is trained, the optimiser and the step. Clip k of step s is drawn by a generator seeded with
-(seed, s, k) and by nothing else, so the place in the data and the state of every random number are one integer, the
-step. Killed at any moment and started again, by as many processes as there are then, a run goes on as if nothing had
-happened, and on a CPU ends bit-equal.
+Each script shows its loss and its loop. One that trains something else takes what it can use of this:
 
-    python train_harmonize.py ...                               # one process
-    torchrun --nproc-per-node=8 train_harmonize.py ...          # the same batch shared by eight
+    parser = run.flags(__doc__, "stage_a", RECIPES)             # and its own flags
+    run.launch(main, parser.parse_args(), RECIPES)              # main(args, recipe)
 
-No process is wrapped in DDP: ChopGrad runs several backwards a step, under which DDP is silently wrong. Every clip's
-loss is weighted by its share of the whole batch, so gradients just add up: over groups and tiles of a clip, clips,
-accumulated pieces, and by one `reduce` over the processes.
+    for step in (bar := run.Steps(args, recipe, start)):
+        for clips in processes.pieces(recipe):
+            x_ni, x_gt, names = run.batch(data, recipe, step, clips, args.device)
+            ...                                                 # forward, loss, backward
+        run.set_rate(optimizer, recipe, step)
+        optimizer.step()
+
+Nothing here knows one script's flags or fields by name. Who computes what: processes.py. What survives: checkpoint.py.
 
     python -m mirage_min.training.run
 """
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import math
 import os
+import signal
 import sys
-import warnings
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from ..networks import weights
+from ..data.pairs import Pairs
+from . import checkpoint, processes
+from .checkpoint import may_change
 
 BOOLEANS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
-RESULT_IS_THE_SAME = {"steps", "every", "accumulate", "checkpoint_decoder", "checkpoint_dit", "shard"}  # so may change
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
-# ---- the command line ------------------------------------------------------------------------------------------------
+# ---- recipes ---------------------------------------------------------------------------------------------------------
 
-def flags(doc: str, stage: str, recipes: dict) -> argparse.ArgumentParser:
-    """The flags that both stages have."""
-    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
-    parser.add_argument("--data", type=Path, default=Path("data/toy"), help="folder of pairs (default data/toy)")
-    parser.add_argument("--val", type=Path, help="folder of held-out pairs, scored with every checkpoint")
-    parser.add_argument("--real", type=Path, help="a real video, its own truth, mixed into the batches")
-    parser.add_argument("--perceptual", type=Path, default=Path("data/perceptual"),
-                        help="folder with the weights of the losses' backbones (default data/perceptual)")
-    parser.add_argument("--out", type=Path, default=Path("weights"),
-                        help=f"where {stage}.safetensors goes (default weights: in place of the shipped one)")
-    # not --run: torchrun would take that for its own --run-path, even behind the script's name
-    parser.add_argument("--run-folder", type=Path, dest="run", metavar="FOLDER",
-                        help=f"checkpoints and logs (default runs/{stage}_RECIPE)")
-    parser.add_argument("--recipe", choices=list(recipes), default="small", help="settings (default small)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
-                        help="change a value of the recipe (a wrong key names them all)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="default: cuda if it is there, else cpu")
-    parser.set_defaults(stage=stage)
-    return parser
+@dataclasses.dataclass
+class Optimisation:
+    """How many steps of what size: what every training script can change by --set. Here and in Recipe the numbers are
+    Mirage's (§4.1), for both of its stages."""
+
+    steps: int = 10_000
+    batch: int = 8                      # clips a step, over all processes
+    lr: float = 1e-4
+    beta2: float = 0.999
+    weight_decay: float = 0.01
+    warmup: int = 1                     # steps over which the rate rises
+    cosine: bool = False                # after that it falls as half a cosine; else it is constant, as in the papers
+    bf16: bool = True
+    seed: int = 1
+    every: int = may_change(200)        # steps between checkpoints, pictures and validations
 
 
-def launch(main, args: argparse.Namespace, recipes: dict) -> None:
-    """main(args, recipe), alone or as one of torchrun's processes; what is wrong is one line, and exit status 2."""
-    args.run = args.run or Path("runs") / f"{args.stage}_{args.recipe}"
-    try:
-        recipe = override(recipes[args.recipe], args.set)
-        check(recipe)
-        args.device = choose_device(args.device)
-        args.out.mkdir(parents=True, exist_ok=True)
-        if "WORLD_SIZE" in os.environ:
-            cuda = args.device.startswith("cuda")
-            if cuda:
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl" if cuda else "gloo")
-        main(args, recipe)
-    except (ValueError, OSError, ImportError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+@dataclasses.dataclass
+class Recipe(Optimisation):
+    """The same, and the clips: pairs of a naive insertion and the truth."""
+
+    accumulate: int = may_change(1)     # pieces in which a process works through its clips
+    frames: int = 9                     # padded to what the VAE takes, as height and width are; the padding counts
+    height: int = 512
+    width: int = 768
+    real: float = 0.0                   # share of clips from the real video
+    real_frames: int = 0                # use only so many of its frames; 0: all
 
 
 def override(recipe, settings: list[str]):
-    """A copy of the recipe dataclass with `key=value` settings applied; ValueError for a key it does not have."""
+    """A copy of the dataclass `recipe` with "key=value" settings applied; ValueError for a key it does not have."""
     fields = {f.name: f.type for f in dataclasses.fields(recipe)}
     changes = {}
     for setting in settings:
@@ -103,6 +92,80 @@ def check(recipe) -> None:
     for key in ("batch", "accumulate", "frames", "height", "width", "every"):
         if getattr(recipe, key, 1) < 1:
             raise ValueError(f"{key} must be at least 1, got {getattr(recipe, key)}")
+    if getattr(recipe, "steps", 0) < 0:
+        raise ValueError(f"steps must not be negative, got {recipe.steps}")
+    if not 0 <= getattr(recipe, "real", 0) <= 1:
+        raise ValueError(f"real must be a share, from 0 to 1, got {recipe.real}")
+    for key, value in dataclasses.asdict(recipe).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{key} must be finite, got {value}")
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+def flags(doc: str | None, stage: str, recipes: dict) -> argparse.ArgumentParser:
+    """The flags of every training script; doc: the script's docstring, None under python -OO."""
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    parser.add_argument("--data", type=Path, default=Path("data/toy"), help="folder of pairs (default data/toy)")
+    parser.add_argument("--val", type=Path, help="folder of held-out pairs, scored with every checkpoint")
+    parser.add_argument("--real", type=Path, help="a real video, its own truth, mixed into the batches")
+    parser.add_argument("--perceptual", type=Path, default=Path("data/perceptual"),
+                        help="folder with the weights of the losses' backbones (default data/perceptual)")
+    parser.add_argument("--out", type=Path, help=f"where {stage}.safetensors goes (default: the run's folder)")
+    # not --run: torchrun would take that for its own --run-path, even after the script's name
+    parser.add_argument("--run-folder", type=Path, dest="run", metavar="FOLDER",
+                        help=f"checkpoints and logs (default runs/{stage}_RECIPE)")
+    parser.add_argument("--recipe", choices=list(recipes), default="small", help="settings (default small)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                        help="change a value of the recipe (a wrong key names them all)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="default: cuda if there is one, else cpu")
+    parser.set_defaults(stage=stage)
+    return parser
+
+
+def launch(main: Callable, args: argparse.Namespace, recipes: dict) -> None:
+    """main(args, recipe), alone or as one of torchrun's processes.
+
+    Exit status: 0 done; 2 something is wrong, and one line on stderr says what; 128 and its number after a signal, and
+    one line says at which step it came and where the same command continues.
+    """
+    name = Path(sys.argv[0]).name
+    args.run = args.run or Path("runs") / f"{args.stage}_{args.recipe}"
+    args.out = args.out or args.run
+    args.step = None  # the one that is being taken
+    catch_signals()
+    try:
+        recipe = override(recipes[args.recipe], args.set)
+        check(recipe)
+        args.device = choose_device(args.device)
+        args.out.mkdir(parents=True, exist_ok=True)
+        processes.join(args.device)
+        main(args, recipe)
+    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as stop:
+        number = signal.Signals(*stop.args or (signal.SIGINT,))
+        at = "before its first step" if args.step is None else f"in step {args.step}"
+        if processes.rank() == 0:
+            print(f"{name}: stopped by {number.name} {at}; {checkpoint.way_on(args.run)}", file=sys.stderr)
+        sys.exit(128 + number)
+    finally:
+        processes.leave()
+
+
+def catch_signals() -> None:
+    """Signals that end a run become a KeyboardInterrupt with their number, so that what is open is cleaned up."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, interrupt)
+
+
+def interrupt(number: int, _) -> None:
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)  # a second one must not cut off the cleaning up
+    raise KeyboardInterrupt(number)
 
 
 def choose_device(name: str) -> str:
@@ -117,133 +180,57 @@ def choose_device(name: str) -> str:
     return name
 
 
-# ---- processes -------------------------------------------------------------------------------------------------------
+# ---- data ------------------------------------------------------------------------------------------------------------
 
-def rank() -> int:
-    """Which of the processes this is, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+def open_data(args: argparse.Namespace, recipe: Recipe) -> tuple[Pairs, Pairs | None]:
+    """The pairs of --data, of which the recipe's crops are cut, and the whole ones of --val; those left out are named.
 
-
-def world() -> int:
-    """How many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def say(*words) -> None:
-    """Print, once for all processes."""
-    if rank() == 0:
-        print(*words, flush=True)
-
-
-def count(params: dict[str, nn.Parameter]) -> str:
-    """How many numbers each adapter trains, adapters being what names begin with."""
-    counts = Counter()
-    for name, p in params.items():
-        counts[name.partition(".")[0]] += p.numel()
-    return ", ".join(f"{name} {n:,}" for name, n in counts.items())
+    ValueError if there are no usable ones.
+    """
+    data = Pairs(args.data, recipe.frames, (recipe.height, recipe.width), args.real, recipe.real_frames)
+    val = Pairs(args.val, recipe.frames) if args.val else None
+    for pair in data.left_out + (val.left_out if val else []):
+        processes.print_once("left out:", pair)
+    return data, val
 
 
 def draws(seed: int, step: int, k: int = 0) -> torch.Generator:
-    """The random numbers of clip k of a step's batch: a pure function of (seed, step, k)."""
+    """The random numbers of clip k of a step's batch: a function of (seed, step, k) alone."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 4_099 + k)
 
 
-def pieces(recipe) -> list[range]:
-    """This process's clips of the batch 0 .. batch - 1, in as many pieces as are accumulated."""
-    n, rest = divmod(recipe.batch, world() * recipe.accumulate)
-    if rest or n == 0:
-        raise ValueError(f"a batch of {recipe.batch} clips does not divide among {world()} processes x "
-                         f"accumulate={recipe.accumulate}")
-    return [range(i * n, (i + 1) * n) for i in range(rank() * recipe.accumulate, (rank() + 1) * recipe.accumulate)]
+def batch(data: Pairs, recipe: Recipe, step: int, clips: range, device: str) -> tuple[Tensor, Tensor, list[str]]:
+    """These clips of a step's batch: x_ni, x_gt [n, 3, frames, height, width] in [-1, 1] on the device; their names."""
+    x_ni, x_gt, names = data.batch([draws(recipe.seed, step, k) for k in clips], recipe.real)
+    return x_ni.to(device), x_gt.to(device), names
 
 
-@torch.no_grad()
-def reduce(params: dict[str, nn.Parameter], terms: dict[str, Tensor | float]) -> None:
-    """Add up, over all processes and in place, the gradients and the terms of the loss: one all_reduce."""
-    if world() == 1:
-        return
-    like = next(iter(params.values()))
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params.values()]
-    values = torch.stack([torch.as_tensor(v, device=like.device, dtype=torch.float64) for v in terms.values()])
-    flat = torch.cat([g.flatten() for g in grads] + [values.to(like.dtype)])
-    dist.all_reduce(flat)
-    *sums, values = flat.split([p.numel() for p in params.values()] + [len(terms)])
-    for p, total in zip(params.values(), sums):
-        p.grad = total.view_as(p)
-    terms.update(zip(terms, values))
+# ---- steps -----------------------------------------------------------------------------------------------------------
+
+class Steps(tqdm):
+    """The steps from `start` on, with a bar where stderr is a terminal: set_postfix shows values next to it."""
+
+    def __init__(self, args: argparse.Namespace, recipe: Optimisation, start: int):
+        self.args = args
+        silent = True if processes.rank() > 0 or sys.stderr is None else None  # None: as stderr is a terminal or not
+        super().__init__(range(start, recipe.steps), initial=start, total=recipe.steps, unit="step", disable=silent)
+
+    def __iter__(self) -> Iterator[int]:
+        for step in super().__iter__():
+            self.args.step = step  # for the last line of a run that is interrupted
+            yield step
 
 
-def shard(dit: nn.Module, device: str) -> None:
-    """FSDP2: every process keeps its part of the frozen weights and fetches a block's while it runs.
-
-    What is trained stays whole in every process, so `reduce`, checkpoints and files know nothing of sharding.
-    """
-    from torch.distributed.fsdp import fully_shard
-    mesh = dist.init_device_mesh(torch.device(device).type, (world(),))
-    trained = {p for p in dit.parameters() if p.requires_grad}
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of in-place changes of its output: none here
-    for module in [*next(m for m in dit.children() if isinstance(m, nn.ModuleList)), dit]:
-        fully_shard(module, mesh=mesh, ignored_params=trained)
+def optimizer(params: dict[str, nn.Parameter], recipe: Optimisation) -> torch.optim.AdamW:
+    """AdamW with the recipe's rate, β2 and weight decay."""
+    return torch.optim.AdamW(params.values(), lr=recipe.lr, betas=(0.9, recipe.beta2),
+                             weight_decay=recipe.weight_decay)
 
 
-def check_finite(step: int, terms: dict[str, Tensor | float], norm: Tensor, clips: list[str]) -> None:
-    """Stop before a step that would spoil the weights, naming what is not finite and this step's clips."""
-    values = {name: float(value) for name, value in (terms | {"gradient norm": norm}).items()}
-    if not all(map(math.isfinite, values.values())):
-        named = [clips]
-        if world() > 1:
-            named = [None] * world()
-            dist.all_gather_object(named, clips)
-        raise ValueError(f"step {step}: not finite: " + ", ".join(f"{k} {v:g}" for k, v in values.items())
-                         + f"; clips: {', '.join(sum(named, []))}; the last checkpoint is as it was")
-
-
-def settings(args: argparse.Namespace, recipe, names: list[str]) -> dict:
-    """What a run is, and its checkpoint keeps: the recipe, the folders as they were given, and the pairs by name."""
-    given = {f"--{key}": str(value) for key in ("out", "base", "vae2d", "mirage", "prompt", "real")
-             if (value := getattr(args, key, None))}
-    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
-    return dataclasses.asdict(recipe) | given | {"--data": f"{len(names)} pairs, {digest[:8]}"}
-
-
-# ---- the folder ------------------------------------------------------------------------------------------------------
-
-def save(folder: Path, step: int, trained: dict[str, Tensor], optimizer: torch.optim.Optimizer,
-         settings: dict) -> None:
-    """Write the checkpoint, whole or not at all; the first process does."""
-    if rank() == 0:
-        tensors = {f"param/{n}": p for n, p in trained.items()}
-        tensors |= {f"{key}/{n}": v for n, p in trained.items() for key, v in optimizer.state.get(p, {}).items()}
-        about = {"step": str(step), "settings": json.dumps(settings)}
-        weights.save_tensors(folder / "checkpoint.safetensors", tensors, about)
-
-
-@torch.no_grad()
-def resume(folder: Path, trained: dict[str, Tensor], optimizer: torch.optim.Optimizer,
-           settings: dict) -> int:
-    """Load the checkpoint if there is one; returns the step to go on with, 0 in a new run. ValueError: another's."""
-    path = folder / "checkpoint.safetensors"
-    if not path.exists():
-        return 0
-    tensors, metadata = weights.load_tensors(path)
-    then, now = json.loads(metadata["settings"]), settings
-    changed = [f"{k}: then {then.get(k)}, now {now.get(k)}" for k in sorted(then.keys() | now.keys())
-               if then.get(k) != now.get(k) and k not in RESULT_IS_THE_SAME]
-    wanted = {n: list(p.shape) for n, p in trained.items()}
-    given = {n.partition("/")[2]: list(t.shape) for n, t in tensors.items() if n.startswith("param/")}
-    changed += [f"{n}: wanted {wanted.get(n)}, given {given.get(n)}" for n in sorted(wanted.keys() | given.keys())
-                if wanted.get(n) != given.get(n)]
-    if changed:
-        raise ValueError(f"{path} belongs to another run, {len(changed)} things differ: {'; '.join(changed[:5])} "
-                         f"(--run-folder FOLDER starts a new one)")
-    for key, value in tensors.items():
-        kind, _, name = key.partition("/")
-        if kind == "param":
-            trained[name].copy_(value)
-        else:
-            optimizer.state[trained[name]][kind] = value if kind == "step" else value.to(trained[name].device)
-    say(f"goes on at step {metadata['step']} of {path}")
-    return int(metadata["step"])
+def set_rate(optimizer: torch.optim.Optimizer, recipe: Optimisation, step: int) -> None:
+    """The step's learning rate, for all parameters: the recipe's times `schedule`."""
+    for group in optimizer.param_groups:
+        group["lr"] = recipe.lr * schedule(step, recipe.warmup, recipe.steps, recipe.cosine)
 
 
 def schedule(step: int, warmup: int, steps: int, cosine: bool) -> float:
@@ -253,39 +240,45 @@ def schedule(step: int, warmup: int, steps: int, cosine: bool) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) if cosine else 1.0
 
 
-def about(args, recipe, stage_a: dict[str, str] = {}) -> dict[str, str]:
-    """What an adapter file says of its making. base and vae2d: the flag's, or else those that stage A names, relative
-    to --out where they are folders."""
-    names = {}
-    for key in ("base", "vae2d"):
-        name = getattr(args, key)
-        if name is None and key in stage_a:
-            name = stage_a[key] if not (args.mirage / stage_a[key]).is_dir() else args.mirage / stage_a[key]
-        if name:
-            names[key] = os.path.relpath(name, args.out) if Path(name).is_dir() else str(name)
-    return names | {"step": str(recipe.steps), "recipe": json.dumps(dataclasses.asdict(recipe))}
+def autocast(recipe: Optimisation, device: str | torch.device) -> torch.autocast:
+    """bfloat16 where the recipe has it."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=recipe.bf16)
+
+
+def due(step: int, recipe: Optimisation) -> bool:
+    """Whether a checkpoint is written after this step: after `every` so many, and after the last."""
+    return (step + 1) % recipe.every == 0 or step + 1 == recipe.steps
+
+
+# ---- what a run says of itself ---------------------------------------------------------------------------------------
+
+def count(params: dict[str, nn.Parameter]) -> str:
+    """How many numbers each adapter trains; a parameter's name begins with that of its adapter and a point."""
+    counts = Counter()
+    for name, p in params.items():
+        counts[name.partition(".")[0]] += p.numel()
+    return ", ".join(f"{name} {n:,}" for name, n in counts.items())
+
+
+def about(recipe) -> dict[str, str]:
+    """What a file of trained weights says of their making, as safetensors' metadata."""
+    return {"step": str(recipe.steps), "recipe": json.dumps(dataclasses.asdict(recipe))}
+
+
+def seen_from(folder: Path, name: str | Path) -> str:
+    """A folder as it is called from another one; a hub id as it is."""
+    return os.path.relpath(name, folder) if Path(name).is_dir() else str(name)
 
 
 if __name__ == "__main__":
-    import tempfile
-
-    @dataclasses.dataclass
-    class Recipe:
-        steps: int = 6
-        lr: float = 0.1
-
-    def train(folder: Path, killed_after: int) -> Tensor:
-        w = nn.Parameter(torch.zeros(3))
-        optimizer, settings = torch.optim.AdamW([w], lr=Recipe.lr), dataclasses.asdict(Recipe())
-        for step in range(resume(folder, {"w": w}, optimizer, settings), killed_after):
-            optimizer.zero_grad()
-            (w - torch.randn(3, generator=draws(0, step))).square().sum().backward()
-            optimizer.step()
-            save(folder, step + 1, {"w": w}, optimizer, settings)
-        return w.detach()
-
-    with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b:
-        print("six steps:           ", train(Path(a), 6).tolist())
-        print("two, and then killed:", train(Path(b), 2).tolist())
-        print("the same command:    ", train(Path(b), 6).tolist())
-    print("factors on the learning rate:", [round(schedule(s, 2, 6, cosine=True), 2) for s in range(6)])
+    recipe = override(Recipe(), ["steps=6", "warmup=2", "cosine=yes"])
+    print(recipe)
+    print("factors on its rate:", [round(schedule(s, recipe.warmup, recipe.steps, recipe.cosine), 2) for s in range(6)])
+    for step in range(2):
+        numbers = [round(torch.rand((), generator=draws(recipe.seed, step, k)).item(), 3) for k in range(4)]
+        print(f"step {step}: the first random number of each of four clips, whoever draws it:", numbers)
+    for setting in ("lr=fast", "rate=1e-3"):
+        try:
+            override(recipe, [setting])
+        except ValueError as error:
+            print("refused:", error)

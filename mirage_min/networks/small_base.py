@@ -1,0 +1,85 @@
+"""The small networks that stand in for published weights: the classes of CogVideoX, Wan and AutoencoderKL with small
+numbers, untrained. train_base.py trains them.
+
+    python -m mirage_min.networks.small_base         # how many numbers each has
+"""
+
+import copy
+
+import torch
+
+from .dit_cogvideox import CogVideoXDiT, CogVideoXDiTConfig
+from .dit_wan import WanDiT, WanDiTConfig
+from .vae_2d import AutoencoderKL, AutoencoderKLConfig
+from .vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
+from .vae_wan import WanVAE, WanVAEConfig
+
+VAE_2D = AutoencoderKLConfig(block_out_channels=(16, 32, 32, 32), norm_num_groups=8, layers_per_block=1,
+                             latent_channels=4)
+VAE = CogVideoXVAEConfig(block_out_channels=(16, 32, 64, 64), norm_num_groups=8, layers_per_block=1)
+VAE_WAN = WanVAEConfig(base_dim=16, num_res_blocks=1, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16)
+DIT = CogVideoXDiTConfig(num_attention_heads=3, num_layers=6, time_embed_dim=64, text_embed_dim=16,
+                         max_text_seq_length=1, sample_height=12, sample_width=18,
+                         use_rotary_positional_embeddings=True)
+DIT_WAN = WanDiTConfig(num_attention_heads=3, attention_head_dim=64, text_dim=16, freq_dim=64, ffn_dim=768,
+                       num_layers=6)
+
+
+def new_vae_2d(width: float = 1.0) -> AutoencoderKL:
+    """width: a factor on the channels."""
+    config = copy.copy(VAE_2D)
+    config.block_out_channels = tuple(round(c * width) for c in config.block_out_channels)
+    return quiet(AutoencoderKL(config))
+
+
+def new_vae(family: str = "cogvideox", width: float = 1.0, norm_groups: int = 8) -> CogVideoXVAE | WanVAE:
+    """width: a factor on the channels; norm_groups: of CogVideoX's norms, Wan's have none."""
+    if family == "wan":
+        config = copy.copy(VAE_WAN)
+        config.base_dim = round(config.base_dim * width)
+        return quiet(WanVAE(config))
+    config = copy.copy(VAE)
+    config.block_out_channels = tuple(round(c * width) for c in config.block_out_channels)
+    config.norm_num_groups = norm_groups
+    return quiet(CogVideoXVAE(config))
+
+
+@torch.no_grad()
+def quiet(vae: AutoencoderKL | CogVideoXVAE | WanVAE) -> AutoencoderKL | CogVideoXVAE | WanVAE:
+    """The same with little noise on its latents (std e^-2): with more, a decoder first learns to ignore them."""
+    last = vae.encoder.conv_out.conv if isinstance(vae, CogVideoXVAE) else vae.quant_conv
+    last.bias.chunk(2)[1].sub_(4)
+    return vae
+
+
+@torch.no_grad()
+def new_transformer(family: str = "cogvideox") -> CogVideoXDiT | WanDiT:
+    """A transformer that predicts zeros: every block's gates and the output are zero (adaLN-zero, DiT)."""
+    if family == "wan":
+        model = WanDiT(DIT_WAN)
+        time_proj = model.condition_embedder.time_proj
+        for k in (2, 5):  # of shift, scale, gate, for attention and for the feed-forward layers
+            time_proj.weight.view(6, -1, time_proj.in_features)[k].zero_()
+            time_proj.bias.view(6, -1)[k].zero_()
+            for block in model.blocks:
+                block.scale_shift_table[:, k].zero_()
+        for block in model.blocks:  # cross-attention has no gate
+            block.attn2.to_out[0].weight.zero_()
+            block.attn2.to_out[0].bias.zero_()
+    else:
+        model = CogVideoXDiT(DIT)
+        for block in model.transformer_blocks:
+            for norm in (block.norm1, block.norm2):  # of shift, scale, gate for the video, then for the text
+                for k in (2, 5):
+                    norm.linear.weight.view(6, -1, norm.linear.in_features)[k].zero_()
+                    norm.linear.bias.view(6, -1)[k].zero_()
+    model.proj_out.weight.zero_()
+    model.proj_out.bias.zero_()
+    return model
+
+
+if __name__ == "__main__":
+    networks = {"2D VAE": new_vae_2d(), "3D VAE": new_vae(), "3D VAE, Wan's classes": new_vae("wan"),
+                "transformer": new_transformer(), "transformer, Wan's classes": new_transformer("wan")}
+    for name, network in networks.items():
+        print(f"{name:28} {sum(p.numel() for p in network.parameters()):9,} numbers")

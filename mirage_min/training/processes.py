@@ -1,0 +1,122 @@
+"""One training run in several processes: whose clips are whose, and how their gradients become one.
+
+    python train_harmonize.py ...                               # one process
+    torchrun --nproc-per-node=8 train_harmonize.py ...          # the same batch, shared by eight
+
+No process is wrapped in DDP: ChopGrad runs several backwards a step, under which DDP is silently wrong. Every clip's
+loss is weighted by its share of the whole batch, so gradients just add up: over groups and tiles of a clip, clips,
+accumulated pieces, and by one `reduce` over the processes.
+
+    python -m mirage_min.training.processes
+"""
+
+import math
+import os
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def join(device: str) -> None:
+    """Join torchrun's other processes, if it started this one: nccl among GPUs, gloo among CPUs."""
+    if "WORLD_SIZE" not in os.environ:
+        return
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo")
+
+
+def leave() -> None:
+    """Leave the other processes, if there are any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Which of the processes this is, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def print_once(*words) -> None:
+    """Print in the first process only."""
+    if rank() == 0:
+        print(*words, flush=True)
+
+
+def pieces(recipe) -> list[range]:
+    """This process's clips of the batch 0 .. batch - 1, in as many pieces as are accumulated."""
+    return deal(recipe.batch, recipe.accumulate, rank(), world())
+
+
+def deal(batch: int, accumulate: int, process: int, processes: int) -> list[range]:
+    """The clips of one process, in `accumulate` pieces: over all processes each of 0 .. batch - 1 once, in order.
+
+    ValueError if the batch does not divide among processes and pieces.
+    """
+    n, rest = divmod(batch, processes * accumulate)
+    if rest or n == 0:
+        raise ValueError(f"a batch of {batch} clips does not divide among {processes} processes x "
+                         f"accumulate={accumulate}")
+    first = process * accumulate
+    return [range(i * n, (i + 1) * n) for i in range(first, first + accumulate)]
+
+
+@torch.no_grad()
+def reduce(params: dict[str, nn.Parameter], terms: dict[str, Tensor | float]) -> None:
+    """Add up, over all processes and in place, the gradients and the terms of the loss: one all_reduce.
+
+    A parameter without a gradient counts as zeros. Every process must have the same parameters and terms.
+    """
+    if world() == 1:
+        return
+    like = next(iter(params.values()))
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params.values()]
+    values = torch.stack([torch.as_tensor(v, device=like.device, dtype=torch.float64) for v in terms.values()])
+    flat = torch.cat([g.flatten() for g in grads] + [values.to(like.dtype)])
+    dist.all_reduce(flat)
+    *sums, values = flat.split([p.numel() for p in params.values()] + [len(terms)])
+    for p, total in zip(params.values(), sums):
+        p.grad = total.view_as(p)
+    terms.update(zip(terms, values))
+
+
+def check_finite(step: int, terms: dict[str, Tensor | float], norm: Tensor, clips: list[str]) -> None:
+    """ValueError before a step that would spoil the weights, naming what is not finite and this step's clips."""
+    values = {name: float(value) for name, value in {**terms, "gradient norm": norm}.items()}
+    if all(map(math.isfinite, values.values())):
+        return
+    named = [clips]
+    if world() > 1:
+        named = [None] * world()
+        dist.all_gather_object(named, clips)
+    raise ValueError(f"step {step}: not finite: " + ", ".join(f"{k} {v:g}" for k, v in values.items())
+                     + f"; clips: {', '.join(sum(named, []))}; the last checkpoint is as it was")
+
+
+def shard(network: nn.Module, device: str) -> None:
+    """FSDP2: every process keeps its part of the frozen weights and fetches a block's while that block runs.
+
+    Blocks are what the network's own ModuleLists hold. What is trained stays whole in every process, so `reduce`,
+    checkpoints and files know nothing of sharding.
+    """
+    from torch.distributed.fsdp import fully_shard
+    mesh = dist.init_device_mesh(torch.device(device).type, (world(),))
+    trained = {p for p in network.parameters() if p.requires_grad}
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of in-place changes of its output: none here
+    blocks = [block for child in network.children() if isinstance(child, nn.ModuleList) for block in child]
+    for module in (*blocks, network):
+        fully_shard(module, mesh=mesh, ignored_params=trained)
+
+
+if __name__ == "__main__":
+    for process in range(3):
+        own = [list(piece) for piece in deal(batch=12, accumulate=2, process=process, processes=3)]
+        print(f"clips of process {process} of 3, in two pieces:", *own)
