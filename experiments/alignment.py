@@ -30,8 +30,7 @@ from torch import Tensor
 from experiments import common
 from mirage_min.data.align import Similarity, coarse_3d
 from mirage_min.data.splat import Gaussians
-from mirage_min.data.toy_render import Part
-from mirage_min.data.toy_world import FACES, car
+from mirage_min.data.toy_shapes import FACES, Part, car
 
 CASES = ("copies", "clean", "noise", "floaters", "half", "all", "cut")
 

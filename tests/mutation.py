@@ -39,7 +39,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {  # {file or folder: its tests}, where they are not tests/test_NAME.py; tests that do not exist are ignored
-    "mirage_min/data/toy_render.py": "toy_world", "mirage_min/data/toy_shapes.py": "toy_world",
+    "mirage_min/data/toy_render.py": "toy_world toy_paths", "mirage_min/data/toy_shapes.py": "toy_world toy_shapes",
+    "mirage_min/data/toy_light.py": "toy_world toy_shapes", "mirage_min/data/toy_street.py": "toy_world toy_paths",
+    "mirage_min/data/toy_paths.py": "toy_paths toy_world",
     "mirage_min/data/scene.py": "build_pairs", "mirage_min/data/toy_scene.py": "build_pairs",
     "mirage_min/data/video.py": "video sound", "mirage_min/networks/vae_cogvideox.py": "vae_cogvideox bands",
     "mirage_min/networks/unet_attention.py": "unet_2d", "mirage_min/networks/vae_wan.py": "vae_wan bands",

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from mirage_min.data import toy_render, toy_world
+from mirage_min.data import toy_light, toy_render, toy_shapes, toy_street, toy_world
 from mirage_min.data.toy_world import WorldConfig, make_clip, sample_scene
 from mirage_min.data.video import read_clip
 
@@ -26,7 +26,7 @@ def clips():
 def test_rays_meet_a_convex_part_where_a_search_along_them_does():
     """The slab test against small steps along the ray, asking at each point whether it is inside every half-space."""
     torch.manual_seed(0)
-    part = toy_world.prism(-1, 1, -1.5, 0, -2, 2, (0.7, 0.5, 0.2))
+    part = toy_shapes.prism(-1, 1, -1.5, 0, -2, 2, (0.7, 0.5, 0.2))
     origin = torch.randn(60, 3) * 2 + torch.tensor([0.0, 0.0, -6.0])
     direction = F.normalize(torch.randn(60, 3) * 0.3 + torch.tensor([0.0, 0.0, 1.0]), dim=1)
     near, far, face = toy_render.slab(origin, direction, part)
@@ -137,36 +137,36 @@ def test_a_cast_shadow_lies_on_the_far_side_from_the_sun():
 
 
 def test_a_surface_facing_the_sun_is_lit_by_lamberts_cosine():
-    light = toy_render.Light(torch.tensor([0.0, -1.0, 0.0]), torch.tensor([2.0, 1.0, 0.5]), torch.zeros(3), 1.0)
+    light = toy_light.Light(torch.tensor([0.0, -1.0, 0.0]), torch.tensor([2.0, 1.0, 0.5]), torch.zeros(3), 1.0)
     tilted = torch.tensor([[0.0, -math.cos(a), math.sin(a)] for a in (0.0, 1.0, 2.0)])
     one = torch.ones(3)
-    color = toy_render.shade(torch.full((3, 3), 0.5), tilted, light, one, one)
+    color = toy_light.shade(torch.full((3, 3), 0.5), tilted, light, one, one)
     wanted = torch.stack([0.5 * light.sun * max(0.0, math.cos(a)) for a in (0.0, 1.0, 2.0)])
     assert torch.allclose(color, wanted, atol=1e-6)
-    assert toy_render.shade(torch.full((3, 3), 0.5), tilted, light, 0 * one, one).abs().max() == 0
+    assert toy_light.shade(torch.full((3, 3), 0.5), tilted, light, 0 * one, one).abs().max() == 0
 
 
 def test_noise_is_smooth_between_its_lattice_points_and_half_way_their_mean():
     at = torch.tensor([0.0, 0.5, 1.0])
     y, x = torch.meshgrid(at - 3, at + 7, indexing="ij")
-    n = toy_render.noise(x, y, 5)                                      # [3, 3], lattice points at the corners
+    n = toy_shapes.noise(x, y, 5)                                      # [3, 3], lattice points at the corners
     wanted = torch.stack([n[0, 0] + n[0, 2], n[2, 0] + n[2, 2], n[0, 0] + n[2, 0], n[0, 2] + n[2, 2]]) / 2
     difference = (torch.stack([n[0, 1], n[2, 1], n[1, 0], n[1, 2]]) - wanted).abs().max()
     assert difference < 1e-6 and n.abs().max() <= 1, f"largest difference to the mean {difference:.1e}"
     assert len(set(n[::2, ::2].flatten().tolist())) == 4
-    bend = toy_render.noise(torch.tensor([7.0, 7.01, 7.99, 8.0]), torch.full((4,), -3.0), 5).diff()[::2].abs().max()
+    bend = toy_shapes.noise(torch.tensor([7.0, 7.01, 7.99, 8.0]), torch.full((4,), -3.0), 5).diff()[::2].abs().max()
     assert bend < 1e-3, f"no kink at a lattice point, but it rises by {bend:.1e} in a hundredth of a cell"
 
 
 def test_a_body_darkens_the_ground_alike_on_all_sides_of_its_footprint_and_most_beneath_it():
     pose = torch.tensor([[[0.0, 0, 1, 3], [0, 1, 0, 0], [-1, 0, 0, 7], [0, 0, 0, 1]]])      # its length along x
-    body = toy_render.Body([], torch.zeros(3), pose, torch.tensor([2.0, 1.5, 5.0]))
+    body = toy_shapes.Body([], torch.zeros(3), pose, torch.tensor([2.0, 1.5, 5.0]))
     for off in (0.1, 0.6, 2.0):
         sides = torch.tensor([[3 + 2.5 + off, 0.0, 7], [3 - 2.5 - off, 0, 7], [3, 0, 7 + 1 + off], [3, 0, 7 - 1 - off]])
-        beneath, left = toy_render.contact(pose[0, :3, 3][None], body, 0), toy_render.contact(sides, body, 0)
+        beneath, left = toy_light.contact(pose[0, :3, 3][None], body, 0), toy_light.contact(sides, body, 0)
         difference = (left - left[0]).abs().max()
         assert difference < 1e-6, f"{off} m off, the sides see {left.tolist()} of the sky"
-        assert beneath < left[0] < 1 and toy_render.contact(sides[:1] + torch.tensor([0.1, 0, 0]), body, 0) > left[0]
+        assert beneath < left[0] < 1 and toy_light.contact(sides[:1] + torch.tensor([0.1, 0, 0]), body, 0) > left[0]
 
 
 @pytest.mark.parametrize("which", ["light", "naive"])
@@ -190,10 +190,24 @@ def test_half_of_what_the_ground_shows_beyond_110_metres_is_the_sky_at_the_horiz
     low, high = truth[:, 15, 0], truth[:, 14, 0]
     horizon = low - (high - low) * 0.5**0.5 / (1.5**0.5 - 0.5**0.5)
     light = scene.light
-    verge = torch.tensor(scene.road["verge"]) * (light.sky - light.sun * light.to_sun[1]) * light.exposure
+    verge = torch.tensor(scene.road.verge) * (light.sky - light.sun * light.to_sun[1]) * light.exposure
     for row in (16 + 9, 16 + 11):                                      # 900 * 1.5 m / 9.5 = 142 m, 117 m
         difference = (truth[:, row, 0] - (verge + horizon) / 2).abs().max()
         assert difference < 2e-3 and torch.equal(truth[:, row], naive[:, row]), f"largest difference {difference:.1e}"
+
+
+def test_a_seeds_numbers_are_those_that_the_shipped_model_was_trained_on():
+    """From every stage of sampling one: whoever draws a number more or less moves all that follow."""
+    wanted = {
+        0: [6.2643, -1.247886, 18.77748, 1.072629, 0.5726593, 6.193624, 12],
+        1: [8.617768, 1.610539, 16.12911, 1.027388, 0.3862419, 5.431247, 13],
+        1000006: [3.513293, -0.4420637, 32.71606, 0.9677892, 1.492691, 7.50955, 15]}
+    for seed, numbers in wanted.items():
+        scene = sample_scene(seed, WorldConfig())
+        first, last = scene.bodies[0].pose, scene.bodies[-1].pose
+        found = [scene.c2w[8, 2, 3], first[8, 0, 3], last[0, 2, 3], scene.light.exposure, scene.naive.sun[0],
+                 scene.road.phase, len(scene.bodies)]
+        assert [float(v) for v in found] == pytest.approx(numbers, rel=1e-5), f"seed {seed}"
 
 
 def test_a_seed_is_a_clip_and_another_seed_another(clips):
@@ -259,7 +273,7 @@ def test_actors_head_along_against_and_across_the_road_in_view_and_nothing_stand
 
 
 def test_a_pick_is_each_of_its_values_equally_often_up_to_the_largest_draw(monkeypatch):
-    u = toy_world.Draws(0)
+    u = toy_street.Draws(0)
     for n in range(1, 9):
         draws = [(0.0, 0), (1 - 2**-24, n - 1)]                        # the least and the largest of float32
         draws += [((k + side) / n, k) for k in range(n) for side in (1e-4, 0.5, 1 - 1e-4)]
@@ -292,7 +306,7 @@ def test_a_saved_clip_comes_back_to_the_precision_of_bytes(clips, tmp_path):
     again = toy_world.load_clip(tmp_path / "c.safetensors")
     assert (again.x_ni - clips[0].x_ni).abs().max() <= 1 / 255 + 1e-6
     assert (again.actor - clips[0].actor).abs().max() <= 0.5 / 255 + 1e-6
-    for name in ("depth", "flow", "visible", "boxes", "pose", "size", "K", "c2w"):
+    for name in ("depth", "flow", "visible", "moving", "boxes", "pose", "size", "K", "c2w"):
         assert torch.equal(getattr(again, name), getattr(clips[0], name)), name
     toy_world.save_clip(make_clip(1, CONFIG, extras=False), tmp_path / "d.safetensors")
     assert toy_world.load_clip(tmp_path / "d.safetensors").flow is None

@@ -42,8 +42,11 @@ from ..networks.weights import save_tensors
 from .align import mask_box
 from .photometric import uniform
 from .real_clips import resize
-from .toy_render import Body, Light, Scene, blocked, cast, contact, paint, project, shade
-from .toy_world import PAINTS, car, height_x_width
+from .toy_light import Light, contact, shade
+from .toy_render import Scene, blocked, cast, project
+from .toy_shapes import Body, albedo, car
+from .toy_street import CAR_COLORS
+from .toy_world import height_x_width
 from .video import from_bytes, to_bytes, to_uint8
 
 GAMMA = 2.2  # between a file's values and linear light, roughly
@@ -172,7 +175,8 @@ def sample_car(street: Street, T: int, draws: Generator) -> Scene:
     drift = float(uniform(draws, -0.12, 0.12)) * torch.arange(T)       # metres along its heading
     pose[:, 0, 3] = x + drift * math.sin(yaw)
     pose[:, 2, 3] = z + drift * math.cos(yaw)
-    color = torch.tensor(PAINTS[int(torch.randint(len(PAINTS), (), generator=draws))]) * uniform(draws, 0.85, 1.15)
+    color = torch.tensor(CAR_COLORS[int(torch.randint(len(CAR_COLORS), (), generator=draws))])
+    color = color * uniform(draws, 0.85, 1.15)
     body = Body(car(length, width, height), color.clamp(0, 0.9), pose, torch.tensor([width, height, length]))
 
     overcast = street.shadow > 0.7
@@ -185,7 +189,7 @@ def sample_car(street: Street, T: int, draws: Generator) -> Scene:
                   torch.tensor([0.85, 0.95, 1.05]) * uniform(draws, 0.4, 1.0), float(uniform(draws, 0.7, 1.4)))
     c2w = torch.eye(4).repeat(T, 1, 1)
     c2w[:, 1, 3] = -street.height
-    return Scene([body], right, wrong, c2w, {}, 0)
+    return Scene([body], right, wrong, c2w, None, 0)
 
 
 def towards(azimuth: float, elevation: float) -> Tensor:
@@ -213,11 +217,11 @@ def render_car(scene: Scene, K: Tensor, size: tuple[int, int], t: int, shadow: f
     hits = cast(scene, K, (H, W), t, s)
     body, light = scene.bodies[0], scene.light
     on, ground = hits.body == 0, hits.body == -1
-    albedo = torch.zeros(len(on), 3)
+    painted = torch.zeros(len(on), 3)
     for k in range(len(body.parts)):
         which = (on & (hits.part == k)).nonzero().squeeze(1)
         if len(which):
-            albedo[which] = paint(scene, hits, which, 0, k)
+            painted[which] = albedo(body, k, hits.of(which), scene.seed)
 
     start = hits.point + 0.01 * hits.normal
     free = torch.ones(len(on))
@@ -227,9 +231,9 @@ def render_car(scene: Scene, K: Tensor, size: tuple[int, int], t: int, shadow: f
     up = torch.tensor([[0.0, -1.0, 0.0]])
     road = shade(torch.ones(1, 3), up, light, torch.ones(1), torch.ones(1))[0]
     lit, wrong = torch.zeros(len(on), 3), torch.zeros(len(on), 3)
-    lit[on] = shade(albedo[on], hits.normal[on], light, free[on], one) * (white / road)
+    lit[on] = shade(painted[on], hits.normal[on], light, free[on], one) * (white / road)
     grey = white.mean() / road.mean()
-    wrong[on] = shade(albedo[on], hits.normal[on], scene.naive, one, one) * grey
+    wrong[on] = shade(painted[on], hits.normal[on], scene.naive, one, one) * grey
 
     # what reaches the road: `shadow` of all light where the sun is hidden, and less of that close to the car
     factor = torch.ones(len(on))

@@ -1,8 +1,8 @@
 """Ray casting of toy scenes in plain torch: what a frame shows, and where every point of it goes next.
 
-Everything solid is a union of convex parts, each an intersection of half-spaces, so that one slab test serves primary
-and shadow rays. From the same primary hits come the truth, lit by the scene's light with the actor's cast and contact
-shadow, and the naive insertion, in which the actor is lit by another light and darkens nothing.
+One slab test serves primary and shadow rays, for everything solid is a union of convex parts (toy_shapes). From the
+same primary hits come the truth, lit by the scene's light with the actor's cast and contact shadow, and the naive
+insertion, in which the actor is lit by another light and darkens nothing.
 
 World: metres, x right, y down, z forward (OpenCV's axes), the ground at y = 0. Colours are linear RGB throughout.
 
@@ -17,35 +17,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from .toy_light import Light, contact, haze, mirror, shade, sky
+from .toy_shapes import Body, Part, Points, albedo, gloss
+from .toy_street import Road, ground
 
-@dataclass
-class Part:
-    """A convex part in its object's coordinates: points p with normals @ p <= offsets."""
-
-    normals: Tensor   # [K, 3], unit
-    offsets: Tensor   # [K]
-    paint: str        # what `paint` does with it
-    corners: Tensor   # [M, 3], for culling
-
-
-@dataclass
-class Body:
-    """A solid: convex parts, a colour, and where it stands in every frame."""
-
-    parts: list[Part]
-    color: Tensor     # [3], linear
-    pose: Tensor      # [T, 4, 4], object to world
-    size: Tensor      # [3] width, height, length of its box
-
-
-@dataclass
-class Light:
-    """A sun and a sky, linear RGB."""
-
-    to_sun: Tensor    # [3], unit
-    sun: Tensor       # [3]
-    sky: Tensor       # [3], from above
-    exposure: float
+FAR = 160  # metres: the ground ends there
+GROUND, SKY = -1, -2  # in place of a body's index
 
 
 @dataclass
@@ -55,9 +32,10 @@ class Scene:
     bodies: list[Body]  # the actor is the first
     light: Light
     naive: Light        # what lights the inserted asset
-    c2w: Tensor         # [T, 4, 4]
-    road: dict
+    c2w: Tensor         # [T, 4, 4] camera to world
+    road: Road | None   # None: only bodies are painted
     seed: int
+    gloss: float = 0.0  # of cars, 0 to 1: how much of what they could mirror they do
 
 
 # ---- geometry --------------------------------------------------------------------------------------------------------
@@ -78,7 +56,7 @@ def intrinsics(config) -> Tensor:
 
 
 def project(points: Tensor, K: Tensor, c2w: Tensor) -> tuple[Tensor, Tensor]:
-    """World points [N, 3] -> (pixels [N, 2], depth [N])."""
+    """World points [N, 3] -> (pixels [N, 2], depth [N] along the camera's z)."""
     p = (points - c2w[:3, 3]) @ c2w[:3, :3]
     return p[:, :2] / p[:, 2:].clamp(min=1e-6) @ K[:2, :2].T + K[:2, 2], p[:, 2]
 
@@ -89,52 +67,67 @@ class Hits:
 
     point: Tensor     # world
     normal: Tensor    # world
-    local: Tensor     # in the body's coordinates
-    depth: Tensor     # along the camera's z
-    body: Tensor      # index of the body, -1 the ground, -2 the sky
+    local: Tensor     # in the body's coordinates; of the sky its direction
+    depth: Tensor     # along the camera's z; inf: the sky
+    body: Tensor      # index of the body, or GROUND or SKY
     part: Tensor      # index of its part
+
+    def of(self, index: Tensor) -> Points:
+        """What a paint wants to know of some of them."""
+        return Points(self.local[index], self.normal[index], self.depth[index])
 
 
 def cast(scene: Scene, K: Tensor, size: tuple[int, int], t: int, supersample: int) -> Hits:
     """Primary rays of frame t of a camera K [3, 3] with `size` rows and columns, `supersample` squared to a pixel."""
-    H, W = size[0] * supersample, size[1] * supersample
-    c2w = scene.c2w[t]
+    H, W, c2w = size[0] * supersample, size[1] * supersample, scene.c2w[t]
     y, x = torch.meshgrid((torch.arange(H) + 0.5) / supersample, (torch.arange(W) + 0.5) / supersample, indexing="ij")
     rays = torch.stack([(x - K[0, 2]) / K[0, 0], (y - K[1, 2]) / K[1, 1], torch.ones_like(x)], dim=-1).view(-1, 3)
     direction, origin = rays @ c2w[:3, :3].T, c2w[:3, 3]               # rays have z = 1: their t is the depth
-    down = direction[:, 1]
-    depth = torch.where(down > 1e-6, -origin[1] / down.clamp(min=1e-6), math.inf)
-    depth = torch.where(depth < 160, depth, math.inf)
-    body = torch.where(depth < math.inf, -1, -2)
-    part, local = torch.zeros_like(body), torch.zeros_like(direction)
-    normal = torch.tensor([0.0, -1.0, 0.0]).repeat(len(rays), 1)
-    grid = torch.arange(H * W).view(H, W)
+    hits = meet_ground(origin, direction)
+    pixels_of = torch.arange(H * W).view(H, W)
     for b, solid in enumerate(scene.bodies):
         R, centre = solid.pose[t, :3, :3], solid.pose[t, :3, 3]
         o = (origin - centre) @ R
-        for k, p in enumerate(solid.parts):
-            pixels, z = project(p.corners @ R.T + centre, K, c2w)
-            if (z < 0.3).all():
-                continue
-            if (z < 0.3).any():  # it reaches behind the camera: no rectangle bounds it
-                index = grid.flatten()
-            else:
-                x0, y0 = (pixels.amin(0) * supersample).floor().long().tolist()
-                x1, y1 = (pixels.amax(0) * supersample).ceil().long().tolist()
-                index = grid[max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)].flatten()
+        for k, part in enumerate(solid.parts):
+            pixels, z = project(part.corners @ R.T + centre, K, c2w)
+            index = candidates(pixels * supersample, z, pixels_of)
             if len(index) == 0:
                 continue
             d = direction[index] @ R
-            near, far, face = slab(o.expand_as(d), d, p)
-            hit = ((near < far) & (near > 0.1) & (near < depth[index])).nonzero().squeeze(1)
+            near, far, face = slab(o.expand_as(d), d, part)
+            hit = ((near < far) & (near > 0.1) & (near < hits.depth[index])).nonzero().squeeze(1)
             index, near = index[hit], near[hit]
-            depth[index], body[index], part[index] = near, b, k
-            local[index] = o + near[:, None] * d[hit]
-            normal[index] = p.normals[face[hit]] @ R.T
-    point = origin + torch.where(depth.isfinite(), depth, 0.0)[:, None] * direction
-    sky = body == -2
-    local[sky] = F.normalize(direction[sky], dim=1)
-    return Hits(point, normal, local, depth, body, part)
+            hits.depth[index], hits.body[index], hits.part[index] = near, b, k
+            hits.local[index] = o + near[:, None] * d[hit]
+            hits.normal[index] = part.normals[face[hit]] @ R.T
+    hits.point = origin + torch.where(hits.depth.isfinite(), hits.depth, 0.0)[:, None] * direction
+    above = hits.body == SKY
+    hits.local[above] = F.normalize(direction[above], dim=1)
+    return hits
+
+
+def meet_ground(origin: Tensor, direction: Tensor) -> Hits:
+    """Where rays from a point [3] in directions [N, 3] meet the empty ground, or nothing."""
+    down = direction[:, 1]
+    depth = torch.where(down > 1e-6, -origin[1] / down.clamp(min=1e-6), math.inf)
+    depth = torch.where(depth < FAR, depth, math.inf)
+    body = torch.where(depth < math.inf, GROUND, SKY)
+    up = torch.tensor([0.0, -1.0, 0.0]).repeat(len(direction), 1)
+    return Hits(torch.zeros_like(direction), up, torch.zeros_like(direction), depth, body, torch.zeros_like(body))
+
+
+def candidates(pixels: Tensor, z: Tensor, pixels_of: Tensor) -> Tensor:
+    """Indices of the rays that can meet a part whose corners project to pixels [M, 2] at depths z [M].
+
+    pixels_of [H, W]: the index of the ray of each pixel.
+    """
+    if (z < 0.3).all():
+        return pixels_of.flatten()[:0]
+    if (z < 0.3).any():  # it reaches behind the camera: no rectangle bounds it
+        return pixels_of.flatten()
+    x0, y0 = pixels.amin(0).floor().long().tolist()
+    x1, y1 = pixels.amax(0).ceil().long().tolist()
+    return pixels_of[max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)].flatten()
 
 
 def blocked(scene: Scene, t: int, point: Tensor, bodies: list[int], to_sun: Tensor) -> Tensor:
@@ -143,7 +136,7 @@ def blocked(scene: Scene, t: int, point: Tensor, bodies: list[int], to_sun: Tens
     for b in bodies:
         solid = scene.bodies[b]
         R, centre = solid.pose[t, :3, :3], solid.pose[t, :3, 3]
-        corners = torch.cat([p.corners for p in solid.parts]) @ R.T + centre
+        corners = torch.cat([part.corners for part in solid.parts]) @ R.T + centre
         middle, radius = corners.mean(0), (corners - corners.mean(0)).norm(dim=1).max()
         # only points whose ray to the sun passes the bounding sphere
         away = point - middle
@@ -152,162 +145,130 @@ def blocked(scene: Scene, t: int, point: Tensor, bodies: list[int], to_sun: Tens
         if len(index) == 0:
             continue
         o, d = (point[index] - centre) @ R, (to_sun @ R).expand(len(index), 3)
-        for p in solid.parts:
-            near, far, _ = slab(o, d, p)
+        for part in solid.parts:
+            near, far, _ = slab(o, d, part)
             dark[index] |= (near < far) & (far > 1e-3)
     return dark
 
 
-# ---- appearance ------------------------------------------------------------------------------------------------------
+# ---- frames ----------------------------------------------------------------------------------------------------------
 
-def noise(x: Tensor, y: Tensor, seed: int) -> Tensor:
-    """Smooth value noise in [-1, 1] at coordinates of any shape, one cell to a unit."""
-    def lattice(i: Tensor, j: Tensor) -> Tensor:
-        h = (i * 374761393 + j * 668265263 + seed * 974711) & 0x7FFFFFFF
-        h = ((h ^ (h >> 13)) * 1274126177) & 0x7FFFFFFF
-        return ((h ^ (h >> 16)) & 0xFFFF).float() / 32767.5 - 1
-    i, j = x.floor().long(), y.floor().long()
-    u, v = x - i, y - j
-    u, v = u * u * (3 - 2 * u), v * v * (3 - 2 * v)
-    top = torch.lerp(lattice(i, j), lattice(i + 1, j), u)
-    return torch.lerp(top, torch.lerp(lattice(i, j + 1), lattice(i + 1, j + 1), u), v)
+@dataclass
+class Surface:
+    """What is known of the points that the rays of a frame meet; all [N, ...]."""
 
+    point: Tensor        # [N, 3] world
+    normal: Tensor       # [N, 3] world
+    albedo: Tensor       # [N, 3], 0 for the sky
+    gloss: Tensor        # [N], 0 to 1
+    lit: Tensor          # 1 where no body but the actor hides the sun
+    lit_actor: Tensor    # 1 where the actor does not
+    open_sky: Tensor     # how much of the sky all vehicles but the actor leave open
+    open_actor: Tensor   # how much the actor does
 
-def ground(scene: Scene, hits: Hits, on: Tensor) -> Tensor:
-    """The road's albedo [M, 3] at hits `on`: asphalt, markings, verge; detail fades where a pixel covers much of it."""
-    road, (x, _, z), depth = scene.road, hits.point[on].T, hits.depth[on]
-    fade, fine = (1 - depth / 60).clamp(0, 1), (1 - depth / 18).clamp(0, 1)
-    grain = 0.10 * fade * noise(x * 0.7, z * 0.35, scene.seed) + 0.12 * fine * noise(x * 5, z * 5, scene.seed + 1)
-    asphalt = (road["tone"] * (1 + grain))[:, None].expand(-1, 3)
-    verge = torch.tensor(road["verge"]) * (1 + 1.6 * grain)[:, None]
-    edge = ((x.abs() - road["half"]) * 8).clamp(0, 1)[:, None]
-    color = torch.lerp(asphalt, verge, edge)
-    half = 0.07 + 0.004 * depth  # a line is at least so wide that a pixel can show it
-    def line(at):
-        return ((half - (x - at).abs()) / (0.02 + 0.006 * depth) + 0.5).clamp(0, 1)
-    dashed = (((z + road["phase"]) % (2.2 * road["dash"])) < road["dash"]).float()
-    marks = torch.maximum(line(-road["lane"] / 2) * dashed, line(road["lane"] / 2) * dashed)
-    marks = torch.maximum(marks, torch.maximum(line(road["half"] - 0.3), line(0.3 - road["half"])))
-    return torch.lerp(color, torch.tensor([0.62, 0.62, 0.58]).expand_as(color), (0.85 * marks * fade)[:, None])
+    def of(self, index: Tensor) -> "Surface":
+        """Those of a mask [N] or of indices."""
+        return Surface(*(v[index] for v in vars(self).values()))
 
 
-def paint(scene: Scene, hits: Hits, on: Tensor, b: int, k: int) -> Tensor:
-    """Albedo [M, 3] of part k of body b at hits `on`."""
-    body, part = scene.bodies[b], scene.bodies[b].parts[k]
-    x, y, z = hits.local[on].T
-    color = body.color.expand(len(on), 3).clone()
-    if part.paint == "wheel":
-        color[:] = 0.03
-    elif part.paint == "leaves":
-        color = torch.tensor([0.10, 0.20, 0.06]) * (1 + 0.5 * noise(x * 3 + y * 2, z * 3 + y, scene.seed))[:, None]
-    elif part.paint == "wall":
-        fade = (1 - hits.depth[on] / 70).clamp(0, 1)
-        along = torch.where(hits.normal[on, 0].abs() > 0.5, z, x)
-        window = ((along % 3.0 - 1.5).abs() < 0.7) & ((y % 3.2 - 1.5).abs() < 0.75) & (y < -0.6)
-        color = torch.lerp(color, torch.tensor([0.06, 0.08, 0.11]).expand_as(color), (0.8 * fade * window)[:, None])
-    elif part.paint == "cabin":
-        h = body.size[1]
-        glass = (y > -0.96 * h) & (y < -0.64 * h) & (hits.normal[on, 1].abs() < 0.8)
-        color[glass] = torch.tensor([0.035, 0.045, 0.055])
-    elif part.paint == "body":
-        w, h, length = body.size
-        low = y > -0.24 * h
-        color[low] = color[low] * 0.25
-        side = x.abs() > 0.30 * w
-        lamp = (y < -0.40 * h) & (y > -0.56 * h) & side
-        rear, front = lamp & (z < -0.46 * length), lamp & (z > 0.46 * length)
-        color[rear], color[front] = torch.tensor([0.45, 0.02, 0.02]), torch.tensor([0.80, 0.80, 0.75])
-        plate = (x.abs() < 0.13 * w) & (y > -0.42 * h) & (y < -0.32 * h) & (z.abs() > 0.46 * length)
-        color[plate] = 0.55
+def look_at(scene: Scene, hits: Hits, t: int) -> Surface:
+    """Paint every hit, and ask what hides the sun and the sky from it."""
+    N, above = len(hits.body), hits.body == SKY
+    found = Surface(hits.point, hits.normal, torch.zeros(N, 3), torch.zeros(N), *(torch.ones(N) for _ in range(4)))
+    on = (hits.body == GROUND).nonzero().squeeze(1)
+    found.albedo[on] = ground(scene.road, hits.point[on], hits.depth[on], scene.seed)
+    for b, body in enumerate(scene.bodies):
+        mine = hits.body == b
+        for k in range(len(body.parts)):
+            index = (mine & (hits.part == k)).nonzero().squeeze(1)
+            if len(index):
+                points = hits.of(index)
+                found.albedo[index] = albedo(body, k, points, scene.seed)
+                found.gloss[index] = scene.gloss * gloss(body, k, points)
+
+    solid = (~above).nonzero().squeeze(1)
+    start = hits.point[solid] + 0.01 * hits.normal[solid]
+    others = list(range(1, len(scene.bodies)))
+    found.lit[solid] = 1 - blocked(scene, t, start, others, scene.light.to_sun).float()
+    found.lit_actor[solid] = 1 - blocked(scene, t, start, [0], scene.light.to_sun).float()
+    for b, body in enumerate(scene.bodies):
+        if body.size is not None:
+            seen = contact(hits.point[on], body, t)
+            if b == 0:
+                found.open_actor[on] = seen
+            else:
+                found.open_sky[on] = torch.minimum(found.open_sky[on], seen)
+    return found
+
+
+def leaving(surface: Surface, eye: Tensor, light: Light, lit: Tensor, open_sky: Tensor) -> Tensor:
+    """What leaves points towards the eye [3], in a light that `lit` and `open_sky` [N] let through -> [N, 3]."""
+    color = shade(surface.albedo, surface.normal, light, lit, open_sky)
+    shiny = surface.gloss.nonzero().squeeze(1)
+    if len(shiny):
+        s = surface.of(shiny)
+        color[shiny] = color[shiny] + mirror(s.point - eye, s.normal, light, lit[shiny], s.gloss)
     return color
-
-
-def shade(albedo: Tensor, normal: Tensor, light: Light, lit: Tensor, open_sky: Tensor) -> Tensor:
-    """Diffuse: albedo · (sky · how much of it is seen + sun · max(0, n · l) · whether it is seen), times exposure."""
-    up = (0.65 - 0.35 * normal[:, 1:2]) * open_sky[:, None]
-    sun = (normal @ light.to_sun).clamp(min=0)[:, None] * lit[:, None]
-    return albedo * (light.sky * up + light.sun * sun) * light.exposure
-
-
-def contact(point: Tensor, body: Body, t: int) -> Tensor:
-    """How much of the sky a body leaves open to points on the ground [N, 3] -> [N]: darkest beneath it."""
-    x, _, z = ((point - body.pose[t, :3, 3]) @ body.pose[t, :3, :3]).T
-    outside = torch.stack([x.abs() - body.size[0] / 2, z.abs() - body.size[2] / 2]).clamp(min=0).norm(dim=0)
-    return 1 - 0.75 * torch.exp(-outside / 0.45)
 
 
 def frame(scene: Scene, config, t: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Frame t in linear light: (naive [3, H, W], truth [3, H, W], actor's alpha [1, H, W], its shadow [1, H, W])."""
     hits = cast(scene, intrinsics(config), (config.height, config.width), t, config.supersample)
-    light = scene.light
-    N = len(hits.body)
-    albedo, sky, actor = torch.zeros(N, 3), hits.body == -2, hits.body == 0
-    on = (hits.body == -1).nonzero().squeeze(1)
-    albedo[on] = ground(scene, hits, on)
-    for b, body in enumerate(scene.bodies):
-        mine = hits.body == b
-        for k in range(len(body.parts)):
-            which = (mine & (hits.part == k)).nonzero().squeeze(1)
-            if len(which):
-                albedo[which] = paint(scene, hits, which, b, k)
-
-    # the sun and the sky without the actor, then with it
-    solid = (~sky).nonzero().squeeze(1)
-    start = hits.point[solid] + 0.01 * hits.normal[solid]
-    lit, lit_actor, open_sky, open_actor = torch.ones(N), torch.ones(N), torch.ones(N), torch.ones(N)
-    lit[solid] = 1 - blocked(scene, t, start, list(range(1, len(scene.bodies))), light.to_sun).float()
-    lit_actor[solid] = 1 - blocked(scene, t, start, [0], light.to_sun).float()
-    for b, body in enumerate(scene.bodies):
-        if body.size is not None:
-            seen = contact(hits.point[on], body, t)
-            if b == 0:
-                open_actor[on] = seen
-            else:
-                open_sky[on] = torch.minimum(open_sky[on], seen)
-
-    truth = shade(albedo, hits.normal, light, lit * lit_actor, torch.minimum(open_sky, open_actor))
-    naive = shade(albedo, hits.normal, light, lit, open_sky)
+    light, eye = scene.light, scene.c2w[t, :3, 3]
+    s, above, actor = look_at(scene, hits, t), hits.body == SKY, hits.body == 0
+    truth = leaving(s, eye, light, s.lit * s.lit_actor, torch.minimum(s.open_sky, s.open_actor))
+    naive = leaving(s, eye, light, s.lit, s.open_sky)
     one = torch.ones(int(actor.sum()))
-    naive[actor] = shade(albedo[actor], hits.normal[actor], scene.naive, one, one)
-    up = (-hits.local[sky, 1]).clamp(min=0)[:, None]
-    heaven = torch.lerp(torch.tensor([0.82, 0.86, 0.90]), torch.tensor([0.30, 0.48, 0.80]), up.sqrt())
-    truth[sky] = naive[sky] = heaven * (light.sky.mean() * 1.1 + 0.25 * light.sun.mean()) * light.exposure
+    naive[actor] = leaving(s.of(actor), eye, scene.naive, one, one)
+    truth[above] = naive[above] = sky(-hits.local[above, 1], light)
     # distance takes a little of the horizon's colour, the same in both
-    haze = (hits.depth / 220).clamp(0, 0.5)[:, None]
-    horizon = torch.tensor([0.82, 0.86, 0.90]) * (light.sky.mean() * 1.1 + 0.25 * light.sun.mean()) * light.exposure
-    truth, naive = (torch.where(sky[:, None], v, torch.lerp(v, horizon.expand_as(v), haze)) for v in (truth, naive))
+    truth, naive = (torch.where(above[:, None], v, haze(v, hits.depth, light)) for v in (truth, naive))
+    darker = ((naive - truth).sum(1) > 0.04 * naive.sum(1)) & ~actor & ~above
 
-    darker = ((naive - truth).sum(1) > 0.04 * naive.sum(1)) & ~actor & ~sky
-    s = config.supersample
-    def down(v):
-        return rearrange(v.view(config.height, s, config.width, s, -1), "h p w q c -> c h w p q").mean(dim=(3, 4))
-    return down(naive), down(truth), down(actor.float()[:, None]), down(darker.float()[:, None])
+    def pixels(v: Tensor) -> Tensor:
+        """The mean [C, H, W] of a pixel's rays [N, C]."""
+        p = config.supersample
+        return rearrange(v.view(config.height, p, config.width, p, -1), "h p w q c -> c h w p q").mean(dim=(3, 4))
+    return pixels(naive), pixels(truth), pixels(actor.float()[:, None]), pixels(darker.float()[:, None])
 
 
-def motion(scene: Scene, config) -> tuple[Tensor, Tensor, Tensor]:
-    """(depth [1, T, H, W], flow [2, T-1, H, W], visible [1, T-1, H, W]) at the pixels' centres."""
-    H, W, K, T = config.height, config.width, intrinsics(config), config.frames
-    hits = [cast(scene, K, (H, W), t, 1) for t in range(T)]
+@dataclass
+class Motion:
+    """What is known of every pixel's centre."""
+
+    depth: Tensor     # [1, T, H, W] metres along the camera's z; inf: the sky
+    flow: Tensor      # [2, T-1, H, W] pixels (dx, dy) from frame t to t + 1
+    visible: Tensor   # [1, T-1, H, W] 1 where it is still seen at t + 1, to a pixel
+    moving: Tensor    # [1, T, H, W] 1 where a body is seen that moves during the clip
+
+
+def motion(scene: Scene, config) -> Motion:
+    """Depth, flow, visibility and what moves, of all frames."""
+    H, W, T = config.height, config.width, config.frames
+    hits = [cast(scene, intrinsics(config), (H, W), t, 1) for t in range(T)]
+    steps = [step(scene, config, t, hits[t], hits[t + 1]) for t in range(T - 1)]
+    flow, visible = zip(*steps) if steps else ([torch.zeros(2, 0, H, W)], [torch.zeros(1, 0, H, W)])
+    join = torch.stack if steps else torch.cat
+    moves = torch.tensor([bool((body.pose != body.pose[:1]).any()) for body in scene.bodies] + [False, False])
+    return Motion(torch.stack([h.depth.view(1, H, W) for h in hits], dim=1), join(flow, dim=1), join(visible, dim=1),
+                  torch.stack([moves[h.body].float().view(1, H, W) for h in hits], dim=1))
+
+
+def step(scene: Scene, config, t: int, now: Hits, after: Hits) -> tuple[Tensor, Tensor]:
+    """(flow [2, H, W], visible [1, H, W]) from frame t to t + 1, whose rays through the pixels' centres met these."""
+    H, W = config.height, config.width
     y, x = torch.meshgrid(torch.arange(H) + 0.5, torch.arange(W) + 0.5, indexing="ij")
-    here, flow, visible = torch.stack([x, y], dim=-1).view(-1, 2), [], []
-    for t in range(T - 1):
-        now, after = hits[t], hits[t + 1]
-        point = now.point.clone()
-        for b, body in enumerate(scene.bodies):
-            on = now.body == b
-            point[on] = now.local[on] @ body.pose[t + 1, :3, :3].T + body.pose[t + 1, :3, 3]
-        sky = now.body == -2
-        point[sky] = scene.c2w[t, :3, 3] + 1e5 * now.local[sky]
-        pixel, z = project(point, K, scene.c2w[t + 1])
-        inside = ((pixel > 0) & (pixel < torch.tensor([W, H]))).all(dim=1) & (z > 0.1)
-        i = pixel.floor().long().clamp(min=0)
-        there = i[:, 1].clamp(max=H - 1) * W + i[:, 0].clamp(max=W - 1)
-        same = (after.body[there] == now.body) & (sky | ((after.depth[there] - z).abs() < 0.05 * z + 0.1))
-        flow.append((pixel - here).T.view(2, H, W))
-        visible.append((inside & same).float().view(1, H, W))
-    depth = torch.stack([h.depth.view(1, H, W) for h in hits], dim=1)
-    return depth, torch.stack(flow, dim=1) if flow else torch.zeros(2, 0, H, W), \
-        torch.stack(visible, dim=1) if visible else torch.zeros(1, 0, H, W)
+    here, point, above = torch.stack([x, y], dim=-1).view(-1, 2), now.point.clone(), now.body == SKY
+    for b, body in enumerate(scene.bodies):
+        on = now.body == b
+        point[on] = now.local[on] @ body.pose[t + 1, :3, :3].T + body.pose[t + 1, :3, 3]
+    point[above] = scene.c2w[t, :3, 3] + 1e5 * now.local[above]
+    pixel, z = project(point, intrinsics(config), scene.c2w[t + 1])
+    inside = ((pixel > 0) & (pixel < torch.tensor([W, H]))).all(dim=1) & (z > 0.1)
+    i = pixel.floor().long().clamp(min=0)
+    there = i[:, 1].clamp(max=H - 1) * W + i[:, 0].clamp(max=W - 1)
+    same = (after.body[there] == now.body) & (above | ((after.depth[there] - z).abs() < 0.05 * z + 0.1))
+    return (pixel - here).T.view(2, H, W), (inside & same).float().view(1, H, W)
 
 
 if __name__ == "__main__":
@@ -318,15 +279,16 @@ if __name__ == "__main__":
     config = WorldConfig(frames=2)
     scene = sample_scene(0, config)
     hits = cast(scene, intrinsics(config), (config.height, config.width), 0, 1)
-    for name, body in (("sky", -2), ("ground", -1), ("actor", 0)):
+    for name, body in (("sky", SKY), ("ground", GROUND), ("actor", 0)):
         print(f"{name:6} {(hits.body == body).float().mean():5.1%} of the rays")
     naive, truth, actor, shadow = frame(scene, config, 0)
     for name, alpha in (("on the actor", actor), ("in its shadow", shadow)):
         before, after = (v[:, alpha[0] > 0.5].mean() for v in (naive, truth))
         print(f"linear light {name:13} {before:.3f} naive, {after:.3f} in truth")
-    depth, flow, visible = motion(scene, config)
-    near = (depth[0, 0] / depth[0, 0].clamp(max=60).max()).clamp(max=1).expand(3, -1, -1)
-    moved = (flow[:, 0].norm(dim=0) / 8).clamp(max=1).expand(3, -1, -1)
+    known = motion(scene, config)
+    near = (known.depth[0, 0] / known.depth[0, 0].clamp(max=60).max()).clamp(max=1).expand(3, -1, -1)
+    moved = (known.flow[:, 0].norm(dim=0) / 8).clamp(max=1).expand(3, -1, -1)
     sheet = torch.cat([naive.clamp(0, 1) ** (1 / 2.2), truth.clamp(0, 1) ** (1 / 2.2), near, moved], dim=2)
     Image.fromarray((sheet * 255).round().byte().permute(1, 2, 0).numpy()).save("toy_render.png")
-    print(f"{visible.mean():.0%} of frame 0 is still seen in frame 1; toy_render.png: naive | truth | depth | flow")
+    print(f"{known.visible.mean():.0%} of frame 0 is still seen in frame 1; "
+          "toy_render.png: naive | truth | depth | flow")

@@ -1,12 +1,11 @@
 """The example scene folder: a toy scene as a reconstruction would have it, in the formats of scene.py.
 
-The street is made of the pixels of three frames, each put back where it was seen, as a Gaussian that covers its
-footprint there. Vehicles are made of their surfaces: in scene.ply as a reconstruction leaves them (seen from one side,
+The street is made of the pixels of three frames: each becomes a Gaussian at the point that was seen, as large as the
+pixel is there. Vehicles are made of their surfaces: in scene.ply as a reconstruction leaves them (seen from one side,
 noisy, anisotropic, with floaters, in the scene's light), in asset.ply as a generator makes them (whole and uniform, in
 its own size and orientation, its proportions a little off, in another light).
 
     python -m mirage_min.data.toy_world --scene example_scene
-
     python -m mirage_min.data.toy_scene
 """
 
@@ -24,13 +23,15 @@ from . import toy_render, toy_world
 from .align import mask_box
 from .scene import OPENGL_TO_OPENCV, moved
 from .splat import Gaussians, quaternions, save_ply
-from .toy_render import Body, Hits, Light, Scene
+from .toy_light import Light, shade
+from .toy_render import SKY, Scene
+from .toy_shapes import FACES, Body, Points, albedo
 from .video import write_clip
 
 Z_UP = torch.tensor([[1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]])  # toy world (y down) to the file's
 SPACING = 0.08                # metres between the asset's Gaussians
 NOISE = 0.05                  # metres, of a reconstructed surface
-DRIFT = (0.16, -0.08, 0.0)    # metres: poses are never exact, so a reconstruction stands a little beside its object
+DRIFT = (0.16, -0.08, 0.0)    # metres: poses are never exact, so a reconstruction is a little off its object
 
 
 def from_box(body: Body) -> Tensor:
@@ -51,7 +52,7 @@ def street(scene: Scene, config, t: int) -> Gaussians:
     empty = replace(scene, bodies=[b if b.size is None else replace(b, pose=away) for b in scene.bodies])
     hits = toy_render.cast(empty, toy_render.intrinsics(config), (config.height, config.width), t, 1)
     rgb = toy_render.frame(empty, config, t)[1].flatten(1).T
-    origin, sky = scene.c2w[t, :3, 3], hits.body == -2
+    origin, sky = scene.c2w[t, :3, 3], hits.body == SKY
     depth = torch.where(sky, 200.0, hits.depth)
     ray = F.normalize(torch.where(sky[:, None], hits.local, hits.point - origin), dim=1)
     ray = ray / (ray @ scene.c2w[t, :3, 2])[:, None]                   # z = 1 in the camera
@@ -66,28 +67,31 @@ def street(scene: Scene, config, t: int) -> Gaussians:
     return gaussians(origin + depth[:, None] * ray, rgb, scales, quaternions(U))
 
 
+def grid_over(face: Tensor, spacing: float) -> Tensor:
+    """Points [N, 3] about `spacing` metres apart on a face with four corners [4, 3], in order around it."""
+    across, down = (max(1, round(((face[i] - face[0]).norm() / spacing).item())) for i in (1, 3))
+    u, v = (torch.arange(n) / n + 0.5 / n for n in (across, down))
+    u, v = (w.reshape(-1, 1) for w in torch.meshgrid(u, v, indexing="ij"))
+    return (1 - v) * torch.lerp(face[0], face[1], u) + v * torch.lerp(face[3], face[2], u)
+
+
 def surface(scene: Scene, b: int, t: int, light: Light, spacing: float) -> tuple[Tensor, Tensor, Tensor]:
     """Points on a grid over body b, their normals, both in its coordinates, and their linear colours: all [N, 3]."""
-    body, points, normals, of_part = scene.bodies[b], [], [], []
+    body, R = scene.bodies[b], scene.bodies[b].pose[t, :3, :3]
+    points, normals, colors = [], [], []
     for k, part in enumerate(body.parts):
-        for n, face in zip(part.normals, toy_world.FACES):
-            c = part.corners[list(face)]
-            u, v = (torch.arange(m) / m + 0.5 / m for m in
-                    (max(1, round(((c[i] - c[0]).norm() / spacing).item())) for i in (1, 3)))
-            u, v = (w.reshape(-1, 1) for w in torch.meshgrid(u, v, indexing="ij"))
-            p = (1 - v) * torch.lerp(c[0], c[1], u) + v * torch.lerp(c[3], c[2], u)
-            inside = torch.stack([(p @ q.normals.T < q.offsets - 1e-3).all(dim=1) for q in body.parts]).any(dim=0)
-            points.append(p[~inside]), normals.append(n.expand_as(p)[~inside])
-            of_part.append(torch.full((len(points[-1]),), k))
-    points, normals, of_part = torch.cat(points), torch.cat(normals), torch.cat(of_part)
-    R = body.pose[t, :3, :3]
-    hits = Hits(points @ R.T + body.pose[t, :3, 3], normals @ R.T, points, torch.zeros(len(points)),
-                torch.full_like(of_part, b), of_part)
-    albedo, one = torch.zeros_like(points), torch.ones(len(points))
-    for k in range(len(body.parts)):
-        on = (of_part == k).nonzero().squeeze(1)
-        albedo[on] = toy_render.paint(scene, hits, on, b, k)
-    return points, normals, toy_render.shade(albedo, hits.normal, light, one, one)
+        p = [grid_over(part.corners[list(face)], spacing) for face in FACES]
+        n = torch.cat([normal.expand_as(q) for normal, q in zip(part.normals, p)])
+        p = torch.cat(p)
+        inside = torch.stack([(p @ other.normals.T < other.offsets - 1e-3).all(dim=1) for other in body.parts]).any(0)
+        p, n = p[~inside], n[~inside]
+        if len(p):
+            points.append(p)
+            normals.append(n)
+            colors.append(albedo(body, k, Points(p, n @ R.T, torch.zeros(len(p))), scene.seed))
+    points, normals, colors = torch.cat(points), torch.cat(normals), torch.cat(colors)
+    one = torch.ones(len(points))
+    return points, normals, shade(colors, normals @ R.T, light, one, one)
 
 
 def reconstructed(scene: Scene, b: int, t: int, draws: torch.Generator) -> Gaussians:
