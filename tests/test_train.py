@@ -304,8 +304,11 @@ def interrupted(command: list, folder: Path, number: int) -> tuple[int, str]:
     def defaults():  # what pytest ignores (nohup), its children ignore too
         for each in run.SIGNALS:
             signal.signal(each, signal.SIG_DFL)
+    # as many threads as here: sums over another number of them differ in the last bit
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     with open(folder / "stderr", "w+") as stderr:
-        child = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=stderr, preexec_fn=defaults)
+        child = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=stderr, env=environment,
+                                 preexec_fn=defaults)
         try:
             while not (folder / "run" / "checkpoint.safetensors").exists() and child.poll() is None:
                 time.sleep(0.02)
