@@ -7,14 +7,14 @@
     python train_base.py prior    --data data/toy      # the transformer, as a diffusion model of true videos
     python train_base.py one_step --data data/toy      # DEVIATION: the paper has no such stage, see below
 
-With `--family wan`, vae, prior and one_step train a base of Wan's classes instead of CogVideoX's.
+With `--family wan`, vae, prior and one_step train a base of Wan's classes instead of CogVideoX's. With
+`--set init=FOLDER` training continues from the network in that folder.
 
 The autoencoders see crops of mixed sizes in many tones (mirage_min/data/crops.py), and their loss weighs coarse tone by
-itself: a network that has seen the tones of one drive shifts the others'.
-
-The networks are the published classes with small numbers (mirage_min/networks/small_base.py). The stage `one_step`
-trains the transformer to predict z_GT from z_NI in latent space before stage H does so through pixels. The paper has
-none, because its transformer starts from a strong prior; one of four million parameters does not (DEVIATIONS.md).
+itself: a network that has seen the tones of one drive shifts the others'. The networks are the published classes with
+small numbers (mirage_min/networks/small_base.py). The stage `one_step` trains the transformer to predict z_GT from z_NI
+in latent space before stage H does so through pixels. The paper has none, because its transformer starts from a strong
+prior; one of four million parameters does not (DEVIATIONS.md).
 """
 
 import argparse
@@ -28,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Generator, Tensor, nn
-from tqdm import tqdm
 
 from mirage_min.data.crops import Crops
 from mirage_min.data.pairs import Pairs
@@ -44,6 +43,7 @@ from mirage_min.networks.vae_2d import AutoencoderKL
 from mirage_min.networks.vae_cogvideox import CogVideoXVAE
 from mirage_min.networks.vae_wan import WanVAE
 from mirage_min.training import checkpoint, processes, run, watch
+from mirage_min.training.latents import Latents
 
 SCHEDULERS = {  # scheduler_config.json, by family
     "cogvideox": config_from_schedule(VPrediction(prediction_type="v_prediction", rescale_betas_zero_snr=True,
@@ -66,6 +66,7 @@ class Recipe(run.Optimisation):
                                               # `batch` clips, the others with as many pixels, but two clips at least
     norm_groups: int = 8    # of CogVideoX's VAE
     width: float = 1.0      # factor on the autoencoders' channels
+    init: str = ""          # folder of a network to continue from; "": a new one, and for one_step the prior
     bf16: bool = False      # on a CPU that multiplies it natively
     seed: int = 0
 
@@ -131,14 +132,14 @@ def posterior(model: CogVideoXVAE | WanVAE, x: Tensor) -> tuple[Tensor, Tensor]:
 
     ValueError for a number of frames that the VAE would pad: it would train on frames that are none.
     """
-    T = x.shape[2]
-    if model.legal_length(T) != T:
-        raise ValueError(f"sizes: wanted crops of as many frames as {type(model).__name__} takes whole, got {T}")
+    if model.legal_length(x.shape[2]) != x.shape[2]:
+        raise ValueError(f"sizes: wanted crops of as many frames as {type(model).__name__} takes whole, got "
+                         f"{x.shape[2]}")
     if isinstance(model, WanVAE):
         mean, logvar, _ = model.posterior_group(x)
         return mean, logvar
     cache, means, logvars = None, [], []
-    for group in model.encode_groups(T):  # its norms see a whole group, so the grouping matters
+    for group in model.encode_groups(x.shape[2]):  # its norms see a whole group, so the grouping matters
         mean, logvar, cache = model.posterior_group(x[:, :, group], cache)
         means.append(mean)
         logvars.append(logvar)
@@ -170,51 +171,11 @@ def one_step_loss(model: CogVideoXDiT | WanDiT, batch, draws: Generator, alpha_b
 
 
 def empty_prompt(z: Tensor) -> Tensor:
-    """The embedding [B, 1, D] that both small transformers are given with latents z [B, C, F, h, w]."""
+    """The embedding [B, 1, D] that both small transformers get with latents z [B, C, F, h, w]."""
     return torch.zeros(z.shape[0], 1, small_base.DIT.text_embed_dim, device=z.device)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
-
-class Latents:
-    """The pairs as latents, as they are and mirrored, encoded once and kept in a file.
-
-    ValueError if the file is there and holds those of other pairs or of another VAE.
-    """
-
-    def __init__(self, pairs: Pairs, vae: CogVideoXVAE | WanVAE, recipe: Recipe, file: Path):
-        about = {"pairs": checkpoint.digest_of_files(pairs.paths()), "vae": checkpoint.digest_of_frozen(vae, {})}
-        if not file.exists():
-            z = self.encode(pairs, vae, recipe)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            weights.save_tensors(file, {"z": z}, about)
-        tensors, found = weights.load_tensors(file)
-        if found != about:
-            raise ValueError(f"{file}: wanted latents of {about}, got {found}: remove it, or name another --runs")
-        self.z = tensors["z"]                                                            # [2 N, 2, 16, F, h, w]
-
-    @staticmethod
-    @torch.no_grad()
-    def encode(pairs: Pairs, vae: CogVideoXVAE | WanVAE, recipe: Recipe) -> Tensor:
-        """All pairs -> latents [2 N, 2, 16, F, h, w] in float16: of every pair as it is, then mirrored."""
-        z, device = None, next(vae.parameters()).device
-        for i in tqdm(range(len(pairs)), desc="encoding", unit="clip", disable=None):
-            x = torch.stack(pairs.read(i, lambda n: 0)).to(device)                       # [NI and GT, 3, T, H, W]
-            with run.autocast(recipe, device):
-                both = torch.stack([vae.encode(x), vae.encode(x.flip(-1))]).half().cpu()  # [2, 2, 16, F, h, w]
-            if z is None:  # one tensor from the start: many small ones, kept between large ones, hold the heap open
-                z = both.new_empty(2 * len(pairs), *both.shape[1:])
-            if both.shape[1:] != z.shape[1:]:
-                raise ValueError(f"{pairs.names[i]}: wanted clips of one size, got latents {list(both.shape[2:])} "
-                                 f"after {list(z.shape[2:])}")
-            z[2 * i : 2 * i + 2] = both
-        return z
-
-    def batch(self, n: int, draws: Generator) -> tuple[Tensor, Tensor]:
-        """n pairs of latents: z_NI, z_GT [n, 16, F, h, w]."""
-        z = self.z[torch.randint(len(self.z), (n,), generator=draws)].float()
-        return z[:, 0], z[:, 1]
-
 
 def next_batch(data: Crops | Latents, recipe: Recipe, step: int, draws: Generator) -> tuple[tuple, list[str]]:
     """What a step trains on, (crops [n, 3, T, h, w],) or (z_NI, z_GT), and the names of its clips."""
@@ -260,7 +221,7 @@ def build(args, recipe: Recipe) -> Stage:
     if args.stage == "prior":
         model, loss = small_base.new_transformer(args.family), prior_loss
     else:
-        model, loss = DiT.from_pretrained(out), one_step_loss
+        model, loss = DiT.from_pretrained(recipe.init or out), one_step_loss
     vae = VAE.from_pretrained(base, "vae", device=args.device)
     data = Latents(pairs, vae, recipe, args.run.parent / f"latents{'_wan' * wan}.safetensors")
     return Stage(model, data, partial(loss, alpha_bars=alpha_bars), out, pairs.paths())
@@ -269,9 +230,13 @@ def build(args, recipe: Recipe) -> Stage:
 def main(args, recipe: Recipe) -> None:
     torch.manual_seed(recipe.seed)
     stage = build(args, recipe)
+    files = stage.files
+    if recipe.init:
+        stage.model = type(stage.model).from_pretrained(recipe.init)
+        files = files + [Path(recipe.init)]
     model = stage.model.train().to(args.device)
     params = dict(model.named_parameters())
-    identity = checkpoint.identify(args, recipe, stage.files, nn.ModuleList([model, stage.judge]), params)
+    identity = checkpoint.identify(args, recipe, files, nn.ModuleList([model, stage.judge]), params)
     optimizer = run.optimizer(params, recipe)
     start = checkpoint.resume(args.run, params, optimizer, identity, recipe.steps)
     log = watch.Log(args.run, recipe, start)
@@ -303,10 +268,10 @@ def save(args, recipe: Recipe, stage: Stage) -> None:
     if args.stage == "vae":
         normalise_latents(stage.model, stage.data, recipe)
     if args.stage == "prior":
-        file = stage.out.parent / "scheduler" / "scheduler_config.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with weights.whole_file(file) as temporary:
-            temporary.write_text(json.dumps(SCHEDULERS[args.family], indent=2) + "\n")
+        folder = stage.out.parent / "scheduler"
+        folder.mkdir(parents=True, exist_ok=True)
+        with weights.whole_file(folder / "scheduler_config.json") as file:
+            file.write_text(json.dumps(SCHEDULERS[args.family], indent=2) + "\n")
     stage.model.save_pretrained(stage.out)
 
 

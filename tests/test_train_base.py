@@ -19,6 +19,7 @@ from mirage_min.networks.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
 from mirage_min.networks.vae_wan import WanVAE, WanVAEConfig
 from mirage_min.systems.mirage import Mirage
 from mirage_min.training import checkpoint, run
+from mirage_min.training.latents import Latents
 
 SMALL_VAE = CogVideoXVAEConfig(block_out_channels=(4, 4, 8, 8), norm_num_groups=4, layers_per_block=1)
 SMALL_DIT = CogVideoXDiTConfig(num_attention_heads=1, num_layers=2, time_embed_dim=8, text_embed_dim=16,
@@ -52,9 +53,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def train(folder, stage, family="cogvideox", **settings):
+def train(folder, stage, family="cogvideox", out=None, **settings):
+    run_folder = (out or folder) / "runs" / f"{stage}_{family}"
     args = argparse.Namespace(stage=stage, family=family, data=folder / "pairs", real=None, perceptual=folder,
-                              out=folder / "out", run=folder / "runs" / f"{stage}_{family}", device="cpu")
+                              out=out or folder / "out", run=run_folder, device="cpu")
     recipe = dict(batch=2, sizes="9x32x32 1x32x48", norm_groups=4, warmup=1) | settings
     train_base.main(args, train_base.Recipe(**recipe))
 
@@ -66,6 +68,19 @@ def test_each_stage_trains_its_own_network_and_leaves_the_others_alone(folder):
     for before, after in zip(made, made[1:]):
         assert all(before[name] == after[name] for name in before if name != "transformer")
     assert made[2]["transformer"] != made[3]["transformer"], "one_step goes on from the prior"
+
+
+@pytest.mark.parametrize("stage, where", [("vae_2d", "vae_2d"), ("vae", "base/vae"), ("prior", "base/transformer"),
+                                          ("one_step", "base/transformer")])
+def test_a_stage_continues_from_the_network_in_a_folder(folder, tmp_path, stage, where):
+    begun, _ = weights.load_tensors(folder / "out" / where / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "begun").mkdir()
+    for file in (folder / "out" / where).iterdir():
+        (tmp_path / "begun" / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(folder / "out" / "base" / "vae", tmp_path / "base" / "vae")  # whose latents a transformer trains on
+    train(folder, stage, out=tmp_path, steps=0, init=str(tmp_path / "begun"))
+    ended, _ = weights.load_tensors(tmp_path / where / "diffusion_pytorch_model.safetensors")
+    assert ended.keys() == begun.keys() and all(torch.equal(ended[key], begun[key]) for key in begun)
 
 
 def test_the_base_loads_as_published_ones_do_and_mirage_stands_on_it(folder):
@@ -209,7 +224,7 @@ def test_latents_of_other_pairs_other_contents_or_another_vae_are_refused(folder
         vae = CogVideoXVAE.from_pretrained(folder / "out" / "base", "vae")
         with torch.no_grad():
             change(vae)
-        return train_base.Latents(Pairs(tmp_path / "pairs", 9), vae, train_base.Recipe(1, 1), file)
+        return Latents(Pairs(tmp_path / "pairs", 9), vae, train_base.Recipe(1, 1), file)
     assert len(latents().z) == 6, "wherever the pairs are"
     refused = pytest.raises(ValueError, match="latents.safetensors: wanted latents of .*: remove it, or name another")
     with refused:
@@ -231,7 +246,7 @@ def test_clips_of_different_sizes_are_refused_by_name(folder, tmp_path):
         x = torch.zeros(3, 9, 32, width, dtype=torch.uint8)
         weights.save_tensors(tmp_path / f"{name}.safetensors", {"x_ni": x, "x_gt": x.clone()})
     with pytest.raises(ValueError, match="b.safetensors: wanted clips of one size"):
-        train_base.Latents(Pairs(tmp_path, 9), vae, train_base.Recipe(1, 1), tmp_path / "z")
+        Latents(Pairs(tmp_path, 9), vae, train_base.Recipe(1, 1), tmp_path / "z")
 
 
 def test_a_new_transformer_says_nothing_whatever_it_is_given(monkeypatch):

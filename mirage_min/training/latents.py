@@ -1,0 +1,54 @@
+"""Pairs as latents: what the transformer of a small base trains on, encoded once and kept in a file."""
+
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor
+from tqdm import tqdm
+
+from ..data.pairs import Pairs
+from ..networks import weights
+from ..networks.vae_cogvideox import CogVideoXVAE
+from ..networks.vae_wan import WanVAE
+from .checkpoint import digest_of_files, digest_of_frozen
+from .run import Optimisation, autocast
+
+
+class Latents:
+    """The pairs as latents, as they are and mirrored, encoded once and kept in a file.
+
+    ValueError if the file is there and holds those of other pairs or of another VAE.
+    """
+
+    def __init__(self, pairs: Pairs, vae: CogVideoXVAE | WanVAE, recipe: Optimisation, file: Path):
+        about = {"pairs": digest_of_files(pairs.paths()), "vae": digest_of_frozen(vae, {})}
+        if not file.exists():
+            z = self.encode(pairs, vae, recipe)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            weights.save_tensors(file, {"z": z}, about)
+        tensors, found = weights.load_tensors(file)
+        if found != about:
+            raise ValueError(f"{file}: wanted latents of {about}, got {found}: remove it, or name another --runs")
+        self.z = tensors["z"]                                                            # [2 N, 2, 16, F, h, w]
+
+    @staticmethod
+    @torch.no_grad()
+    def encode(pairs: Pairs, vae: CogVideoXVAE | WanVAE, recipe: Optimisation) -> Tensor:
+        """All pairs -> latents [2 N, 2, 16, F, h, w] in float16: of every pair as it is, then mirrored."""
+        z, device = None, next(vae.parameters()).device
+        for i in tqdm(range(len(pairs)), desc="encoding", unit="clip", disable=None):
+            x = torch.stack(pairs.read(i, lambda n: 0)).to(device)                       # [NI and GT, 3, T, H, W]
+            with autocast(recipe, device):
+                both = torch.stack([vae.encode(x), vae.encode(x.flip(-1))]).half().cpu()  # [2, 2, 16, F, h, w]
+            if z is None:  # one tensor from the start: many small ones, kept between large ones, hold the heap open
+                z = both.new_empty(2 * len(pairs), *both.shape[1:])
+            if both.shape[1:] != z.shape[1:]:
+                raise ValueError(f"{pairs.names[i]}: wanted clips of one size, got latents {list(both.shape[2:])} "
+                                 f"after {list(z.shape[2:])}")
+            z[2 * i : 2 * i + 2] = both
+        return z
+
+    def batch(self, n: int, draws: Generator) -> tuple[Tensor, Tensor]:
+        """n pairs of latents: z_NI, z_GT [n, 16, F, h, w]."""
+        z = self.z[torch.randint(len(self.z), (n,), generator=draws)].float()
+        return z[:, 0], z[:, 1]
