@@ -8,12 +8,16 @@ import torch
 from torch import nn
 
 from mirage_min.method.one_step import alpha_bar
+from mirage_min.method.skips import Skips
 from mirage_min.networks.dit_cogvideox import CogVideoXDiT, CogVideoXDiTConfig
 from mirage_min.networks.dit_wan import WanDiT, WanDiTConfig
+from mirage_min.networks.unet_2d import UNet2D, UNet2DConfig
 from mirage_min.networks.vae_2d import AutoencoderKL, AutoencoderKLConfig
 from mirage_min.networks.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
+from mirage_min.networks.vae_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from mirage_min.networks.vae_wan import WanVAE, WanVAEConfig
 from mirage_min.systems.mirage import Mirage
+from mirage_min.systems.r3d2 import R3D2
 
 
 @contextmanager
@@ -57,6 +61,22 @@ def save_cogvideox(folder: Path, patch_size_t: int | None = 2) -> None:
     (folder / "base" / "scheduler" / "scheduler_config.json").write_text(json.dumps(
         {"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
          "snr_shift_scale": 1.0}))
+
+
+def r3d2(kl: bool = True, **changes) -> R3D2:
+    """A whole R3D2 whose skips do something, with either VAE; changes: of its UNet."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(AutoencoderKLConfig(block_out_channels=(8, 16, 24, 24), norm_num_groups=4)) if kl else (
+        AutoencoderTiny(AutoencoderTinyConfig(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(12,) * 4,
+                                              num_encoder_blocks=(1, 1, 1, 1), num_decoder_blocks=(1, 1, 1, 1))))
+    unet = UNet2D(UNet2DConfig(**dict(block_out_channels=(8, 16, 16, 16), attention_head_dim=(1, 2, 2, 2),
+                                      use_linear_projection=True, norm_num_groups=4, layers_per_block=1,
+                                      cross_attention_dim=12) | changes))
+    skips = Skips(vae.skip_channels())
+    for p in skips.parameters():
+        nn.init.normal_(p, std=0.1)
+    model = R3D2(unet, vae, skips, torch.randn(1, 7, 12), alpha_bar(zero_terminal_snr=False))
+    return model.requires_grad_(False).eval()
 
 
 def save_wan(folder: Path) -> None:

@@ -51,12 +51,7 @@ def from_pretrained(cls, path: str | Path, subfolder: str | None = None, dtype: 
     """
     folder = locate(cls, path, subfolder)
     files = weight_files(cls, folder)
-    config = read_config(cls, read_json(folder / CONFIG), folder / CONFIG)
-    try:
-        with torch.device("meta"):
-            model = cls(config)
-    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / CONFIG}: describes no {cls.__name__}: {error}") from error
+    model = without_weights(cls, read_json(folder / CONFIG), folder / CONFIG)
 
     source = find_tensors(cls, files)
     given = {key: tuple(file.get_slice(name).get_shape()) for key, (file, name) in source.items()}
@@ -71,6 +66,16 @@ def from_pretrained(cls, path: str | Path, subfolder: str | None = None, dtype: 
     if unmade := [key for key, tensor in model.named_buffers() if tensor.is_meta and key not in source]:
         raise ValueError(f"{cls.__name__}: no file holds the buffers {unmade[:5]}: compute them when first used")
     return model.to(device=device).eval()
+
+
+def without_weights(cls, config: dict, where: Path) -> nn.Module:
+    """The model that config.json describes, on the meta device; ValueError if it describes none."""
+    config = read_config(cls, config, where)
+    try:
+        with torch.device("meta"):
+            return cls(config)
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}: describes no {cls.__name__}: {error}") from error
 
 
 def save_pretrained(self: nn.Module, folder: str | Path) -> None:
