@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mirage_min.method.one_step import alpha_bar
+from mirage_min.networks import frugal
 from mirage_min.networks.dit_cogvideox import CogVideoXDiT, CogVideoXDiTConfig
 from mirage_min.networks.dit_wan import WanDiT, WanDiTConfig
 from mirage_min.networks.vae_2d import AutoencoderKL, AutoencoderKLConfig
@@ -63,6 +64,7 @@ def vaes(device: str) -> dict[str, tuple[nn.Module, nn.Module]]:
     for name, (make_ours, make_theirs) in makers.items():
         pairs[name] = random_model(make_ours, device), random_model(make_theirs, device)
         pairs[name][0].load_state_dict(pairs[name][1].state_dict())
+        frugal.apply(pairs[name][0])
     return pairs
 
 
@@ -83,15 +85,20 @@ def mirage_5b(device: str, dtype: torch.dtype = torch.bfloat16) -> Mirage:
     table = alpha_bar()  # not on the device: on "meta" it would have no values to pick one from
 
     def make() -> Mirage:
-        return Mirage(CogVideoXVAE(CogVideoXVAEConfig(**COG_1_5_VAE)), CogVideoXDiT(CogVideoXDiTConfig(**COG_1_5_DIT)),
-                      AutoencoderKL(AutoencoderKLConfig(**SD_VAE)), torch.zeros(1, 226, 4096), table)
+        mirage = Mirage(CogVideoXVAE(CogVideoXVAEConfig(**COG_1_5_VAE)),
+                        CogVideoXDiT(CogVideoXDiTConfig(**COG_1_5_DIT)), AutoencoderKL(AutoencoderKLConfig(**SD_VAE)),
+                        torch.zeros(1, 226, 4096), table)
+        frugal.apply(mirage.vae)
+        return mirage
     return random_model(make, device, dtype)
 
 
 def mirage_wan(size: str, device: str, dtype: torch.dtype = torch.bfloat16) -> Mirage:
     """Mirage on Wan 2.1 of a size, "1.3B" or "14B"; its own encoder supplies the features (ChopGrad B.4)."""
     def make() -> Mirage:
-        return Mirage(WanVAE(), WanDiT(WanDiTConfig(**WAN_DIT[size])), None, torch.zeros(1, 512, 4096), None, t=200)
+        mirage = Mirage(WanVAE(), WanDiT(WanDiTConfig(**WAN_DIT[size])), None, torch.zeros(1, 512, 4096), None, t=200)
+        frugal.apply(mirage.vae)
+        return mirage
     return random_model(make, device, dtype)
 
 

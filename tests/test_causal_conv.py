@@ -5,10 +5,8 @@ import itertools
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import silu
 
-from mirage_min.networks import causal_conv
-from mirage_min.networks.causal_conv import CausalConv3d, Spent, name_caches, normed_conv
+from mirage_min.networks.causal_conv import CausalConv3d, name_caches
 from tests import small
 
 
@@ -102,29 +100,6 @@ def test_a_kernel_without_extent_in_time_has_no_cache():
     new = {}
     CausalConv3d(2, 2, (1, 3, 3))(torch.randn(1, 2, 3, 4, 4), None, new)
     assert new == {}
-
-
-@pytest.mark.parametrize("kernel", [3, (3, 1, 1), (2, 5, 3)])
-@pytest.mark.parametrize("rows", [2, 4])
-def test_bands_of_rows_are_the_whole_whatever_the_kernel_the_cache_and_the_sum(monkeypatch, kernel, rows):
-    """norm, SiLU and convolution of a frame at once against bands of at least `rows` of its 11 rows."""
-    torch.manual_seed(0)
-    conv, norm = CausalConv3d(3, 2, kernel).double(), torch.randn(1, 3, 1, 11, 1, dtype=torch.float64)
-    conv.key = "conv"
-    clips, onto = torch.randn(3, 2, 3, 4, 11, 5, dtype=torch.float64), torch.randn(2, 2, 4, 11, 5, dtype=torch.float64)
-    monkeypatch.setattr(causal_conv, "ROWS", rows)
-    monkeypatch.setattr(causal_conv, "ENOUGH", 0)
-    seen, old, old_whole = [], None, None
-    for x, y_before in zip(clips, (None, onto, None)):
-        new, new_whole = {}, {}
-        wanted = conv(silu(x * norm), old_whole, new_whole) + (0 if y_before is None else y_before)
-        with torch.no_grad():
-            got = normed_conv(lambda v, some: (seen.append(v.shape[3]), v * norm[..., some, :])[1], conv, x, old, new,
-                              None if y_before is None else y_before.clone())
-        difference = max((a - b).abs().max() for a, b in zip((got, *new.values()), (wanted, *new_whole.values())))
-        assert difference < 1e-12 and new.keys() == new_whole.keys(), f"largest difference {difference:.1e}"
-        old, old_whole = new if old is None else Spent(new), new_whole
-    assert max(seen) < 11, f"the whole frame was worked on at once: bands of {seen}"
 
 
 def test_names_are_the_dotted_names_of_the_layers():

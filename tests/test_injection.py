@@ -58,20 +58,6 @@ def test_the_features_of_one_frame_change_what_enters_at_that_frame_alone(vae):
         assert changed.tolist() == [t == 4 for t in range(9)]
 
 
-@torch.no_grad()
-def test_large_frames_go_one_by_one_in_place_and_nothing_else_changes(vae, monkeypatch):
-    fill(vae)
-    calls, conv2d = [], torch.nn.functional.conv2d
-    monkeypatch.setattr(torch.nn.functional, "conv2d", lambda x, *a, **k: (calls.append(len(x)), conv2d(x, *a, **k))[1])
-    h, f = torch.randn(2, 8, 3, 33, 5, dtype=torch.float64), torch.randn(2, 5, 3, 33, 5, dtype=torch.float64)
-    with torch.enable_grad():
-        wanted = vae.fusion[0](h, f)
-    assert vae.fusion[0](h, f) is h
-    difference = (h - wanted).abs().max()
-    assert calls == [6, 2, 2, 2], f"frames to a convolution, of two clips: {calls}"
-    assert difference < 1e-12, f"largest difference {difference:.1e}, allowed 1e-12"
-
-
 def test_measured_scales_are_the_standard_deviations_of_what_flows_in(vae):
     z, seen = torch.randn(2, 4, 3, 2, 3, dtype=torch.float64), []
 

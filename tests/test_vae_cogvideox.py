@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mirage_min.method import injection
+from mirage_min.networks import frugal
 from mirage_min.networks.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
 from tests.torchvision_stub import stub
 
@@ -206,7 +207,7 @@ def test_without_gradients_the_official_network_holds_far_less_than_the_publishe
             down_block_types=["CogVideoXDownBlock3D"] * 4, up_block_types=["CogVideoXUpBlock3D"] * 4,
             block_out_channels=(128, 256, 256, 512), layers_per_block=3)
         z, held = torch.empty(1, 16, 3, 32, 32), []
-    for model in (vae, reference):
+    for model in (frugal.apply(vae), reference):
         with torch.no_grad(), LiveBytes(model) as live:
             model.decode(z)
         held.append(live.peak / 2**20)

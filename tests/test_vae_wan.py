@@ -17,7 +17,7 @@ stub()
 
 from diffusers import AutoencoderKLWan  # noqa: E402
 
-from mirage_min.networks import weights  # noqa: E402
+from mirage_min.networks import frugal, weights  # noqa: E402
 from mirage_min.networks.vae_wan import WanVAE, WanVAEConfig  # noqa: E402
 from mirage_min.training.memory import LiveBytes  # noqa: E402
 
@@ -350,7 +350,7 @@ def test_without_gradients_the_official_network_holds_far_less_than_the_publishe
     with torch.device("meta"):
         vae, reference = WanVAE(), AutoencoderKLWan()
         z, held = torch.empty(1, 16, 3, 32, 32), []
-    for model in (vae, reference):
+    for model in (frugal.apply(vae), reference):
         with torch.no_grad(), LiveBytes(model) as live:
             model.decode(z)
         held.append(live.peak / 2**20)

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..networks.causal_conv import in_pieces
 from .lora import Beside
 
 
@@ -37,15 +36,10 @@ class CrossModalFusionBlock(Beside):
 
     def forward(self, h: Tensor, f: Tensor) -> Tensor:
         """h' = h + s_h · merge(concat(h / s_h, f / s_f)): h first, one convolution with weight and bias, zeros around
-        each frame, in h's dtype. Frames do not mix; where `in_pieces`, they go one by one and the result takes h's
-        place. ValueError naming both shapes if f does not fit h and weight."""
+        each frame, in h's dtype. Frames do not mix. ValueError naming both shapes if f does not fit h and weight."""
         B, C, T, H, W = h.shape
         if f.shape != (B, self.weight.shape[1] - C, T, H, W):
             raise ValueError(f"injected features must be {[B, self.weight.shape[1] - C, T, H, W]}, got {list(f.shape)}")
-        if in_pieces(h) and T > 1:
-            for h_t, f_t in zip(h.split(1, dim=2), f.split(1, dim=2)):
-                h_t.copy_(self.forward(h_t, f_t))
-            return h
         s_h, s_f, weight, bias = (v.to(h.dtype) for v in (self.s_h, self.s_f, self.weight, self.bias))
         both = rearrange(torch.cat([h / s_h, f.to(h.dtype) / s_f], dim=1), "b c t h w -> (b t) c h w")
         return h + s_h * rearrange(F.conv2d(both, weight, bias, padding=1), "(b t) c h w -> b c t h w", b=B)

@@ -8,30 +8,16 @@ remember between two groups is the end of its own input: the last kt - 1 frames.
 a plain dict {layer name: tensor} that is passed in and handed out. No module remembers anything, so a group can be
 recomputed (checkpointing), a cache can be detached (ChopGrad), and two videos can be decoded side by side.
 
-Here too is how both VAEs run in little memory where no gradient will be asked for: `normed_conv` and `each_frame` go
-piece by piece, and a cache may be `Spent` as it is read.
-
     python -m mirage_min.networks.causal_conv        # the cache at work: chunk plans agree, and what one change reaches
 """
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 Cache = dict[str, Tensor]  # {dotted layer name: its last kt - 1 input frames, [B, C, kt - 1, H, W]}
-ROWS = 32                  # of the smallest band: smaller is slower, larger takes more memory
-ENOUGH = 20480             # where B * C * T * H is less, PyTorch's CPU chooses a convolution that is many times slower
-
-
-class Spent(dict):
-    """A cache that loses an entry as it is read, and whoever reads it may write over it: a loop that goes on holds one
-    cache, not two."""
-
-    __getitem__ = dict.pop
 
 
 class CausalConv3d(nn.Conv3d):
@@ -81,66 +67,10 @@ def name_caches(module: nn.Module) -> None:
             layer.key = name
 
 
-def silu(x: Tensor) -> Tensor:
-    """SiLU, in place where no gradient will ask for its input."""
-    return F.silu(x, inplace=not torch.is_grad_enabled())
-
-
-def in_pieces(x: Tensor) -> bool:
-    """Whether x [..., H, W] is worked on piece by piece to save memory: without gradients, and if it is large."""
-    return not torch.is_grad_enabled() and x.shape[-2] > ROWS
-
-
-def normed_conv(norm: Callable[[Tensor, slice], Tensor], conv: CausalConv3d, x: Tensor, old: Cache | None, new: Cache,
-                onto: Tensor | None = None) -> Tensor:
-    """conv(silu(norm(x))), or onto + conv(silu(norm(x))). norm(x[:, :, :, where], where) -> these rows normalised, new.
-
-    Where `in_pieces`, it goes by bands of rows and adds to `onto` in place: neither norm(x) nor its copy behind the
-    cached frames is ever held whole. Each band comes with the rows around it that the kernel sees, so the result is
-    the same. The stride must be 1, the kernel longer than one frame and the bands higher than what it sees around them.
-    """
-    (B, C, T, H), halo = x.shape[:4], conv.kernel_size[1] // 2
-    bands = H // max(ROWS, ENOUGH // (B * C * (T + conv.kernel_size[0] - 1)) + 1)
-    if not in_pieces(x) or bands < 2:
-        y = conv(silu(norm(x, slice(0, H))), old, new)
-        return y if onto is None else onto + y
-    past, out = old[conv.key] if old else None, onto
-    tail, last = past if isinstance(old, Spent) else None, None  # the new end may take the old one's place
-    for a, b in pairwise(H * k // bands for k in range(bands + 1)):
-        lo, hi, kept = max(a - halo, 0), min(b + halo, H), {}
-        before = None if past is None else {conv.key: past[:, :, :, lo:hi]}
-        y = conv(silu(norm(x[:, :, :, lo:hi], slice(lo, hi))), before, kept)[:, :, :, a - lo : b - lo]
-        end = kept[conv.key][:, :, :, a - lo : b - lo]
-        out = _rows_of(y, H).zero_() if out is None else out
-        tail = _rows_of(end, H) if tail is None else tail
-        out[:, :, :, a:b] += y
-        if a > 0:
-            tail[:, :, :, a - halo : a] = last
-        tail[:, :, :, a : b - halo], last = end[:, :, :, : b - a - halo], end[:, :, :, b - a - halo :].clone()
-        # `last` waits: the next band still needs the old rows there
-        del y, end, kept  # or they would be held until the next ones are made
-    tail[:, :, :, H - halo :] = last
-    new[conv.key] = tail
-    return out
-
-
-def _rows_of(band: Tensor, H: int) -> Tensor:
-    """An empty [B, C, T, H, W] to be filled with such bands, in their order in memory."""
-    B, C, T, _, W = band.shape
-    return band.new_empty(B, T, H, W, C).movedim(-1, 1)
-
-
 def each_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """An image layer on every frame of x [B, C, T, H, W], one by one where `in_pieces`."""
-    if not in_pieces(x):
-        return rearrange(layer(rearrange(x, "b c t h w -> (b t) c h w")), "(b t) c h w -> b c t h w", b=x.shape[0])
-    out = None
-    for t, frame in enumerate(x.unbind(dim=2)):
-        y = layer(frame)                                               # [B, C', H', W']
-        if out is None:
-            out = y.new_empty(x.shape[0], x.shape[2], *y.shape[2:], y.shape[1]).movedim(-1, 1)
-        out[:, :, t] = y
-    return out
+    """An image layer [N, C, H, W] -> [N, C', H', W'], on every frame of x [B, C, T, H, W] -> [B, C', T, H', W']."""
+    frames = rearrange(x, "b c t h w -> (b t) c h w")
+    return rearrange(layer(frames), "(b t) c h w -> b c t h w", b=x.shape[0])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ Attribute names are the published checkpoint's keys. Left out: the quantisation 
     python -m mirage_min.networks.vae_cogvideox      # the shapes of Table 5
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +24,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from . import checked, weights
-from .causal_conv import Cache, CausalConv3d, Spent, each_frame, in_pieces, name_caches, normed_conv
+from .causal_conv import Cache, CausalConv3d, each_frame, name_caches
 
 FRAMES, LATENTS = 8, 2  # of one group, as published
 
@@ -68,64 +67,40 @@ class Conv(nn.Module):
         return self.conv(x, old, new)
 
 
-class GroupNorm(nn.GroupNorm):
-    """GroupNorm that can go by bands of rows, with the mean and variance of all of them."""
-
-    def of(self, x: Tensor) -> Callable[[Tensor, slice], Tensor]:
-        """x [B, C, T, H, W] -> the function that normalises some rows of x as they are when x is normalised whole."""
-        if not in_pieces(x):
-            return lambda x, rows: self(x)
-        wide = torch.promote_types(x.dtype, torch.float32)
-
-        def of_group(v: Tensor) -> Tensor:  # the mean over a group, for each of its channels: [B, C, 1, 1]
-            return rearrange(v, "b (g c) -> b g c", g=self.num_groups).mean(2).repeat_interleave(
-                x.shape[1] // self.num_groups, dim=1)[..., None, None]
-
-        mean = of_group(x.mean(dim=(2, 3, 4), dtype=wide))
-        variance = of_group(sum((frame - mean).square_().mean(dim=(2, 3)) for frame in x.unbind(dim=2)) / x.shape[2])
-        # γ · (x − mean) / √(variance + ε) + β
-        gain = self.weight.to(wide)[:, None, None] * (variance + self.eps).rsqrt()
-        bias = self.bias.to(wide)[:, None, None] - mean * gain
-        return lambda x, rows: torch.addcmul(bias[:, :, None], x, gain[:, :, None]).to(x.dtype)
-
-
 class SpatialNorm(nn.Module):
-    """GroupNorm whose gain and bias are read from the latent cell above each pixel: f' = norm(f) * y(z) + b(z)."""
+    """GroupNorm whose gain and bias are read from the latent cell above each pixel: f' = norm(f) · y(z) + b(z)."""
 
     def __init__(self, c: int, c_z: int, groups: int):
         super().__init__()
-        self.norm_layer = GroupNorm(groups, c, eps=1e-6)
+        self.norm_layer = nn.GroupNorm(groups, c, eps=1e-6)
         self.conv_y = Conv(c_z, c, kernel=1)
         self.conv_b = Conv(c_z, c, kernel=1)
 
-    def of(self, f: Tensor, z: Tensor) -> Callable[[Tensor, slice], Tensor]:
-        """f [B, C, T, H, W], z [B, Cz, F, h, w] -> the function that does this to some rows of f."""
-        norm, (T, H), (h, w) = self.norm_layer.of(f), f.shape[2:4], z.shape[-2:]
-        # A 1 x 1 convolution commutes with nearest upsampling: convolve at the size of the latent, then repeat; in
-        # space by broadcasting over the p x q pixels of a cell, so that y and b are never held at full size.
-        y, b = (rearrange(repeat_frames(conv(z, None, {}), T), "b c t h w -> b t h 1 w 1 c")
-                for conv in (self.conv_y, self.conv_b))
+    def forward(self, f: Tensor, z: Tensor) -> Tensor:
+        """f [B, C, T, H, W], z [B, Cz, F, h, w] -> like f."""
+        h, w = z.shape[-2:]
+        y, b = self.gain_and_bias(z, f.shape[2])
+        f = rearrange(self.norm_layer(f), "b c t (h p) (w q) -> b t h p w q c", h=h, w=w)
+        # f' = norm(f) · y(z) + b(z)
+        return rearrange(torch.addcmul(b, f, y), "b t h p w q c -> b c t (h p) (w q)")
 
-        def of_rows(f: Tensor, rows: slice) -> Tensor:
-            cells = slice(None) if f.shape[3] == H else torch.arange(rows.start, rows.stop, device=f.device) * h // H
-            y_rows, b_rows = y[:, :, cells], b[:, :, cells]
-            f = rearrange(norm(f, rows), "b c t (h p) (w q) -> b t h p w q c", h=y_rows.shape[2], w=w)
-            f = torch.addcmul(b_rows, f, y_rows) if torch.is_grad_enabled() else f.mul_(y_rows).add_(b_rows)
-            return rearrange(f, "b t h p w q c -> b c t (h p) (w q)")
-        return of_rows
+    def gain_and_bias(self, z: Tensor, T: int) -> list[Tensor]:
+        """z [B, Cz, F, h, w] -> y(z) and b(z) of T frames, each [B, T, h, 1, w, 1, C]: a cell's pixels share one value.
+
+        A 1 x 1 convolution commutes with nearest upsampling: convolve at the size of the latent, then repeat.
+        """
+        return [rearrange(repeat_frames(conv(z, None, {}), T), "b c t h w -> b t h 1 w 1 c")
+                for conv in (self.conv_y, self.conv_b)]
 
 
 class ResnetBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), with SpatialNorm in the decoder and GroupNorm in the encoder.
-
-    Without gradients the sum may be made in x itself.
-    """
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with SpatialNorm in the decoder and GroupNorm in the encoder."""
 
     def __init__(self, c_in: int, c_out: int, config: CogVideoXVAEConfig, c_z: int | None = None):
         super().__init__()
         def norm(c):
             if c_z is None:
-                return GroupNorm(config.norm_num_groups, c, eps=config.norm_eps)
+                return nn.GroupNorm(config.norm_num_groups, c, eps=config.norm_eps)
             return SpatialNorm(c, c_z, config.norm_num_groups)
         self.norm1, self.conv1 = norm(c_in), Conv(c_in, c_out)
         self.norm2, self.conv2 = norm(c_out), Conv(c_out, c_out)
@@ -133,9 +108,9 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, z: tuple[Tensor, ...], old: Cache | None, new: Cache) -> Tensor:
         """x [B, C, T, H, W]; z is (latent,) in the decoder and () in the encoder."""
-        h = normed_conv(self.norm1.of(x, *z), self.conv1.conv, x, old, new)
-        x = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return normed_conv(self.norm2.of(h, *z), self.conv2.conv, h, old, new, onto=x)
+        h = self.conv1(F.silu(self.norm1(x, *z)), old, new)
+        h = self.conv2(F.silu(self.norm2(h, *z)), old, new)
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
 class Downsample(nn.Module):
@@ -150,7 +125,11 @@ class Downsample(nn.Module):
         if self.time and T > 1:
             pairs = (x[:, :, T % 2 :: 2] + x[:, :, T % 2 + 1 :: 2]) / 2
             x = torch.cat([x[:, :, : T % 2], pairs], dim=2)            # [B, C, ⌈T/2⌉, H, W]
-        return each_frame(lambda frame: self.conv(F.pad(frame, (0, 1, 0, 1))), x)
+        return self.resize(x)
+
+    def resize(self, x: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> [B, C, T, H/2, W/2], each frame alone."""
+        return each_frame(lambda frames: self.conv(F.pad(frames, (0, 1, 0, 1))), x)
 
 
 class Upsample(nn.Module):
@@ -162,16 +141,20 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, *_) -> Tensor:
         T = x.shape[2]
-        x = each_frame(lambda frame: self.conv(F.interpolate(frame, scale_factor=2.0)), x)  # [B, C, T, 2H, 2W]
+        x = self.resize(x)                                             # [B, C, T, 2H, 2W]
         if self.time:  # after the convolution, which sees single frames: the same result at half the work
             x = repeat_frames(x, 2 * T - T % 2)
         return x
+
+    def resize(self, x: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> [B, C, T, 2H, 2W], each frame alone."""
+        return each_frame(lambda frames: self.conv(F.interpolate(frames, scale_factor=2.0)), x)
 
 
 class Stage(nn.Module):
     """Resnet blocks, then a change of size: one stage of the encoder or of the decoder, or the middle of either.
 
-    Encoder and decoder run the layers themselves: a call to the stage would hold its input until its end.
+    Encoder and decoder call the layers one by one: a call to the stage would hold its input in memory until its end.
     """
 
     def __init__(self, c_in: int, c_out: int, n: int, config: CogVideoXVAEConfig, c_z: int | None = None,
@@ -199,7 +182,7 @@ class Encoder(nn.Module):
             Stage(c[max(i - 1, 0)], c[i], config.layers_per_block, config, down=i < 2 if i < last else None)
             for i in range(len(c)))
         self.mid_block = Stage(c[-1], c[-1], 2, config)
-        self.norm_out = GroupNorm(config.norm_num_groups, c[-1], eps=1e-6)
+        self.norm_out = nn.GroupNorm(config.norm_num_groups, c[-1], eps=1e-6)
         self.conv_out = Conv(c[-1], 2 * config.latent_channels)
 
     def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
@@ -207,7 +190,11 @@ class Encoder(nn.Module):
         for stage in [*self.down_blocks, self.mid_block]:
             for layer in stage.layers:
                 x = layer(x, (), old, new)
-        return normed_conv(self.norm_out.of(x), self.conv_out.conv, x, old, new)
+        return self.output(x, (), old, new)
+
+    def output(self, x: Tensor, z: tuple[Tensor, ...], old: Cache | None, new: Cache) -> Tensor:
+        """The last norm and convolution; z is (latent,) in the decoder and () in the encoder."""
+        return self.conv_out(F.silu(self.norm_out(x, *z)), old, new)
 
 
 class Decoder(nn.Module):
@@ -232,7 +219,9 @@ class Decoder(nn.Module):
                 h = fusion[finest_first](h, inject[finest_first])
             for layer in stage.layers:
                 h = layer(h, (z,), old, new)
-        return normed_conv(self.norm_out.of(h, z), self.conv_out.conv, h, old, new)
+        return self.output(h, (z,), old, new)
+
+    output = Encoder.output
 
 
 class CogVideoXVAE(nn.Module):
@@ -299,21 +288,19 @@ class CogVideoXVAE(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """x [B, 3, T, H, W] in [-1, 1] -> posterior mean x scaling_factor [B, 16, F, h, w]."""
         B, C, T, H, W = x.shape
-        cache, z = Spent(), []
+        cache, z = None, []
         for g in self.encode_groups(T):
             z_g, cache = self.encode_group(x[:, :, g], cache)
-            cache = Spent(cache)
             z.append(z_g)
         return torch.cat(z, dim=2)
 
     def decode(self, z: Tensor, inject: list[Tensor] | None = None) -> Tensor:
         """z [B, 16, F, h, w] as encode gives it -> x [B, 3, T, H, W], not clamped; `inject` for the whole clip."""
-        cache, x, start = Spent(), [], 0
+        cache, x, start = None, [], 0
         for g in self.decode_groups(z.shape[2]):
             count = _frames(g.stop - g.start)
             frames = None if inject is None else [m[:, :, start : start + count] for m in inject]
             x_g, cache = self.decode_group(z[:, :, g], cache, frames)
-            cache = Spent(cache)
             x.append(x_g)
             start += count
         return torch.cat(x, dim=2)

@@ -15,8 +15,8 @@ enter behind the decoder's last. Attribute names are the published keys (diffuse
     python -m mirage_min.networks.vae_wan            # the shapes, and that two ways to cut a video agree
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from . import checked, weights
-from .causal_conv import Cache, CausalConv3d, Spent, each_frame, in_pieces, name_caches, normed_conv
+from .causal_conv import Cache, CausalConv3d, each_frame, name_caches
 
 FRAMES = 4  # to one latent, save a video's first
+Layer = Callable[[Tensor, Cache | None, Cache], Tensor]
 
 
 @dataclass
@@ -50,20 +51,19 @@ class WanVAEConfig:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * gamma over the channels of one position, so that any rows may come alone."""
+    """x / rms(x) · gamma, over the channels of each position."""
 
     def __init__(self, c: int, dims: int = 3):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(c, *[1] * dims))
 
-    def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(1e-12)
-        y = x * (x.shape[1] ** 0.5 / norm)
-        return y * self.gamma if torch.is_grad_enabled() else y.mul_(self.gamma)
+        return x * (x.shape[1] ** 0.5 / norm) * self.gamma
 
 
 class ResnetBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))); without gradients the sum may be made in x itself."""
+    """x + conv(silu(norm(conv(silu(norm(x))))))"""
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
@@ -72,9 +72,9 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv3d(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
-        h = normed_conv(self.norm1, self.conv1, x, old, new)
-        x = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return normed_conv(self.norm2, self.conv2, h, old, new, onto=x)
+        h = self.conv1(F.silu(self.norm1(x)), old, new)
+        h = self.conv2(F.silu(self.norm2(h)), old, new)
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
 class FrameAttention(nn.Module):
@@ -116,7 +116,7 @@ class Downsample(nn.Module):
         self.time_conv = nn.Conv3d(c, c, (3, 1, 1), stride=(2, 1, 1)) if time else None
 
     def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
-        x = each_frame(self.resample, x)                               # [B, C, T, H/2, W/2]
+        x = self.resize(x)                                             # [B, C, T, H/2, W/2]
         if self.time_conv is None:
             return x
         # Output k is made of frames 2k - 2, 2k - 1 and 2k: of the past, one frame is all it needs.
@@ -126,6 +126,10 @@ class Downsample(nn.Module):
             return x
         merged = self.time_conv(seen)                                  # [B, C, T//2, H/2, W/2]
         return merged if old else torch.cat([x[:, :, :1], merged], dim=2)
+
+    def resize(self, x: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> [B, C, T, H/2, W/2], each frame alone."""
+        return each_frame(self.resample, x)
 
 
 class Upsample(nn.Module):
@@ -146,32 +150,20 @@ class Upsample(nn.Module):
             twice = self.time_conv(x if old else x[:, :, 1:], old, new)
             twice = rearrange(twice, "b (two c) t h w -> b (t two) h w c", two=2).movedim(-1, 1)
             x = twice if old else torch.cat([x[:, :, :1], twice], dim=2)  # [B, C, 2T or 2T-1, H, W]
+        return self.resize(x)
+
+    def resize(self, x: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> [B, C/2, T, 2H, 2W], each frame alone."""
         return each_frame(self.resample, x)
 
 
 class UpBlock(nn.Module):
-    """Resnet blocks, then a doubling of the size; `time` says if of the frames too, None is no doubling.
-
-    The decoder runs the layers itself: a call to the block would hold the block's input until its end.
-    """
+    """Resnet blocks, then a doubling of the size; `time` says if of the frames too, None is no doubling."""
 
     def __init__(self, c_in: int, c_out: int, n: int, time: bool | None):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out) for i in range(n))
         self.upsamplers = None if time is None else nn.ModuleList([Upsample(c_out, time)])
-
-
-def one_by_one(layers: list, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
-    """Layers that keep the frame rate, in turn; where `in_pieces`, frame after frame, so that little is held."""
-    done, kept = [], {}
-    for frame in x.split(1, dim=2) if in_pieces(x) else [x]:
-        kept = {}
-        for layer in layers:
-            frame = layer(frame, old, kept)
-        done.append(frame)
-        old = Spent(kept)
-    new.update(kept)
-    return torch.cat(done, dim=2)
 
 
 class Encoder(nn.Module):
@@ -193,11 +185,20 @@ class Encoder(nn.Module):
         self.conv_out = CausalConv3d(c[-1], 2 * config.z_dim)
 
     def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
-        n = next(i for i, layer in enumerate(self.down_blocks) if getattr(layer, "time_conv", None) is not None)
-        x = one_by_one([self.conv_in, *self.down_blocks[:n]], x, old, new)
-        for layer in [*self.down_blocks[n:], self.mid_block]:
+        full_rate, lower = self.layers_by_rate()
+        for layer in full_rate + lower:
             x = layer(x, old, new)
-        return normed_conv(self.norm_out, self.conv_out, x, old, new)
+        return x
+
+    def layers_by_rate(self) -> tuple[list[Layer], list[Layer]]:
+        """The layers in order: those at the video's frame rate, and those from its first change on."""
+        layers = [self.conv_in, *self.down_blocks, self.mid_block, self.output]
+        first = next(i for i, layer in enumerate(layers) if getattr(layer, "time_conv", None) is not None)
+        return layers[:first], layers[first:]
+
+    def output(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
+        """The last norm and convolution."""
+        return self.conv_out(F.silu(self.norm_out(x)), old, new)
 
 
 class Decoder(nn.Module):
@@ -217,14 +218,25 @@ class Decoder(nn.Module):
         self.last_doubling = max(i for i in range(len(c)) if time[i])
 
     def forward(self, z: Tensor, old: Cache | None, new: Cache, fusion=None, inject: list[Tensor] | None = None):
-        output = partial(normed_conv, self.norm_out, self.conv_out)
-        layers = [[*block.resnets, *(block.upsamplers or ())] for block in self.up_blocks]
-        h = self.mid_block(self.conv_in(z, old, new), old, new)
-        for layer in sum(layers[: self.last_doubling + 1], []):
+        lower, full_rate = self.layers_by_rate()
+        h = z
+        for layer in lower:
             h = layer(h, old, new)
         if inject is not None:
             h = fusion[0](h, inject[0])
-        return one_by_one([*sum(layers[self.last_doubling + 1 :], []), output], h, old, new)
+        for layer in full_rate:
+            h = layer(h, old, new)
+        return h
+
+    def layers_by_rate(self) -> tuple[list[Layer], list[Layer]]:
+        """The layers in order: those up to the last change of the frame rate, and those at the video's frame rate."""
+        lower, full_rate = [self.conv_in, self.mid_block], []
+        for i, block in enumerate(self.up_blocks):
+            rate = lower if i <= self.last_doubling else full_rate
+            rate.extend([*block.resnets, *(block.upsamplers or ())])
+        return lower, [*full_rate, self.output]
+
+    output = Encoder.output
 
 
 class WanVAE(nn.Module):
@@ -296,10 +308,9 @@ class WanVAE(nn.Module):
         missing = self.legal_length(x.shape[2]) - x.shape[2]
         # DEVIATION: the published encode drops the frames beyond the last 4k + 1; here the last one is repeated.
         x = F.pad(x, (0, 0, 0, 0, 0, missing), mode="replicate") if missing else x
-        cache, parts = Spent(), []
+        cache, parts = None, []
         for g in self.encode_groups(x.shape[2]):
             *part, cache = self.posterior_group(x[:, :, g], cache)
-            cache = Spent(cache)
             parts.append(part)
         return tuple(torch.cat(p, dim=2) for p in zip(*parts))
 
@@ -310,20 +321,18 @@ class WanVAE(nn.Module):
     def decode(self, z: Tensor, inject: list[Tensor] | None = None) -> Tensor:
         """z [B, 16, F, h, w] as encode gives it -> x [B, 3, 4F - 3, H, W], not clamped; `inject` for the whole clip."""
         # DEVIATION: the published decode clamps to [-1, 1], where the gradient of a loss on x would be lost.
-        cache, x, n = Spent(), [], z.shape[2]
+        cache, x, n = None, [], z.shape[2]
         for g, t in zip(self.decode_groups(n), self.encode_groups(FRAMES * (n - 1) + 1)):
             x_g, cache = self.decode_group(z[:, :, g], cache, None if inject is None else [m[:, :, t] for m in inject])
-            cache = Spent(cache)
             x.append(x_g)
         return torch.cat(x, dim=2)
 
     def mids2d(self, x: Tensor) -> list[Tensor]:
         """x [B, 3, T, H, W] -> 2D features of its frames, each encoded alone (ChopGrad B.4): [[B, C, T, H/2, W/2]]."""
+        full_rate, _ = self.encoder.layers_by_rate()
         features = []
         for h in x.contiguous(memory_format=torch.channels_last_3d).split(1, dim=2):
-            for layer in [self.encoder.conv_in, *self.encoder.down_blocks]:
-                if isinstance(layer, Downsample) and layer.time_conv is not None:
-                    break
+            for layer in full_rate:
                 h = layer(h, None, {})  # every frame is a video's first, and no second will ask for the cache
             features.append(h)
         return [torch.cat(features, dim=2)]

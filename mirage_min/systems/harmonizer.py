@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.video import from_bytes, to_bytes
-from ..networks import checked, weights
+from ..networks import checked, frugal, weights
 from ..networks.dit_cosmos import CosmosDiT
 from ..networks.vae_wan import WanVAE
 
@@ -172,9 +172,9 @@ class Harmonizer(nn.Module):
         The parts may lie in the subfolders `transformer` and `vae`, as they do on the hub.
         """
         place = dict(device=device, dtype=dtype)
-        parts = (part.from_pretrained(name, subfolder(name, folder), **place)
-                 for part, name, folder in ((WanVAE, vae, "vae"), (CosmosDiT, dit, "transformer")))
-        return cls(*parts, Settings(**settings)).requires_grad_(False).eval()
+        vae, dit = (part.from_pretrained(name, subfolder(name, folder), **place)
+                    for part, name, folder in ((WanVAE, vae, "vae"), (CosmosDiT, dit, "transformer")))
+        return cls(frugal.apply(vae), dit, Settings(**settings)).requires_grad_(False).eval()
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device=None, dtype=None, **settings) -> "Harmonizer":

@@ -29,8 +29,7 @@ from ..method import injection, lora
 from ..method.one_step import T_MIRAGE, T_WAN, denoise
 from ..method.schedules import schedule_from_config
 from ..method.tiles import Tile, assemble, cut, select
-from ..networks import weights
-from ..networks.causal_conv import Spent
+from ..networks import frugal, weights
 from ..networks.dit_cogvideox import CogVideoXDiT
 from ..networks.dit_wan import WanDiT
 from ..networks.vae_2d import AutoencoderKL
@@ -108,7 +107,7 @@ class Mirage(nn.Module):
                 waiting.append((x_g, z_g.shape[2], count))
                 yield z_g
 
-        def decode(cache: Spent, z: Tensor, x: Tensor) -> tuple[Tensor, dict]:
+        def decode(cache: dict | None, z: Tensor, x: Tensor) -> tuple[Tensor, dict]:
             return self.vae.decode_group(z, cache, inject=self.mids(x))
 
         ready: Tensor | None = None  # denoised latents that wait for the rest of their group
@@ -131,7 +130,7 @@ class Mirage(nn.Module):
 
         def pieces() -> Iterator[tuple[Tile, Tensor]]:
             for i, tile in enumerate(cut(h, w, (cut_up[0], cut_up[0]), cut_up[1])):
-                y, caches[i] = step(Spent(caches.pop(i, {})), *(select(v, tile, v.shape[-1] // w) for v in parts))
+                y, caches[i] = step(caches.pop(i, None), *(select(v, tile, v.shape[-1] // w) for v in parts))
                 yield tile, y
         return assemble(pieces(), h, w)
 
@@ -214,6 +213,7 @@ class Mirage(nn.Module):
         if text.shape != shape:
             raise ValueError(f"{base} takes a prompt of {list(shape)}, given {list(text.shape)} (encode_prompt.py)")
         mirage = cls(vae, dit, vae2d, text.to(device), alpha_bar, **({"t": T_WAN} if wan else {}) | settings)
+        frugal.apply(vae)
         return mirage.requires_grad_(False).eval()
 
     @classmethod

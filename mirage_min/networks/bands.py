@@ -1,0 +1,141 @@
+"""A norm, its SiLU and the causal convolution after them, by bands of rows: the same numbers in less memory.
+
+    normed_conv(norm_of(norm, x), conv, x, old, new)       # conv(silu(norm(x)), old, new), without gradients
+
+At full resolution norm(x) and its copy after the cached frames are the largest tensors of a VAE. Each band of rows is
+normalised with the statistics of all of x and comes with the rows around it that the kernel sees, so the result is the
+same. `frugal.py` puts this into the VAEs; their own files hold the plain form, which is the reference.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+from .causal_conv import Cache, CausalConv3d
+from .vae_cogvideox import SpatialNorm
+
+ROWS = 32       # of the smallest band: smaller is slower, larger takes more memory
+ENOUGH = 20480  # where B * C * T * H is less, PyTorch's CPU chooses a convolution that is many times slower
+
+RowNorm = Callable[[Tensor, slice], Tensor]  # (x[:, :, :, rows], rows) -> these rows normalised, in new storage
+
+
+class TakenCache(dict):
+    """A cache inside the group that took it over: reading an entry removes it, and the reader may reuse its storage."""
+
+    __getitem__ = dict.pop
+
+    def __bool__(self) -> bool:
+        """True when everything has been read, too: an empty one is still a video's past, not its start."""
+        return True
+
+
+def is_tall(x: Tensor) -> bool:
+    """Whether x [..., H, W] is tall enough to be worked on in pieces."""
+    return x.shape[-2] > ROWS
+
+
+def normed_conv(norm: RowNorm, conv: CausalConv3d, x: Tensor, old: Cache | None, new: Cache, *,
+                onto: Tensor | None = None) -> Tensor:
+    """conv(silu(norm(x)), old, new), or onto + that; x [B, C, T, H, W], without gradients.
+
+    If x is tall, the sum is made in `onto` itself, and where `old` is a TakenCache the new entry takes the old one's
+    storage. The convolution's stride must be 1, its kernel longer than one frame, and a band higher than what the
+    kernel sees around it.
+    """
+    H, halo = x.shape[3], conv.kernel_size[1] // 2
+    borders = cut_bands(x, conv)
+    if len(borders) == 2:
+        y = conv(nnf.silu(norm(x, slice(0, H)), inplace=True), old, new)
+        return y if onto is None else onto + y
+    past = old[conv.key] if old else None
+    tail = past if isinstance(old, TakenCache) else None
+    out, waiting = onto, None
+    for a, b in pairwise(borders):
+        seen = slice(max(a - halo, 0), min(b + halo, H))
+        own = slice(a - seen.start, b - seen.start)
+        band_old = None if past is None else {conv.key: past[:, :, :, seen]}
+        band_new: Cache = {}
+        y = conv(nnf.silu(norm(x[:, :, :, seen], seen), inplace=True), band_old, band_new)[:, :, :, own]
+        band_tail = band_new[conv.key][:, :, :, own]
+        if out is None:
+            out = empty_like_rows(y, H).zero_()
+        if tail is None:
+            tail = empty_like_rows(band_tail, H)
+        out[:, :, :, a:b] += y
+        if waiting is not None:
+            tail[:, :, :, a - halo : a] = waiting
+        tail[:, :, :, a : b - halo] = band_tail[:, :, :, : b - a - halo]
+        waiting = band_tail[:, :, :, b - a - halo :].clone()  # the next band still reads the past there
+        del y, band_tail, band_new  # or they would be held until the next band's are made
+    tail[:, :, :, H - halo :] = waiting
+    new[conv.key] = tail
+    return out
+
+
+def cut_bands(x: Tensor, conv: CausalConv3d) -> list[int]:
+    """The borders of the bands that x [B, C, T, H, W] is cut into before `conv`: [0, H] is one band."""
+    B, C, T, H, W = x.shape
+    rows = max(ROWS, ENOUGH // (B * C * (T + conv.kernel_size[0] - 1)) + 1)
+    count = max(H // rows, 1) if is_tall(x) else 1
+    return [H * k // count for k in range(count + 1)]
+
+
+def empty_like_rows(band: Tensor, H: int) -> Tensor:
+    """An empty [B, C, T, H, W] to be filled with such bands, in their order in memory (channels last)."""
+    B, C, T, _, W = band.shape
+    return band.new_empty(B, T, H, W, C).movedim(-1, 1)
+
+
+# ---- norms -----------------------------------------------------------------------------------------------------------
+
+def norm_of(norm: nn.Module, x: Tensor, *z: Tensor) -> RowNorm:
+    """norm(x, *z) [B, C, T, H, W] by bands of rows: a function that normalises some rows as when all of x are."""
+    if isinstance(norm, SpatialNorm):
+        return SpatialRows(norm, x, *z)
+    if isinstance(norm, nn.GroupNorm) and is_tall(x):
+        return GroupRows(norm, x)
+    return lambda band, rows: norm(band)  # Wan's norm sees one position at a time
+
+
+class GroupRows:
+    """GroupNorm of some rows, with the mean and variance of all of x [B, C, T, H, W]."""
+
+    def __init__(self, norm: nn.GroupNorm, x: Tensor):
+        self.norm = norm
+        wide = torch.promote_types(x.dtype, torch.float32)
+        mean = self.over_groups(x.mean(dim=(2, 3, 4), dtype=wide))
+        # frame by frame, so that x - mean is never held whole
+        variance = sum((frame - mean).square_().mean(dim=(2, 3)) for frame in x.unbind(dim=2)) / x.shape[2]
+        # γ · (x − mean) / √(variance + ε) + β
+        gain = norm.weight.to(wide)[:, None, None] * (self.over_groups(variance) + norm.eps).rsqrt()
+        bias = norm.bias.to(wide)[:, None, None] - mean * gain
+        self.gain, self.bias = gain[:, :, None], bias[:, :, None]                # [B, C, 1, 1, 1]
+
+    def over_groups(self, v: Tensor) -> Tensor:
+        """[B, C] -> [B, C, 1, 1]: each channel's group mean."""
+        mean = rearrange(v, "b (g c) -> b g c", g=self.norm.num_groups).mean(dim=2)
+        return mean.repeat_interleave(v.shape[1] // self.norm.num_groups, dim=1)[..., None, None]
+
+    def __call__(self, band: Tensor, rows: slice) -> Tensor:
+        return torch.addcmul(self.bias, band, self.gain).to(band.dtype)
+
+
+class SpatialRows:
+    """SpatialNorm of some rows of f [B, C, T, H, W], with the statistics of all of f."""
+
+    def __init__(self, norm: SpatialNorm, f: Tensor, z: Tensor):
+        self.normalise = norm_of(norm.norm_layer, f)
+        self.gain, self.bias = norm.gain_and_bias(z, f.shape[2])
+        self.H, self.h, self.w = f.shape[3], *z.shape[3:]
+
+    def __call__(self, band: Tensor, rows: slice) -> Tensor:
+        cells = torch.arange(rows.start, rows.stop, device=band.device) * self.h // self.H
+        band = rearrange(self.normalise(band, rows), "b c t h (w q) -> b t h 1 w q c", w=self.w)
+        # f' = norm(f) · y(z) + b(z)
+        band.mul_(self.gain[:, :, cells]).add_(self.bias[:, :, cells])
+        return rearrange(band, "b t h 1 w q c -> b c t h (w q)")

@@ -1,0 +1,242 @@
+"""The causal VAEs in little memory where no gradient is asked for: the same numbers, computed in pieces.
+
+    frugal.apply(vae)        # once, after injection.attach; vae_cogvideox.py and vae_wan.py stay the reference
+
+With gradients the plain forwards run and nothing changes. Without, on tall frames:
+  - a norm, its SiLU and its convolution go by bands of rows (bands.py), and a residual sum overwrites a block's input;
+  - what works on single frames, and in Wan all that works at the full frame rate, goes frame by frame;
+  - a group takes over the cache that the group before it handed on, so that one cache is held and not two.
+
+So a hook that keeps a block's input without a copy sees it change; hook a VAE that is not frugal. Weights, keys and
+adapters are the plain VAE's.
+
+    python -m mirage_min.networks.frugal     # both ways on one clip: how far apart they are
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from . import vae_cogvideox, vae_wan
+from .bands import TakenCache, is_tall, norm_of, normed_conv
+from .causal_conv import Cache, CausalConv3d
+
+
+def apply(vae: nn.Module) -> nn.Module:
+    """Give the layers of a CogVideoXVAE or WanVAE their frugal class, in place; returns it. Twice is as once."""
+    for layer in [*vae.modules()]:
+        layer.__class__ = FRUGAL.get(type(layer), type(layer))
+    for block in vae.fusion or ():
+        if not isinstance(block, FusionBlock):
+            block.__class__ = with_frugal(type(block), FusionBlock)
+    return vae
+
+
+def with_frugal(plain: type, frugal: type) -> type:
+    """A class whose forward is the frugal one where no gradient is asked for, and otherwise the plain one."""
+    return type(f"Frugal{plain.__name__}", (frugal, plain), {})
+
+
+# ---- the cache -------------------------------------------------------------------------------------------------------
+
+class SingleUseCache(dict):
+    """The cache of a frugal group. The next group empties it, unless gradients are on; a third is refused it.
+
+    To continue one video twice, give each group a plain dict of clones: {key: c.clone() for key, c in cache.items()}.
+    """
+
+    used = False
+
+
+def take_over(cache: Cache | None) -> Cache | None:
+    """A cache as a group may read it: a SingleUseCache is emptied, any other left alone.
+
+    ValueError if another group has taken it over before: what was in it is gone.
+    """
+    if not isinstance(cache, SingleUseCache):
+        return cache
+    if cache.used:
+        raise ValueError("this cache was taken over by the group after it: a frugal VAE's cache can be continued once "
+                         "(clone its tensors before, to continue twice)")
+    if torch.is_grad_enabled():
+        return cache
+    taken = TakenCache(cache)
+    cache.clear()
+    cache.used = True
+    return taken
+
+
+def hand_on(cache: Cache) -> Cache:
+    """The cache that a group made, as the caller gets it."""
+    return cache if torch.is_grad_enabled() else SingleUseCache(cache)
+
+
+class VAE:
+    """The groups of either VAE, with caches that are taken over."""
+
+    def posterior_group(self, x_g: Tensor, cache: Cache | None = None) -> tuple[Tensor, Tensor, Cache]:
+        mean, logvar, new = super().posterior_group(x_g, take_over(cache))
+        return mean, logvar, hand_on(new)
+
+    def decode_group(self, z_g: Tensor, cache: Cache | None = None,
+                     inject: list[Tensor] | None = None) -> tuple[Tensor, Cache]:
+        x_g, new = super().decode_group(z_g, take_over(cache), inject)
+        return x_g, hand_on(new)
+
+
+# ---- frame by frame --------------------------------------------------------------------------------------------------
+
+def each_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A layer that sees single frames, on x [B, C, T, H, W] frame by frame -> [B, C', T, H', W']."""
+    out = None
+    for t in range(x.shape[2]):
+        y = layer(x[:, :, t : t + 1])                                  # [B, C', 1, H', W']
+        if out is None:
+            B, C, _, H, W = y.shape
+            out = y.new_empty(B, x.shape[2], H, W, C).movedim(-1, 1)
+        out[:, :, t : t + 1] = y
+    return out
+
+
+class Resize:
+    """Downsample or Upsample of either VAE."""
+
+    def resize(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or not is_tall(x):
+            return super().resize(x)
+        return each_frame(super().resize, x)
+
+
+class FusionBlock:
+    """The Cross-Modal Fusion Block; on tall frames its result overwrites h."""
+
+    def forward(self, h: Tensor, f: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or not is_tall(h) or h.shape[2] == 1:
+            return super().forward(h, f)
+        for t in range(h.shape[2]):
+            frame = slice(t, t + 1)
+            h[:, :, frame] = super().forward(h[:, :, frame], f[:, :, frame])
+        return h
+
+
+def run_by_frames(layers: list[Callable], x: Tensor, old: Cache | None, new: Cache) -> Tensor:
+    """Layers that keep the frame rate, in turn; on tall frames, all of them on one frame before the next."""
+    done: list[Tensor] = []
+    frame_new: Cache = {}
+    for frame in x.split(1, dim=2) if is_tall(x) else [x]:
+        frame_new = {}
+        for layer in layers:
+            frame = layer(frame, old, frame_new)
+        done.append(frame)
+        old = TakenCache(frame_new)
+    new.update(frame_new)
+    return torch.cat(done, dim=2)
+
+
+# ---- the networks ----------------------------------------------------------------------------------------------------
+
+def causal(layer: nn.Module) -> CausalConv3d:
+    """The convolution itself: CogVideoX has it one name deeper, as `.conv`."""
+    return layer if isinstance(layer, CausalConv3d) else layer.conv
+
+
+def run_block(block: nn.Module, x: Tensor, z: tuple[Tensor, ...], old: Cache | None, new: Cache) -> Tensor:
+    """x + conv(silu(norm(conv(silu(norm(x)))))) without gradients; on tall frames the sum is made in x."""
+    h = normed_conv(norm_of(block.norm1, x, *z), causal(block.conv1), x, old, new)
+    if block.conv_shortcut is not None:
+        x = block.conv_shortcut(x)
+    return normed_conv(norm_of(block.norm2, h, *z), causal(block.conv2), h, old, new, onto=x)
+
+
+def run_output(half: nn.Module, x: Tensor, z: tuple[Tensor, ...], old: Cache | None, new: Cache) -> Tensor:
+    """The end of an encoder or decoder, conv(silu(norm(x))), without gradients."""
+    return normed_conv(norm_of(half.norm_out, x, *z), causal(half.conv_out), x, old, new)
+
+
+class CogVideoXBlock:
+    """CogVideoX's ResnetBlock."""
+
+    def forward(self, x: Tensor, z: tuple[Tensor, ...], old: Cache | None, new: Cache) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().forward(x, z, old, new)
+        return run_block(self, x, z, old, new)
+
+
+class CogVideoXHalf:
+    """CogVideoX's Encoder or Decoder."""
+
+    def output(self, x: Tensor, z: tuple[Tensor, ...], old: Cache | None, new: Cache) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().output(x, z, old, new)
+        return run_output(self, x, z, old, new)
+
+
+class WanBlock:
+    """Wan's ResnetBlock."""
+
+    def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().forward(x, old, new)
+        return run_block(self, x, (), old, new)
+
+
+class WanHalf:
+    """What Wan's Encoder and Decoder share."""
+
+    def output(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().output(x, old, new)
+        return run_output(self, x, (), old, new)
+
+
+class WanEncoder(WanHalf):
+    """Wan's Encoder: the layers before the first change of the frame rate go frame by frame."""
+
+    def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().forward(x, old, new)
+        full_rate, lower = self.layers_by_rate()
+        x = run_by_frames(full_rate, x, old, new)
+        for layer in lower:
+            x = layer(x, old, new)
+        return x
+
+
+class WanDecoder(WanHalf):
+    """Wan's Decoder: the layers after the last change of the frame rate go frame by frame."""
+
+    def forward(self, z: Tensor, old: Cache | None, new: Cache, fusion: nn.ModuleList | None = None,
+                inject: list[Tensor] | None = None) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().forward(z, old, new, fusion, inject)
+        lower, full_rate = self.layers_by_rate()
+        h = z
+        for layer in lower:
+            h = layer(h, old, new)
+        if inject is not None:
+            h = fusion[0](h, inject[0])
+        return run_by_frames(full_rate, h, old, new)
+
+
+FRUGAL = {plain: with_frugal(plain, frugal) for plain, frugal in {
+    vae_cogvideox.CogVideoXVAE: VAE, vae_wan.WanVAE: VAE,
+    vae_cogvideox.Encoder: CogVideoXHalf, vae_cogvideox.Decoder: CogVideoXHalf,
+    vae_wan.Encoder: WanEncoder, vae_wan.Decoder: WanDecoder,
+    vae_cogvideox.ResnetBlock: CogVideoXBlock, vae_wan.ResnetBlock: WanBlock,
+    vae_cogvideox.Downsample: Resize, vae_cogvideox.Upsample: Resize,
+    vae_wan.Downsample: Resize, vae_wan.Upsample: Resize}.items()}
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    x = torch.rand(1, 3, 9, 128, 160) * 2 - 1
+    for vae in (vae_cogvideox.CogVideoXVAE(vae_cogvideox.CogVideoXVAEConfig(3, 3, (16,) * 4, 4, 1, norm_num_groups=8)),
+                vae_wan.WanVAE(vae_wan.WanVAEConfig(base_dim=16, num_res_blocks=1))):
+        with torch.no_grad():
+            z = vae.encode(x)
+            y = vae.decode(z)
+            name = type(vae).__name__
+            apply(vae)
+            print(f"{name} and {type(vae).__name__}: z differs by {(vae.encode(x) - z).abs().max():.1e}, "
+                  f"x by {(vae.decode(z) - y).abs().max():.1e}")
