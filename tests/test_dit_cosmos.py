@@ -114,10 +114,10 @@ def test_a_network_without_cross_attention_computes_the_same_and_refuses_a_text(
     small = CosmosDiT(CosmosDiTConfig(**SMALL, cross_attention=False))
     small.load_state_dict({k: v for k, v in dit.state_dict().items() if ".attn2." not in k and ".norm2." not in k})
     small.save_pretrained(tmp_path)
-    small = CosmosDiT.from_pretrained(tmp_path)
-    z, t, text, _ = inputs(1, 2, 4, 6, torch.float32)
+    small, dit = CosmosDiT.from_pretrained(tmp_path).double(), dit.double()
+    z, t, text, _ = inputs(1, 2, 4, 6, torch.float64)
     with torch.no_grad():
-        assert torch.equal(small(z, t), dit(z, t))
+        close(small(z, t), dit(z, t), 1e-12)  # not to the bit: where weights lie in memory changes how some BLAS sum
     with pytest.raises(ValueError, match="text must be None.*cross_attention"):
         small(z, t, text)
 
