@@ -1,11 +1,10 @@
 """Every file of the package runs as a demonstration of the one thing that it is about."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import scripts
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path.relative_to(ROOT).with_suffix("").as_posix() for path in (ROOT / "mirage_min").rglob("*.py")
@@ -17,8 +16,7 @@ def test_a_demonstration_runs_prints_and_names_the_pictures_it_leaves(name, tmp_
     about = (ROOT / f"{name}.py").read_text().split('"""')[1]
     module = name.replace("/", ".")
     assert f"python -m {module}" in about, "the file's docstring says how to run it"
-    run = subprocess.run([sys.executable, "-B", "-m", module], cwd=tmp_path, text=True,
-                         capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    run = scripts.run("-m", module, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]
     assert any(c.isdigit() for c in run.stdout), f"no figures in what it prints: {run.stdout!r}"
     for picture in tmp_path.rglob("*.png"):

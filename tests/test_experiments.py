@@ -5,7 +5,6 @@ import ast
 import importlib
 import json
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from experiments import common, measuring, real_pairs, speed, streaming, training_cost
 from mirage_min.data.video import read_clip
 from mirage_min.systems.mirage import Mirage
-from tests import small
+from tests import scripts, small
 
 ROOT = Path(__file__).parents[1]
 SOURCES = {path.stem: path.read_text() for path in sorted((ROOT / "experiments").glob("*.py"))}
@@ -39,18 +38,17 @@ def test_an_experiment_says_how_it_starts_writes_to_runs_and_is_in_the_list(name
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_an_experiment_imports_the_package_and_experiments_alone_and_leaves_the_search_path(name):
-    scripts = {path.stem for path in ROOT.glob("*.py")}
+    top_level = {path.stem for path in ROOT.glob("*.py")}
     for node in ast.walk(ast.parse(SOURCES[name])):
         names = [node.module] if isinstance(node, ast.ImportFrom) else []
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         for top in (imported.partition(".")[0] for imported in names):
-            assert top not in scripts | {"tests", "assignments", "docs"}, f"{name} imports {top}"
+            assert top not in top_level | {"tests", "assignments", "docs"}, f"{name} imports {top}"
     assert "sys.path" not in SOURCES[name] and "pyplot" not in SOURCES[name]
 
 
 def test_wrong_input_is_one_line_and_status_2():
-    run = subprocess.run([sys.executable, "-m", "experiments.real_pairs", "--pairs", "no such folder", "--perceptual",
-                          "x"], cwd=ROOT, capture_output=True, text=True)
+    run = scripts.run("-m", "experiments.real_pairs", "--pairs", "no such folder", "--perceptual", "x")
     assert run.returncode == 2 and len(run.stderr.splitlines()) == 1, run.stderr
     assert "no such folder: wanted NAME_ni.mp4 and NAME_gt.mp4" in run.stderr
 

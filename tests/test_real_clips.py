@@ -3,10 +3,7 @@
 import functools
 import hashlib
 import http.server
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +12,7 @@ from mirage_min.data import real_clips
 from mirage_min.data.real_clips import RealClips, Source
 from mirage_min.data.video import read_clip, to_bytes, write_clip
 from mirage_min.networks import weights
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests import scripts
 
 
 def draws(seed):
@@ -132,10 +128,8 @@ def test_a_folder_without_clips_and_a_file_without_x_are_refused_by_name(tmp_pat
 
 
 def test_the_command_lists_its_clips_and_names_one_that_a_folder_lacks(tmp_path):
-    command = [sys.executable, "-m", "mirage_min.data.real_clips"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    listed = scripts.run("-m", "mirage_min.data.real_clips")
     assert listed.returncode == 0 and all(clip.name in listed.stdout for clip in real_clips.SOURCES)
-    missing = subprocess.run([*command, "--out", str(tmp_path / "out"), "--folder", str(tmp_path)], cwd=ROOT,
-                             capture_output=True, text=True)
+    missing = scripts.run("-m", "mirage_min.data.real_clips", "--out", tmp_path / "out", "--folder", tmp_path)
     assert missing.returncode == 2 and missing.stderr.count("\n") == 1
     assert f"real_clips: {tmp_path}: there is no {real_clips.SOURCES[0].name}" in missing.stderr

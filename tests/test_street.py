@@ -1,9 +1,5 @@
 """A rendered car on a real street: it stands on the road and darkens it away from the sun, and changes nothing else."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -11,8 +7,8 @@ from mirage_min.data import street
 from mirage_min.data.pairs import Pairs
 from mirage_min.data.street import Street
 from mirage_min.networks import weights
+from tests import scripts
 
-ROOT = Path(__file__).resolve().parents[1]
 H, W = 72, 128
 SUNNY = Street(focal=0.9, horizon=0.45, near=8, far=9, sun=(90.0, 40.0), shadow=0.3, asphalt=0.2)
 
@@ -113,10 +109,9 @@ def clips(tmp_path):
 
 
 def test_pairs_of_a_folder_are_a_function_of_their_seed_and_read_like_any_other(clips):
-    command = [sys.executable, "-m", "mirage_min.data.street", "--clips", str(clips), "--size", "48x80",
-               "--frames", "3", "--count", "2"]
     for out in ("a", "b"):
-        done = subprocess.run([*command, "--out", str(clips / out)], cwd=ROOT, capture_output=True, text=True)
+        done = scripts.run("-m", "mirage_min.data.street", "--clips", clips, "--size", "48x80", "--frames", 3,
+                           "--count", 2, "--out", clips / out)
         assert done.returncode == 0, done.stderr
     assert [p.read_bytes() for p in sorted((clips / "a").iterdir())] == [
         p.read_bytes() for p in sorted((clips / "b").iterdir())]
@@ -130,12 +125,10 @@ def test_pairs_of_a_folder_are_a_function_of_their_seed_and_read_like_any_other(
     ('{"near": 5, "far": 4}', "near and far must be 0 < near < far, got 5 and 4"), ("{", "wanted the fields")])
 def test_a_wrong_camera_file_is_one_line_with_the_field(clips, text, line):
     (clips / "drive.street.json").write_text(text)
-    done = subprocess.run([sys.executable, "-m", "mirage_min.data.street", "--clips", str(clips), "--out",
-                           str(clips / "o"), "--count", "1"], cwd=ROOT, capture_output=True, text=True)
+    done = scripts.run("-m", "mirage_min.data.street", "--clips", clips, "--out", clips / "o", "--count", 1)
     assert done.returncode == 2 and done.stderr.strip().count("\n") == 0 and line in done.stderr, done.stderr
 
 
 def test_a_folder_of_clips_without_cameras_is_refused(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "mirage_min.data.street", "--clips", str(tmp_path), "--out",
-                           str(tmp_path / "o")], cwd=ROOT, capture_output=True, text=True)
+    done = scripts.run("-m", "mirage_min.data.street", "--clips", tmp_path, "--out", tmp_path / "o")
     assert done.returncode == 2 and "no clip of a known camera" in done.stderr

@@ -1,4 +1,7 @@
-"""Pairs as latents: what the transformer of a small base trains on, encoded once and kept in a file."""
+"""Pairs as latents: what the transformer of a small base trains on, encoded once and kept in a file.
+
+    python -m mirage_min.training.latents
+"""
 
 from pathlib import Path
 
@@ -52,3 +55,23 @@ class Latents:
         """n pairs of latents: z_NI, z_GT [n, 16, F, h, w]."""
         z = self.z[torch.randint(len(self.z), (n,), generator=draws)].float()
         return z[:, 0], z[:, 1]
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    from ..data.toy_world import WorldConfig, make_clip, save_clip
+    from ..networks import small_base
+
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(2):
+            save_clip(make_clip(seed, WorldConfig(height=32, width=48)), f"{folder}/{seed}.safetensors")
+        pairs, vae, recipe = Pairs(folder, frames=9), small_base.new_vae(), Optimisation(bf16=False)
+        for change in ("none", "another scaling factor"):
+            if change != "none":
+                vae.config.scaling_factor *= 2
+            try:
+                z = Latents(pairs, vae, recipe, Path(folder, "z")).z
+                print(f"change: {change}: {len(pairs)} pairs, each twice -> z_NI and z_GT {list(z.shape)} in {z.dtype}")
+            except ValueError as error:
+                print(f"change: {change}: refused, {str(error).partition(':')[2].replace(folder, 'FOLDER')}")
