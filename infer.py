@@ -26,8 +26,8 @@ from pathlib import Path
 
 import av
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional as nnf
 from tqdm import tqdm
 
 from mirage_min.data.video import Video, is_mp4, writing
@@ -105,13 +105,13 @@ def at_height(height: int, harmonise: Callable, frames: Iterable[Tensor]) -> Ite
             H, W = x.shape[-2:]
             if not 16 <= height <= H or round(W * height / H) < 16:
                 raise ValueError(f"at_height must be from 16 to the frames' own {H} and leave 16 columns, got {height}")
-            s = F.interpolate(x[None], (height, round(W * height / H)), mode="bilinear", antialias=True)[0]
+            s = nnf.interpolate(x[None], (height, round(W * height / H)), mode="bilinear", antialias=True)[0]
             waiting.append((x, s))
             yield s
 
     for harmonised in harmonise(shrunk()):
         x, s = waiting.popleft()
-        change = F.interpolate((harmonised - s)[None], x.shape[-2:], mode="bilinear")[0]
+        change = nnf.interpolate((harmonised - s)[None], x.shape[-2:], mode="bilinear")[0]
         yield (x + change).clamp(-1, 1)
 
 

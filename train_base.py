@@ -25,9 +25,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Generator, Tensor, nn
+from torch.nn import functional as nnf
 
 from mirage_min.data.crops import Crops
 from mirage_min.data.pairs import Pairs
@@ -97,8 +97,8 @@ def reconstruction(y: Tensor, x: Tensor, lpips_distance: Lpips, mean: Tensor, lo
     over 16 x 16 pixels."""
     y = rearrange(y.float(), "b c t h w -> (b t) c h w")
     x = rearrange(x, "b c t h w -> (b t) c h w")
-    mse, l1 = F.mse_loss(y, x), F.l1_loss(y, x)
-    tone = F.avg_pool2d(y - x, 16).abs().mean()
+    mse, l1 = nnf.mse_loss(y, x), nnf.l1_loss(y, x)
+    tone = nnf.avg_pool2d(y - x, 16).abs().mean()
     lpips = lpips_distance(y, x).mean()
     divergence = kl(mean.float(), logvar.float())
     # L = MSE + 0.5 tone + 0.1 L1 + 0.1 LPIPS + 1e-4 KL
@@ -157,7 +157,7 @@ def prior_loss(model: CogVideoXDiT | WanDiT, batch, draws: Generator, alpha_bars
         z_t, target = torch.lerp(z0, eps, sigma), eps - z0
     else:
         z_t, target = add_noise(z0, eps, alpha_bars[t]), v_target(z0, eps, alpha_bars[t])
-    loss = F.mse_loss(model(z_t, t.to(z0.device), empty_prompt(z0)).float(), target)
+    loss = nnf.mse_loss(model(z_t, t.to(z0.device), empty_prompt(z0)).float(), target)
     return loss, {"v": loss}
 
 
@@ -166,7 +166,7 @@ def one_step_loss(model: CogVideoXDiT | WanDiT, batch, draws: Generator, alpha_b
     z_ni, z_gt = batch
     t = T_WAN if alpha_bars is None else T_MIRAGE
     z_dr = denoise(model, z_ni, t, empty_prompt(z_ni), alpha_bars)
-    loss = F.mse_loss(z_dr.float(), z_gt)
+    loss = nnf.mse_loss(z_dr.float(), z_gt)
     return loss, {"z": loss}
 
 

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 
 from mirage_min.method import chopgrad, lora
 from mirage_min.method.perceptual import Lpips, lpips_and_gram
@@ -102,7 +102,7 @@ def forward_and_backward(models: nn.ModuleList, recipe: Recipe, x_ni: Tensor, x_
         # L_harmon. = L_lpips + λ2 · L_gram                                                 Mirage Eq. 4
         loss = lpips + recipe.lambda2 * gram
         if recipe.mse:  # DEVIATION: the paper has no such term
-            mse = F.mse_loss(x_dr, target)
+            mse = nnf.mse_loss(x_dr, target)
             terms["mse"] += share * mse.detach()
             loss = loss + recipe.mse * mse
         return share * loss

@@ -16,9 +16,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 
 from mirage_min.method import chopgrad, injection, lora
 from mirage_min.method.perceptual import Lpips
@@ -95,7 +95,7 @@ def forward_and_backward(models: nn.ModuleList, recipe: Recipe, x_ni: Tensor, x_
 
     def loss_fn(x_ro, where):
         x_ro, target = x_ro.to(x_gt.dtype), x_gt[where]
-        mse = F.mse_loss(x_ro, target)
+        mse = nnf.mse_loss(x_ro, target)
         lpips = lpips_distance(*(rearrange(x, "b c t h w -> (b t) c h w") for x in (x_ro, target))).mean()
         # L_vae = L_mse + λ1 · L_lpips                                                      Mirage Eq. 3
         loss = mse + recipe.lambda1 * lpips

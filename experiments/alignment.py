@@ -24,8 +24,8 @@ import time
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional as nnf
 
 from experiments import common
 from mirage_min.data.align import Similarity, coarse_3d
@@ -117,7 +117,7 @@ def make_trial(case: str, seed: int, N: int = 600) -> Trial:
         azimuth = draws.number(-math.pi, math.pi)
         x = x[x[:, 0] * math.sin(azimuth) + x[:, 2] * math.cos(azimuth) > 0]
     if case in ("noise", "all"):
-        along = F.normalize(draws.normal(*x.shape), dim=1)
+        along = nnf.normalize(draws.normal(*x.shape), dim=1)
         x = x + length * (0.02 * along * draws.normal(len(x), 1) + 0.005 * draws.normal(*x.shape))
     opacity, centre = torch.full((len(x),), 0.9), torch.tensor([0, -height / 2, 0])
     if case in ("floaters", "all"):

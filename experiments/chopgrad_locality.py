@@ -20,9 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 
 from experiments import common
 from experiments.chopgrad_memory import small_decoder
@@ -49,7 +49,7 @@ def load_clip(path: Path, vae: nn.Module, T: int, H: int, W: int) -> Tensor:
     """The first frames of a video, at most T and as many as the VAE takes without padding -> [1, 3, T', H, W]."""
     x = read_clip(path)[:, :T]
     legal = [n for n in range(1, x.shape[1] + 1) if vae.legal_length(n) == n]
-    return F.interpolate(x[:, : legal[-1]].movedim(0, 1), (H, W), mode="area").movedim(0, 1)[None]
+    return nnf.interpolate(x[:, : legal[-1]].movedim(0, 1), (H, W), mode="area").movedim(0, 1)[None]
 
 
 # ---- 1. influence ----------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def gradients(vae: nn.Module, z: Tensor, loss_fn: Callable, **settings) -> tuple
 
 def cosine(a: Tensor, b: Tensor) -> float:
     """Of the angle between two tensors of one shape."""
-    return F.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
+    return nnf.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
 
 
 def truncation(vae: nn.Module, z: Tensor, loss_fn: Callable) -> list[dict[str, float]]:

@@ -20,9 +20,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn import functional as nnf
 
 from experiments import common, tables
 from experiments.skip_vae import SkipVAE
@@ -60,7 +60,7 @@ def train_prior(args: argparse.Namespace, dit: CogVideoXDiT, vae: AutoencoderKL,
     def loss(x_ni: Tensor, x_gt: Tensor) -> Tensor:
         with torch.no_grad():
             z_ni, z_gt = (vae.encode(tables.frames_of(x)) for x in (x_ni, x_gt))
-        return F.mse_loss(one_step(dit, z_ni).float(), z_gt.float())
+        return nnf.mse_loss(one_step(dit, z_ni).float(), z_gt.float())
     tables.train(dit.parameters(), loss, args, 0, LR, size=(96, 144))
     weights.save_tensors(to / "transformer.safetensors", dit.state_dict())
 

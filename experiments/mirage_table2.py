@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 
 from experiments import common, tables
 from experiments.skip_vae import SkipVAE
@@ -82,7 +82,7 @@ def fit(reconstruct: Reconstruct, params: list[nn.Parameter], args: argparse.Nam
     def loss(x_ni: Tensor, x_gt: Tensor) -> Tensor:
         x = reconstruct(x_ni, x_gt).float()
         # L_vae = L_mse + λ1 · L_lpips                                                  Mirage Eq. 3
-        return F.mse_loss(x, x_gt) + 0.1 * lpips(x, x_gt)
+        return nnf.mse_loss(x, x_gt) + 0.1 * lpips(x, x_gt)
 
     tables.train(params, loss, args, seed, LR)
 

@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn import functional as nnf
 from tqdm import tqdm
 
 from experiments import common
@@ -48,7 +48,7 @@ def toy_figures(clip: Clip, x_dr: Tensor, lpips: Lpips | None) -> dict[str, floa
     x_gt, actor, shadow = videos["truth"], clip.actor[None] > 0.5, clip.shadow[None] > 0.5
     crops = metrics.actor_crops(clip.boxes, *x_gt.shape[3:])
     changed = (clip.actor + clip.shadow > 0.02).float()
-    background = F.max_pool3d(changed, (1, 9, 9), 1, (0, 4, 4))[None] == 0
+    background = nnf.max_pool3d(changed, (1, 9, 9), 1, (0, 4, 4))[None] == 0
     seen = clip.visible[None]
     seen_behind = seen * (background[:, :, :-1] & background[:, :, 1:])  # in both frames outside actor and shadow
     out = {"background_psnr_ours": metrics.psnr(videos["ours"], videos["naive"], background).item()}
@@ -83,7 +83,7 @@ def mean_figures(rows: list[dict[str, float]]) -> dict[str, float]:
 def real_clip(path: Path, size: tuple[int, int], first: int, last: int) -> Tensor:
     """Frames first to last of a video, shrunk to (height, width): [3, T, H, W] in [-1, 1]."""
     x = read_clip(path)[:, first : last + 1]
-    return F.interpolate(x.transpose(0, 1), size=size, mode="bilinear", antialias=True).transpose(0, 1).clamp(-1, 1)
+    return nnf.interpolate(x.transpose(0, 1), size=size, mode="bilinear", antialias=True).transpose(0, 1).clamp(-1, 1)
 
 
 def real_figures(mirage: Mirage, x: Tensor) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """The 2D VAE with skip connections from encoder to decoder, as R3D2 and img2img-turbo have it (R3D2 A.1)."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 
 from mirage_min.networks.vae_2d import AutoencoderKL
 
@@ -31,4 +31,4 @@ class SkipVAE(nn.Module):
             h = stage(h)
             if i <= last:
                 h = h + self.skips[last - i](mids[last - i])
-        return decoder.conv_out(F.silu(decoder.conv_norm_out(h)))
+        return decoder.conv_out(nnf.silu(decoder.conv_norm_out(h)))

@@ -22,8 +22,8 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional as nnf
 
 from experiments import common, measuring
 from mirage_min.data.toy_world import WorldConfig, make_clip
@@ -160,7 +160,7 @@ def clips(real: Path | None, T: int) -> dict[str, Tensor]:
     if real:
         with Video(real) as video:
             frames = torch.stack(list(islice(video, T)))
-        found["real"] = F.interpolate(frames, (136, 240), mode="bilinear", antialias=True).movedim(0, 1)
+        found["real"] = nnf.interpolate(frames, (136, 240), mode="bilinear", antialias=True).movedim(0, 1)
     return found
 
 

@@ -22,10 +22,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 from tqdm import tqdm
 
 from experiments import common
@@ -156,7 +156,7 @@ def perceptual_loss(args: argparse.Namespace, gram: float = 0.0, mse: float = 0.
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
         x, y = frames_of(x.float()), frames_of(y.float())
-        total = lpips(x, y).mean() + mse * F.mse_loss(x, y)
+        total = lpips(x, y).mean() + mse * nnf.mse_loss(x, y)
         if gram:
             with torch.no_grad():
                 taps = texture(y)

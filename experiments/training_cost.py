@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments import common, published
@@ -76,16 +76,16 @@ class Judge(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Two videos [B, 3, T, H, W] -> the loss; both terms take one pass through VGG, as in the scripts."""
         pairs = [(a.flatten(2), b.flatten(2)) for a, b in zip(self.taps(frames_of(x)), self.taps(frames_of(y)))]
-        loss = sum(F.mse_loss(a, b) for a, b in pairs)
+        loss = sum(nnf.mse_loss(a, b) for a, b in pairs)
         if self.gram:
-            loss = loss + sum(F.mse_loss(a @ a.mT, b @ b.mT) for a, b in pairs)
+            loss = loss + sum(nnf.mse_loss(a @ a.mT, b @ b.mT) for a, b in pairs)
         return loss
 
 
 def step(mirage: Mirage, judge: Judge, recipe: Recipe, x_ni: Tensor, x_gt: Tensor) -> None:
     """Forward and backward of one clip, as train_vae.py and train_harmonize.py have it."""
     def loss_fn(x: Tensor, where) -> Tensor:
-        return F.mse_loss(x, x_gt[where]) + judge(x, x_gt[where])
+        return nnf.mse_loss(x, x_gt[where]) + judge(x, x_gt[where])
 
     with torch.no_grad():
         z, inject = mirage.vae.encode(x_gt if recipe.stage == "A" else x_ni), mirage.mids(x_ni)

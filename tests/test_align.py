@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.nn import functional as nnf
 
 from experiments.alignment import errors, make_trial, measure
 from mirage_min.data.align import (
@@ -121,7 +121,7 @@ def motion(x, theta, sigma, tau):
 
 
 def test_a_step_finds_the_motion_that_covers_the_distances_along_the_normals():
-    x, n, w = normal(30, 3), F.normalize(normal(30, 3, seed=1), dim=1), normal(30, seed=2).abs()
+    x, n, w = normal(30, 3), nnf.normalize(normal(30, 3, seed=1), dim=1), normal(30, seed=2).abs()
     wanted = torch.tensor([0.02, -0.03, 0.1, 0.2, -0.3], dtype=torch.float64)
     r = (n * motion(x, wanted[0], wanted[1], wanted[2:])).sum(1)
     with unchanged(x, n, r, w):
@@ -132,7 +132,7 @@ def test_a_step_finds_the_motion_that_covers_the_distances_along_the_normals():
 
 def test_no_step_near_the_one_found_covers_the_distances_better():
     """By the definition, where nothing covers them all: Σ w² (n·motion - r)² grows along every direction of θ, σ, τ."""
-    x, n, w = normal(30, 3), F.normalize(normal(30, 3, seed=1), dim=1), normal(30, seed=2).abs()
+    x, n, w = normal(30, 3), nnf.normalize(normal(30, 3, seed=1), dim=1), normal(30, seed=2).abs()
     r = normal(30, seed=3)
 
     def loss(theta, sigma, tau):
@@ -308,7 +308,7 @@ def boxes_of(seed, config, offset=0.0, factor=1.0):
     scene = sample_scene(seed, config)
     actor, K = scene.bodies[0], intrinsics(config)
     corners = torch.cat([p.corners for p in actor.parts])
-    corners = factor * corners + offset * actor.size[2] * F.normalize(normal(3, seed=seed).float(), dim=0)
+    corners = factor * corners + offset * actor.size[2] * nnf.normalize(normal(3, seed=seed).float(), dim=0)
     pixels = [project(corners @ actor.pose[t, :3, :3].T + actor.pose[t, :3, 3], K, scene.c2w[t])[0]
               for t in range(config.frames)]
     return torch.stack([torch.cat([p.amin(0), p.amax(0)]) for p in pixels])

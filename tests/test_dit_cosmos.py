@@ -7,9 +7,9 @@ import json
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn import functional as nnf
 
 from tests.torchvision_stub import stub
 
@@ -126,7 +126,7 @@ def test_a_network_without_cross_attention_computes_the_same_and_refuses_a_text(
 def test_odd_sizes_are_filled_by_repetition(saved, h, w):
     reference, dit = pair(saved, torch.float32)
     z, t, text, _ = inputs(1, 2, h, w, torch.float32)
-    filled = F.pad(z, (0, w % 2, 0, h % 2, 0, 0), mode="replicate")
+    filled = nnf.pad(z, (0, w % 2, 0, h % 2, 0, 0), mode="replicate")
     with torch.no_grad():
         theirs = published(reference, filled, t, text, torch.zeros(1, 1, 8, 8))
         close(dit(z, t, text), theirs[..., :h, :w], 1e-5)

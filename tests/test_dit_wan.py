@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn import functional as nnf
 
 from tests.torchvision_stub import stub
 
@@ -70,7 +70,7 @@ def inputs(B, n, h, w, dtype, L=7):
 def published(reference, z, t, text):
     """The published transformer wants even rows and columns: published(pad(z)), cropped back."""
     h, w = z.shape[3:]
-    out = reference(F.pad(z, (0, w % 2, 0, h % 2, 0, 0), mode="replicate"), t, text, return_dict=False)[0]
+    out = reference(nnf.pad(z, (0, w % 2, 0, h % 2, 0, 0), mode="replicate"), t, text, return_dict=False)[0]
     return out[..., :h, :w]
 
 

@@ -8,8 +8,8 @@ from copy import deepcopy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional as nnf
 from torch.utils.flop_counter import FlopCounterMode
 
 from mirage_min.networks.dit_cosmos import CosmosDiT, CosmosDiTConfig
@@ -64,7 +64,7 @@ def in_8_bits(x):
 
 def filled(x):
     """To multiples of 16 pixels."""
-    return F.pad(x, (0, -x.shape[-1] % 16, 0, -x.shape[-2] % 16), mode="replicate")
+    return nnf.pad(x, (0, -x.shape[-1] % 16, 0, -x.shape[-2] % 16), mode="replicate")
 
 
 # ---- against the published networks ---------------------------------------------------------------------------------

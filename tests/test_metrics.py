@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-from torch.nn.functional import interpolate
+from torch.nn import functional as nnf
 
 from mirage_min.method.metrics import (
     actor_crops,
@@ -27,7 +27,7 @@ from tests.small import unchanged
 def videos(B: int = 2, T: int = 3, H: int = 33, W: int = 26) -> tuple[torch.Tensor, torch.Tensor]:
     """Two videos of smooth colours, a flat and a dark patch and some noise in [-1, 1]."""
     torch.manual_seed(0)
-    x = interpolate(torch.rand(B, 3, T, 4, 4).flatten(1, 2), (H, W), mode="bilinear").unflatten(1, (3, T)) * 2 - 1
+    x = nnf.interpolate(torch.rand(B, 3, T, 4, 4).flatten(1, 2), (H, W), mode="bilinear").unflatten(1, (3, T)) * 2 - 1
     x[..., : H // 2, : W // 2] = 0.25
     x[..., H // 2 :, W // 2 :] = -0.98
     return x, (x + 0.2 * torch.randn_like(x) * (torch.rand_like(x) > 0.5)).clamp(-1, 1)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import interpolate
+from torch.nn import functional as nnf
 
 from mirage_min.data.toy_world import WorldConfig, make_clip
 from mirage_min.method.optical_flow import flow_dis, visible_by_consistency, warp, warp_error, warp_loss
@@ -225,7 +225,7 @@ def test_dis_is_shown_the_luma_in_bytes_and_the_frames_in_pairs(monkeypatch):
 def test_dis_flow_finds_a_translation_in_both_directions():
     pytest.importorskip("cv2", reason="needs pip install opencv-python-headless")
     torch.manual_seed(0)
-    canvas = interpolate(torch.rand(1, 3, 16, 24), (96, 144), mode="bicubic").clamp(0, 1) * 2 - 1
+    canvas = nnf.interpolate(torch.rand(1, 3, 16, 24), (96, 144), mode="bicubic").clamp(0, 1) * 2 - 1
     x = torch.stack([canvas[:, :, 8 + 2 * t : 72 + 2 * t, 20 - 3 * t : 116 - 3 * t] for t in range(3)], dim=2)
     forward, backward = flow_dis(x), flow_dis(x.flip(2)).flip(2)
     assert forward.shape == (1, 2, 2, 64, 96)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.nn import functional as nnf
 
 from mirage_min.networks import weights
 from mirage_min.systems import r3d2
@@ -83,7 +83,7 @@ class Published:
 
     def add(self, module, where, k):
         def more(x):
-            return x + F.conv2d(self.features[k], self.convs[k])
+            return x + nnf.conv2d(self.features[k], self.convs[k])
         if where == "input":
             module.register_forward_pre_hook(lambda m, given: (more(given[0]), *given[1:]))
         else:
@@ -185,7 +185,7 @@ def published_difix(folder, vae, monkeypatch, views=1):
     theirs = Published(folder, True, vae=vae)
     (folder / "prompt.safetensors").unlink()
     theirs.convs = [vae.decoder.get_submodule(f"skip_conv_{k}") for k in (4, 3, 2, 1)]
-    monkeypatch.setattr(F, "conv2d", lambda x, conv, *more, f=F.conv2d, **named: (
+    monkeypatch.setattr(nnf, "conv2d", lambda x, conv, *more, f=nnf.conv2d, **named: (
         conv(x) if isinstance(conv, torch.nn.Module) else f(x, conv, *more, **named)))
     if views == 2:
         for block in (m for m in theirs.unet.modules() if type(m).__name__ == "BasicTransformerBlock"):

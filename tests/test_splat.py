@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.nn import functional as nnf
 
 from mirage_min.data import splat
 from mirage_min.data.splat import Camera, Gaussians, load_ply, render, save_ply
@@ -255,7 +255,7 @@ def test_quaternions_and_rotations_are_inverse_at_half_turns_too():
     R = splat.rotations(q)
     assert (R @ R.mT - torch.eye(3)).abs().max() < 1e-12 and (torch.linalg.det(R) - 1).abs().max() < 1e-12
     back = splat.quaternions(R)
-    assert ((back * F.normalize(q, dim=1)).sum(1).abs() - 1).abs().max() < 1e-12
+    assert ((back * nnf.normalize(q, dim=1)).sum(1).abs() - 1).abs().max() < 1e-12
 
 
 def test_cat_and_select_are_inverse_and_pad_spherical_harmonics():

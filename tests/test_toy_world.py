@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
+from torch.nn import functional as nnf
 
 from mirage_min.data import toy_light, toy_render, toy_shapes, toy_street, toy_world
 from mirage_min.data.toy_world import WorldConfig, make_clip, sample_scene
@@ -28,7 +28,7 @@ def test_rays_meet_a_convex_part_where_a_search_along_them_does():
     torch.manual_seed(0)
     part = toy_shapes.prism(-1, 1, -1.5, 0, -2, 2, (0.7, 0.5, 0.2))
     origin = torch.randn(60, 3) * 2 + torch.tensor([0.0, 0.0, -6.0])
-    direction = F.normalize(torch.randn(60, 3) * 0.3 + torch.tensor([0.0, 0.0, 1.0]), dim=1)
+    direction = nnf.normalize(torch.randn(60, 3) * 0.3 + torch.tensor([0.0, 0.0, 1.0]), dim=1)
     near, far, face = toy_render.slab(origin, direction, part)
     t = torch.arange(0, 14, 0.002)
     points = origin[:, None] + t[None, :, None] * direction[:, None]
@@ -49,10 +49,10 @@ def test_warping_the_next_frame_by_the_flow_gives_this_one_where_visible(seed):
     H, W = c.depth.shape[-2:]
     y, x = torch.meshgrid(torch.arange(H) + 0.5, torch.arange(W) + 0.5, indexing="ij")
     at = torch.stack([(x + c.flow[0, 0]) / W * 2 - 1, (y + c.flow[1, 0]) / H * 2 - 1], dim=-1)
-    warped = F.grid_sample(c.x_gt[:, 1][None], at[None], align_corners=False)[0]
+    warped = nnf.grid_sample(c.x_gt[:, 1][None], at[None], align_corners=False)[0]
     # what moves, away from outlines, where a pixel mixes two surfaces; the median, for shadows do not move with what
     # they lie on and a far texture is finer than a pixel
-    moving = (-F.max_pool2d(-c.visible[:, 0][None], 5, 1, 2)[0, 0] > 0) & (c.flow[:, 0].norm(dim=0) > 1)
+    moving = (-nnf.max_pool2d(-c.visible[:, 0][None], 5, 1, 2)[0, 0] > 0) & (c.flow[:, 0].norm(dim=0) > 1)
     error, still = ((v - c.x_gt[:, 0]).abs().mean(0)[moving].median().item() for v in (warped, c.x_gt[:, 1]))
     assert moving.float().mean() > 0.1
     allowed = min(0.01, 0.5 * still)
@@ -68,7 +68,7 @@ def test_depth_and_cameras_give_the_flow_of_everything_that_stands_still(clips, 
     world = c.c2w[0, :3, :3] @ (rays * c.depth[0, 0].view(1, -1)) + c.c2w[0, :3, 3:]
     pixels = c.K @ (c.c2w[1, :3, :3].T @ (world - c.c2w[1, :3, 3:]))
     flow = (pixels[:2] / pixels[2:]).view(2, H, W) - torch.stack([x, y])
-    road = (c.depth[0, 0] < 40) & (y > 0.75 * H) & (F.max_pool2d(c.actor[:, 0][None], 7, 1, 3)[0, 0] == 0)
+    road = (c.depth[0, 0] < 40) & (y > 0.75 * H) & (nnf.max_pool2d(c.actor[:, 0][None], 7, 1, 3)[0, 0] == 0)
     near = (flow - c.flow[:, 0]).abs().amax(0)[road] < 1e-2
     assert near.float().mean() > 0.9, f"only {near.float().mean():.2f} of the road moves as depth and cameras say"
 
@@ -78,7 +78,7 @@ def test_the_actors_pose_gives_its_flow(clips, seed):
     """A point of the actor moves with pose[1] @ pose[0]^-1."""
     c = clips[seed]
     H, W = c.depth.shape[-2:]
-    ys, xs = (-F.max_pool2d(-(c.actor[:, 0] == 1).float()[None], 3, 1, 1)[0, 0] > 0).nonzero(as_tuple=True)
+    ys, xs = (-nnf.max_pool2d(-(c.actor[:, 0] == 1).float()[None], 3, 1, 1)[0, 0] > 0).nonzero(as_tuple=True)
     point = torch.stack([xs + 0.5, ys + 0.5, torch.ones(len(xs))])
     camera = torch.linalg.inv(c.K) @ point * c.depth[0, 0, ys, xs]
     world = c.c2w[0] @ torch.cat([camera, torch.ones(1, len(xs))])
@@ -103,7 +103,7 @@ def test_the_sky_is_so_far_that_only_the_cameras_turn_moves_it(clips, seed):
 def test_naive_and_true_differ_on_the_actor_and_its_shadow_alone(clips, seed):
     c = clips[seed]
     changed = (c.x_ni - c.x_gt).abs().amax(0, keepdim=True)
-    elsewhere = F.max_pool3d((c.actor + c.shadow > 0).float()[None], (1, 3, 3), 1, (0, 1, 1))[0] == 0
+    elsewhere = nnf.max_pool3d((c.actor + c.shadow > 0).float()[None], (1, 3, 3), 1, (0, 1, 1))[0] == 0
     assert changed[elsewhere].max() < 0.05, f"differs by {changed[elsewhere].max():.3f} elsewhere"
     assert changed[c.actor == 1].mean() > 0.05
     cast = c.shadow == 1
@@ -228,7 +228,7 @@ def test_the_demo_clip_is_still_what_its_seed_makes(t):
     off = 255 * naive.clamp(0, 1) ** (1 / 2.2) - given
     luma = (torch.tensor([0.299, 0.587, 0.114])[:, None, None] * off).sum(0).abs().max()
     assert luma <= 8, f"frame {t}: largest difference in luma {luma:.1f} of 255, allowed 8: compression"
-    share = (F.avg_pool2d(off, 2).abs().amax(0) > 12).float().mean()
+    share = (nnf.avg_pool2d(off, 2).abs().amax(0) > 12).float().mean()
     assert share < 3e-3, f"frame {t}: the colour of {share:.2%} is off by over 12 of 255, allowed 0.3 %: at outlines"
 
 
@@ -296,7 +296,7 @@ def test_the_demonstrations_picture_is_the_middle_of_a_clip_naive_beside_true(tm
 
 def test_the_same_scene_at_twice_the_size_is_the_same_picture(clips):
     large = make_clip(0, WorldConfig(frames=1, height=96, width=144))
-    small = F.avg_pool2d(large.x_gt[:, 0], 2)
+    small = nnf.avg_pool2d(large.x_gt[:, 0], 2)
     difference = (small - clips[0].x_gt[:, 0]).abs().mean()
     assert difference < 0.03, f"mean difference {difference:.3f}, allowed 0.03"
 

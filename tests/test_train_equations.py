@@ -5,8 +5,8 @@ from collections import defaultdict
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional as nnf
 
 import train_harmonize
 import train_vae
@@ -69,7 +69,7 @@ def test_a_step_of_stage_a_is_equations_2_and_3_written_out(backbones):
     terms, (x_ni, x_gt) = defaultdict(float), clips()
     train_vae.forward_and_backward(nn.ModuleList([mirage, backbones[0]]), recipe, x_ni, x_gt, terms)
     x_ro = mirage.vae.decode(mirage.vae.encode(x_gt), mirage.mids(x_ni))
-    mse, lpips = F.mse_loss(x_ro, x_gt) / 2, backbones[0](frames(x_ro), frames(x_gt)).mean() / 2
+    mse, lpips = nnf.mse_loss(x_ro, x_gt) / 2, backbones[0](frames(x_ro), frames(x_gt)).mean() / 2
     compare(params, terms, {"mse": mse, "lpips": lpips}, mse + 0.3 * lpips)
     shown = train_vae.reconstruct(mirage, recipe, x_ni, x_gt)
     difference = (shown - x_ro).abs().max().item()
@@ -92,7 +92,7 @@ def test_a_step_of_stage_h_is_equation_4_written_out_and_gram_counts_from_its_st
     groups = len(mirage.vae.decode_groups(5))
     assert groups == 2 and len(passes) == 2 * groups * (shared or gram), "once for x, once for y, for both losses"
     x_dr = mirage(x_ni)
-    wanted = {"lpips": lpips_distance(frames(x_dr), frames(x_gt)).mean() / 2, "mse": F.mse_loss(x_dr, x_gt) / 2}
+    wanted = {"lpips": lpips_distance(frames(x_dr), frames(x_gt)).mean() / 2, "mse": nnf.mse_loss(x_dr, x_gt) / 2}
     loss = wanted["lpips"] + 1.5 * wanted["mse"]
     if gram:
         wanted["gram"] = perceptual.gram_loss(texture(frames(x_dr)), texture(frames(x_gt))).mean() / 2

@@ -14,8 +14,8 @@ the object does not show pulls at nothing. DEVIATION: both are taken to stand up
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional as nnf
 
 from .splat import Gaussians
 
@@ -48,11 +48,11 @@ def umeyama(src: Tensor, dst: Tensor, weights: Tensor | None = None) -> Similari
 def axes(up, front) -> Tensor:
     """[3, 3]: the columns front (made level), left, up."""
     up, front = (torch.as_tensor(v, dtype=torch.float64, device="cpu").detach() for v in (up, front))
-    up = F.normalize(up, dim=0)
+    up = nnf.normalize(up, dim=0)
     level = front - (front @ up) * up
     if not level.norm() > 1e-3 * front.norm():
         raise ValueError(f"wanted a direction that is not vertical, got {front.tolist()} where {up.tolist()} is up")
-    level = F.normalize(level, dim=0)
+    level = nnf.normalize(level, dim=0)
     return torch.stack([level, torch.linalg.cross(up, level), up], dim=1)
 
 
@@ -240,7 +240,7 @@ if __name__ == "__main__":
     seen = seen + 0.03 * torch.randn(seen.shape, generator=draws)
     R = axes((0, -1, 0), (0.6, 0, 0.8)) @ axes((0, -1, 0), (0, 0, 1)).T
     seen = 2.5 * seen @ R.T.float() + torch.tensor([10.0, 0, 30])
-    asset, seen = (Gaussians(p, 0 * p, F.pad(p, (1, 0), value=1), 2 + 0 * p[:, 0], p[:, None]) for p in (asset, seen))
+    asset, seen = (Gaussians(p, 0 * p, nnf.pad(p, (1, 0), value=1), 2 + 0 * p[:, 0], p[:, None]) for p in (asset, seen))
     s, Q, t = coarse_3d(asset, seen, heading=(1, 0, 1))
     front = Q[:, 2].tolist()
     print(f"made with s 2.5,   front (0.60, 0, 0.80), t (10, 0, 30)\n"

@@ -12,9 +12,9 @@ import warnings
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn import functional as nnf
 
 from ..method.metrics import actor_crops
 from .real_clips import RealClips
@@ -187,7 +187,7 @@ class Pairs:
         ch, cw = min(H, round(h / scale)), min(W, round(w / scale))
         t, y, x = (int(torch.randint(n, (), generator=draws)) for n in (T - self.frames + 1, H - ch + 1, W - cw + 1))
         crop = from_bytes(self.real[:, t : t + self.frames, y : y + ch, x : x + cw]).transpose(0, 1)
-        return F.interpolate(crop, size=(h, w), mode="bilinear", antialias=True).transpose(0, 1)
+        return nnf.interpolate(crop, size=(h, w), mode="bilinear", antialias=True).transpose(0, 1)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Generator, Tensor
+from torch.nn import functional as nnf
 from tqdm import tqdm
 
 from ..networks.weights import one_line, save_tensors
@@ -125,7 +125,7 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """x [3, T, H, W] -> [3, T, h, w], filtered; as it is where it has that size."""
     if x.shape[-2:] == tuple(size):
         return x
-    return F.interpolate(x.transpose(0, 1), size, mode="bilinear", antialias=True).transpose(0, 1)
+    return nnf.interpolate(x.transpose(0, 1), size, mode="bilinear", antialias=True).transpose(0, 1)
 
 
 # ---- getting them ----------------------------------------------------------------------------------------------------

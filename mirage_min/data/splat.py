@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional as nnf
 from torch.utils.checkpoint import checkpoint
 
 from ..networks.weights import one_line, whole_file
@@ -57,7 +57,7 @@ class Gaussians:
     def cat(parts: list["Gaussians"]) -> "Gaussians":
         """All of several; SH get zeros up to the highest degree; no ids unless all have them."""
         K = max(p.sh.shape[1] for p in parts)
-        parts = [replace(p, sh=F.pad(p.sh, (0, 0, 0, K - p.sh.shape[1]))) for p in parts]
+        parts = [replace(p, sh=nnf.pad(p.sh, (0, 0, 0, K - p.sh.shape[1]))) for p in parts]
         columns = [[getattr(p, f.name) for p in parts] for f in fields(Gaussians)]
         return Gaussians(*(None if any(v is None for v in c) else torch.cat(c) for c in columns))
 
@@ -71,7 +71,7 @@ class Gaussians:
             raise ValueError(f"wanted a scale > 0 and a rotation, got {s.item():.3g} and {R.tolist()}")
         # f'(d) = f(Rᵀ d) at many directions d, solved for the coefficients of f'
         K, d = self.sh.shape[1], torch.randn(64, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        d = F.normalize(d, dim=1)
+        d = nnf.normalize(d, dim=1)
         turn = torch.linalg.lstsq(sh_basis(d, K), sh_basis(d @ R.double().cpu(), K)).solution
         return replace(self, means=s * self.means @ R.T + t, log_scales=self.log_scales + s.log(),
                        quats=quaternions(R @ rotations(self.quats)), sh=turn.to(self.sh) @ self.sh)
@@ -89,7 +89,7 @@ class Camera:
 
 def rotations(quats: Tensor) -> Tensor:
     """w x y z [N, 4], of any length -> [N, 3, 3]"""
-    w, x, y, z = F.normalize(quats, dim=1).unbind(1)
+    w, x, y, z = nnf.normalize(quats, dim=1).unbind(1)
     return torch.stack([1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
                         2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
                         2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)], dim=1).view(-1, 3, 3)
@@ -101,7 +101,7 @@ def quaternions(R: Tensor) -> Tensor:
     # 4 q qᵀ: every row is a multiple of q, the one with the largest diagonal a safe one
     Q = torch.stack([1 + a + e + i, h - f, c - g, d - b, h - f, 1 + a - e - i, b + d, c + g,
                      c - g, b + d, 1 - a + e - i, f + h, d - b, c + g, f + h, 1 - a - e + i], dim=1).view(-1, 4, 4)
-    return F.normalize(Q[torch.arange(len(Q)), Q.diagonal(dim1=1, dim2=2).argmax(1)], dim=1)
+    return nnf.normalize(Q[torch.arange(len(Q)), Q.diagonal(dim1=1, dim2=2).argmax(1)], dim=1)
 
 
 def sh_basis(d: Tensor, K: int) -> Tensor:
@@ -208,7 +208,7 @@ def project(g: Gaussians, camera: Camera) -> tuple[Tensor, Tensor]:
     # a c - b² without cancellation: |A_0 × A_1|² + 0.3 (a + c) - 0.3²
     det = torch.linalg.cross(A[:, 0], A[:, 1]).square().sum(1) + LOW_PASS * (a + c) - LOW_PASS**2
     # colour = max(0, ½ + Σ_k sh_k Y_k(d)),   d from the camera to the Gaussian
-    d = F.normalize(g.means + (W.T @ t).T, dim=1)
+    d = nnf.normalize(g.means + (W.T @ t).T, dim=1)
     rgb = (0.5 + torch.einsum("nk,nkc->nc", sh_basis(d, g.sh.shape[1]), g.sh)).clamp(min=0)
     splats = torch.cat([xy, torch.stack([c / det, -b / det, a / det, opacity], dim=1), rgb, z[:, None]], dim=1)
     # o exp(-½ r²) = 1/255 on the ellipse of radius r, whose box has the half sizes r √a and r √c. DEVIATION: 3DGS cuts
@@ -259,8 +259,8 @@ def render(gaussians: Gaussians, camera: Camera, background=(0.0, 0.0, 0.0)) -> 
 
 if __name__ == "__main__":
     from PIL import Image
-    d = F.normalize(torch.randn(20000, 3, generator=torch.Generator().manual_seed(0)), dim=1)
-    save_ply("splat.ply", Gaussians(d, torch.full_like(d, -4), F.pad(d, (1, 0)), 2 + 0 * d[:, 0], 2 * d[:, None]))
+    d = nnf.normalize(torch.randn(20000, 3, generator=torch.Generator().manual_seed(0)), dim=1)
+    save_ply("splat.ply", Gaussians(d, torch.full_like(d, -4), nnf.pad(d, (1, 0)), 2 + 0 * d[:, 0], 2 * d[:, None]))
     view = torch.eye(4)
     view[2, 3] = 4
     K = torch.tensor([[400.0, 0, 192], [0, 400, 128], [0, 0, 1]])

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional as nnf
 
 from .toy_shapes import Body
 
@@ -60,7 +60,7 @@ def mirror(direction: Tensor, normal: Tensor, light: Light, lit: Tensor, gloss: 
 
     direction [N, 3] of the ray that meets it, of any length; gloss [N] from 0, which adds nothing, to 1, clear glass.
     """
-    d = F.normalize(direction, dim=1)
+    d = nnf.normalize(direction, dim=1)
     cosine = -(d * normal).sum(1, keepdim=True)
     r = d + 2 * cosine * normal
     # F = F0 + (1 − F0)(1 − cos θ)⁵, F0 = .04                                                      Schlick 1994

@@ -13,9 +13,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.nn import functional as nnf
 
 from .toy_light import Light, contact, haze, mirror, shade, sky
 from .toy_shapes import Body, Part, Points, albedo, gloss
@@ -102,7 +102,7 @@ def cast(scene: Scene, K: Tensor, size: tuple[int, int], t: int, supersample: in
             hits.normal[index] = part.normals[face[hit]] @ R.T
     hits.point = origin + torch.where(hits.depth.isfinite(), hits.depth, 0.0)[:, None] * direction
     above = hits.body == SKY
-    hits.local[above] = F.normalize(direction[above], dim=1)
+    hits.local[above] = nnf.normalize(direction[above], dim=1)
     return hits
 
 

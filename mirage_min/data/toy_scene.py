@@ -15,8 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional as nnf
 
 from ..networks.weights import whole_file
 from . import toy_render, toy_world
@@ -54,9 +54,9 @@ def street(scene: Scene, config, t: int) -> Gaussians:
     rgb = toy_render.frame(empty, config, t)[1].flatten(1).T
     origin, sky = scene.c2w[t, :3, 3], hits.body == SKY
     depth = torch.where(sky, 200.0, hits.depth)
-    ray = F.normalize(torch.where(sky[:, None], hits.local, hits.point - origin), dim=1)
+    ray = nnf.normalize(torch.where(sky[:, None], hits.local, hits.point - origin), dim=1)
     ray = ray / (ray @ scene.c2w[t, :3, 2])[:, None]                   # z = 1 in the camera
-    n = torch.where(sky[:, None], -F.normalize(ray, dim=1), hits.normal)
+    n = torch.where(sky[:, None], -nnf.normalize(ray, dim=1), hits.normal)
     # p = o + z·d(u, v) on the plane n: ∂p/∂u = z/f (e_u − d (n·e_u) / (n·d)), and the same for v
     facing = (n * ray).sum(1, keepdim=True).clamp(max=-0.03)
     J = torch.stack([e - ray * (n @ e)[:, None] / facing for e in scene.c2w[t, :3, :2].T], dim=2)

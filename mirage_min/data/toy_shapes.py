@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional as nnf
 
 
 @dataclass
@@ -46,7 +46,7 @@ def prism(x0, x1, y0, y1, z0, z1, top=(1.0, 1.0, 0.0), paint="plain") -> Part:
     high = [(cx + sx * hx * top[0], y0, cz + sz * hz * top[1] + top[2]) for sx, sz in signs]
     c = torch.tensor(low + high)
     n = torch.stack([torch.linalg.cross(c[b] - c[a], c[d] - c[b]) for a, b, d, _ in FACES])
-    n = F.normalize(n, dim=1)
+    n = nnf.normalize(n, dim=1)
     first = c[[face[0] for face in FACES]]
     n = n * torch.sign((n * (first - c.mean(0))).sum(1, keepdim=True))  # outwards
     return Part(n, (n * first).sum(1), paint, c)

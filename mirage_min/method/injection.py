@@ -17,9 +17,9 @@ the 3 x 3 kernel is ChopGrad B.4's. The Wan variant uses the same block, once, a
 """
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 
 from .lora import Beside
 
@@ -42,7 +42,7 @@ class CrossModalFusionBlock(Beside):
             raise ValueError(f"injected features must be {[B, self.weight.shape[1] - C, T, H, W]}, got {list(f.shape)}")
         s_h, s_f, weight, bias = (v.to(h.dtype) for v in (self.s_h, self.s_f, self.weight, self.bias))
         both = rearrange(torch.cat([h / s_h, f.to(h.dtype) / s_f], dim=1), "b c t h w -> (b t) c h w")
-        return h + s_h * rearrange(F.conv2d(both, weight, bias, padding=1), "(b t) c h w -> b c t h w", b=B)
+        return h + s_h * rearrange(nnf.conv2d(both, weight, bias, padding=1), "(b t) c h w -> b c t h w", b=B)
 
 
 def attach(vae: nn.Module, feature_channels: list[int]) -> None:

@@ -19,8 +19,8 @@ import types
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 
 LAYERS = (nn.Linear, nn.Conv2d, nn.Conv3d)
 PEFT_ALPHA = 8.0  # PEFT's default, which is what a checkpoint means that names none: img2img-turbo's, Difix's
@@ -57,10 +57,10 @@ def _forward(layer: nn.Module, x: Tensor) -> Tensor:
     """y = W x + bias + Σ s · B A x over the adapters in layer.lora: a Linear adds s · B (A x), a convolution runs once
     with W + Σ delta(). x and y in the layer's own layout."""
     if isinstance(layer, nn.Linear):
-        y = F.linear(x, layer.weight, layer.bias)
+        y = nnf.linear(x, layer.weight, layer.bias)
         for lora in layer.lora.values():
             # h = W x + s · B A x
-            y = y + lora.scale * F.linear(F.linear(x, lora.A.to(x.dtype)), lora.B.to(x.dtype))
+            y = y + lora.scale * nnf.linear(nnf.linear(x, lora.A.to(x.dtype)), lora.B.to(x.dtype))
         return y
     # W' = W + s · B A: a kernel is small beside its activations, so one convolution with the sum is the cheaper way.
     W = layer.weight + sum(lora.delta() for lora in layer.lora.values()).to(layer.weight.dtype)

@@ -15,9 +15,9 @@ import warnings
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.nn import functional as nnf
 
 from .perceptual import Dists, Lpips
 
@@ -192,7 +192,7 @@ if __name__ == "__main__":
     from .optical_flow import warp_error
 
     torch.manual_seed(0)
-    canvas = F.interpolate(torch.rand(1, 3, 24, 32), (96, 128), mode="bicubic").clamp(0, 1) * 2 - 1
+    canvas = nnf.interpolate(torch.rand(1, 3, 24, 32), (96, 128), mode="bicubic").clamp(0, 1) * 2 - 1
     truth = torch.stack([canvas[:, :, t : t + 64, 2 * t : 2 * t + 96] for t in range(9)], dim=2)
     flow = torch.tensor([-2.0, -1.0]).view(1, 2, 1, 1, 1).expand(1, 2, 8, 64, 96)
     visible = torch.ones(1, 1, 8, 64, 96)

@@ -13,9 +13,9 @@ OpenCV's estimate for real clips; made-up scenes have an exact flow (data/toy_wo
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.nn import functional as nnf
 
 
 def warp(x: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,7 +31,7 @@ def warp(x: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
     v = flow[:, 1].double() + torch.arange(H, device=x.device)[:, None]
     inside = (u >= 0) & (u <= W - 1) & (v >= 0) & (v <= H - 1)
     grid = torch.stack([(2 * u + 1) / W - 1, (2 * v + 1) / H - 1], dim=-1)  # [B, H, W, 2]
-    y = F.grid_sample(x.double(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    y = nnf.grid_sample(x.double(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     return y, inside[:, None]
 
 
@@ -129,7 +129,7 @@ def flow_dis(x: Tensor) -> Tensor:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    canvas = F.interpolate(torch.rand(1, 3, 24, 32), (96, 128), mode="bicubic").clamp(0, 1) * 2 - 1
+    canvas = nnf.interpolate(torch.rand(1, 3, 24, 32), (96, 128), mode="bicubic").clamp(0, 1) * 2 - 1
     truth = torch.stack([canvas[:, :, t : t + 64, 2 * t : 2 * t + 96] for t in range(9)], dim=2)
     flow = torch.tensor([-2.0, -1.0]).view(1, 2, 1, 1, 1).expand(1, 2, 8, 64, 96)
     visible = torch.ones(1, 1, 8, 64, 96)

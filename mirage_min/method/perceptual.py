@@ -16,9 +16,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 
 from ..networks.imagenet import TAPS, Features
 
@@ -181,7 +181,7 @@ class L2Pool(nn.Module):
         C = x.shape[1]
         window = x.new_tensor([0.25, 0.5, 0.25])
         kernel = torch.outer(window, window).expand(C, 1, 3, 3)
-        return (F.conv2d(x.square(), kernel, stride=2, padding=1, groups=C) + 1e-12).sqrt()
+        return (nnf.conv2d(x.square(), kernel, stride=2, padding=1, groups=C) + 1e-12).sqrt()
 
 
 class Dists(nn.Module):

@@ -18,9 +18,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 from torch.utils.checkpoint import checkpoint
 
 from . import checked, weights
@@ -112,10 +112,10 @@ class CosmosDiT(nn.Module):
         """
         self._check(z, text)
         B, C, n, h, w = z.shape
-        mask = z.new_zeros(1, 1, h, w) if padding_mask is None else F.interpolate(padding_mask.to(z), (h, w))
+        mask = z.new_zeros(1, 1, h, w) if padding_mask is None else nnf.interpolate(padding_mask.to(z), (h, w))
         x = torch.cat([z, mask.unsqueeze(2).expand(B, 1, n, h, w)], dim=1)         # [B, C+1, F, h, w]
         # DEVIATION: the published transformer fails at odd sizes.
-        x = F.pad(x, (0, w % 2, 0, h % 2, 0, 0), mode="replicate")
+        x = nnf.pad(x, (0, w % 2, 0, h % 2, 0, 0), mode="replicate")
         grid = (n, x.shape[3] // 2, x.shape[4] // 2)
         x = rearrange(x, "b c f (h ph) (w pw) -> b f (h w) (c ph pw)", ph=2, pw=2)
         x = self.patch_embed["proj"](x)                                # [B, F, L, D], L patches to a latent frame
@@ -196,7 +196,7 @@ class TimeEmbedding(nn.Module):
         i = torch.arange(self.D // 2, dtype=torch.float32, device=t.device)
         a = t.float()[..., None] * torch.exp(-math.log(10000) * i / (self.D // 2))
         waves = torch.cat([a.cos(), a.sin()], dim=-1).to(dtype)        # [..., D]
-        temb = self.t_embedder["linear_2"](F.silu(self.t_embedder["linear_1"](waves)))
+        temb = self.t_embedder["linear_2"](nnf.silu(self.t_embedder["linear_1"](waves)))
         return self.norm(waves), temb
 
 
@@ -240,14 +240,14 @@ class ModulatedNorm(nn.Module):
     def modulation(self, e: Tensor, temb: Tensor) -> Modulation:
         """e [..., D], temb [..., 3D] -> shift, scale and, of three vectors, gate, each [..., D]"""
         # (shift, scale, gate) = W2 W1 silu(e) + temb; where there are two, the first two of temb
-        m = self.linear_2(self.linear_1(F.silu(e)))
+        m = self.linear_2(self.linear_1(nnf.silu(e)))
         m = m + temb[..., : m.shape[-1]]
         return Modulation(*m.chunk(self.linear_2.out_features // e.shape[-1], dim=-1))
 
     def forward(self, x: Tensor, m: Modulation) -> Tensor:
         """x [B, F, L, D] -> the same shape"""
         # norm(x) · (1 + scale) + shift
-        return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + m.scale) + m.shift
+        return nnf.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + m.scale) + m.shift
 
 
 class Attention(nn.Module):
@@ -268,7 +268,7 @@ class Attention(nn.Module):
         q, k = self.norm_q(q), self.norm_k(k)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
-        y = F.scaled_dot_product_attention(q, k, v)                    # [B, heads, F*L, d]
+        y = nnf.scaled_dot_product_attention(q, k, v)                  # [B, heads, F*L, d]
         return self.to_out[0](rearrange(y, "b heads (f l) d -> b f l (heads d)", f=x.shape[1]))
 
 
@@ -281,7 +281,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]"""
-        return self.net["2"](F.gelu(self.net["0"]["proj"](x)))
+        return self.net["2"](nnf.gelu(self.net["0"]["proj"](x)))
 
 
 def linear(d_in: int, d_out: int) -> nn.Linear:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 from torch.utils.checkpoint import checkpoint
 
 from . import checked, weights
@@ -119,7 +119,7 @@ class WanDiT(nn.Module):
         self._check(z_t, text)
         B, C, n, h, w = z_t.shape
         # DEVIATION: the published transformer drops an odd last row or column; this one keeps its size.
-        z_t = F.pad(z_t, (0, w % 2, 0, h % 2, 0, 0), mode="replicate")
+        z_t = nnf.pad(z_t, (0, w % 2, 0, h % 2, 0, 0), mode="replicate")
         x = self.patch_embedding(z_t)                                  # [B, D, n, ⌈h/2⌉, ⌈w/2⌉]
         grid = x.shape[2:]
         x = rearrange(x, "b d f h w -> b (f h w) d")
@@ -182,8 +182,8 @@ class ConditionEmbedder(nn.Module):
         # In float32 whatever the rest: bfloat16 cannot tell 199 from 200.
         a = angles(t.float(), self.freq_dim)                           # [B, freq_dim/2]
         waves = torch.cat([a.cos(), a.sin()], dim=-1).to(self.time_embedder.linear_1.weight.dtype)
-        time = self.time_embedder(waves, F.silu).to(text.dtype)
-        modulation = self.time_proj(F.silu(time)).unflatten(1, (6, -1))
+        time = self.time_embedder(waves, nnf.silu).to(text.dtype)
+        modulation = self.time_proj(nnf.silu(time)).unflatten(1, (6, -1))
         return time, modulation, self.text_embedder(text, gelu)
 
 
@@ -227,7 +227,7 @@ class Attention(nn.Module):
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         q, k, v = (rearrange(y, "b l heads d -> b heads l d") for y in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = nnf.scaled_dot_product_attention(q, k, v)
         return self.to_out[0](rearrange(y, "b heads l d -> b l (heads d)"))
 
 
@@ -260,7 +260,7 @@ class WideLayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = (None if p is None else wide(p) for p in (self.weight, self.bias))
-        return F.layer_norm(wide(x), self.normalized_shape, weight, bias, self.eps)
+        return nnf.layer_norm(wide(x), self.normalized_shape, weight, bias, self.eps)
 
 
 def wide(x: Tensor) -> Tensor:
@@ -276,7 +276,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def gelu(x: Tensor) -> Tensor:
     """GELU by its tanh approximation, as published."""
-    return F.gelu(x, approximate="tanh")
+    return nnf.gelu(x, approximate="tanh")
 
 
 def angles(positions: Tensor, dim: int) -> Tensor:

@@ -19,8 +19,8 @@ Left out: the classifiers, and training any of these networks.
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 
 from .weights import load_tensors, save_tensors
 
@@ -68,8 +68,8 @@ class Fire(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, c_in, h, w] -> [N, 2 c_expand, h, w]."""
-        x = F.relu(self.squeeze(x))
-        return F.relu(torch.cat([self.expand1x1(x), self.expand3x3(x)], dim=1))
+        x = nnf.relu(self.squeeze(x))
+        return nnf.relu(torch.cat([self.expand1x1(x), self.expand3x3(x)], dim=1))
 
 
 def squeezenet() -> nn.Sequential:

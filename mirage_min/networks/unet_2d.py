@@ -20,8 +20,8 @@ from itertools import starmap, zip_longest
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 from torch.utils.checkpoint import checkpoint
 
 from . import checked, weights
@@ -124,7 +124,7 @@ class UNet2D(nn.Module):
         self._check(z, text, views)
         N, C, h, w = z.shape
         time = self.time_embedding(torch.as_tensor(t, device=z.device).expand(N), z.dtype)
-        time = F.silu(time)                                            # [N, 4 C_0]
+        time = nnf.silu(time)                                          # [N, 4 C_0]
         context = time, text, views
 
         x = self.conv_in(z)                                            # [N, C_0, h, w]
@@ -147,7 +147,7 @@ class UNet2D(nn.Module):
             for upsample in stage.upsamplers:
                 x = upsample(x, size=skips[-1].shape[-2:])             # [N, C_i, h/2^(i-1), w/2^(i-1)]
 
-        return self.conv_out(F.silu(self.conv_norm_out(x)))            # [N, 4, h, w]
+        return self.conv_out(nnf.silu(self.conv_norm_out(x)))          # [N, 4, h, w]
 
     def run(self, layer: "Layer", x: Tensor, time: Tensor, text: Tensor, views: int) -> Tensor:
         """layer(x, time, text, views); where activations are checkpointed, only these are kept for backward."""
@@ -220,9 +220,9 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(c_in, c, 1) if c_in != c else None
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))                          # [N, C, h, w]
+        h = self.conv1(nnf.silu(self.norm1(x)))                        # [N, C, h, w]
         h = h + self.time_emb_proj(time)[:, :, None, None]             # the same at every position
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(nnf.silu(self.norm2(h)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -246,7 +246,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         h, w = size
-        return self.conv(F.interpolate(x, scale_factor=2.0)[:, :, :h, :w])
+        return self.conv(nnf.interpolate(x, scale_factor=2.0)[:, :, :h, :w])
 
 
 class TimeEmbedding(nn.Module):
@@ -261,7 +261,7 @@ class TimeEmbedding(nn.Module):
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """t [N] -> [N, 4 C_0]; in float32 up to the sine: bfloat16 would round 399 to 400."""
         a = angles(t.float(), self.c)                                  # [N, C_0 / 2]
-        return self.linear_2(F.silu(self.linear_1(torch.cat([a.cos(), a.sin()], dim=-1).to(dtype))))
+        return self.linear_2(nnf.silu(self.linear_1(torch.cat([a.cos(), a.sin()], dim=-1).to(dtype))))
 
 
 if __name__ == "__main__":

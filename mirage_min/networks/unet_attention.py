@@ -9,9 +9,9 @@ order of the views, and with v = 1 is the published Transformer2DModel.
 """
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 
 
 class Transformer(nn.Module):
@@ -74,7 +74,7 @@ class Attention(nn.Module):
         """x [N, L, C], y [N, L_y, C_y] -> [N, L, C]"""
         q, k, v = (rearrange(u, "n l (heads d) -> n heads l d", heads=self.heads)
                    for u in (self.to_q(x), self.to_k(y), self.to_v(y)))
-        out = F.scaled_dot_product_attention(q, k, v)                  # [N, heads, L, d]
+        out = nnf.scaled_dot_product_attention(q, k, v)                # [N, heads, L, d]
         return self.to_out[0](rearrange(out, "n heads l d -> n l (heads d)"))
 
 
@@ -87,7 +87,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.net["0"]["proj"](x).chunk(2, dim=-1)        # [N, L, 4 C] each
-        return self.net["2"](value * F.gelu(gate))
+        return self.net["2"](value * nnf.gelu(gate))
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 
 from . import checked, weights
 
@@ -56,8 +56,8 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(nnf.silu(self.norm1(x)))
+        h = self.conv2(nnf.silu(self.norm2(h)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -73,7 +73,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         N, C, H, W = x.shape
         h = rearrange(self.group_norm(x), "n c h w -> n 1 (h w) c")    # [N, 1, HW, C]
-        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
+        h = nnf.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
         return x + rearrange(self.to_out[0](h), "n 1 (h w) c -> n c h w", h=H)
 
 
@@ -85,7 +85,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(c, c, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))                       # [N, C, H/2, W/2]
+        return self.conv(nnf.pad(x, (0, 1, 0, 1)))                     # [N, C, H/2, W/2]
 
 
 class Upsample(nn.Module):
@@ -96,7 +96,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(c, c, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0))           # [N, C, 2H, 2W]
+        return self.conv(nnf.interpolate(x, scale_factor=2.0))         # [N, C, 2H, 2W]
 
 
 class Stage(nn.Module):
@@ -159,7 +159,7 @@ class Encoder(nn.Module):
 
     def finish(self, x: Tensor) -> Tensor:
         """From the last down block's output on."""
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(nnf.silu(self.conv_norm_out(self.mid_block(x))))
 
 
 class Decoder(nn.Module):
@@ -179,7 +179,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))
         for stage, skip in zip_longest(self.up_blocks, skips):
             x = stage(add_skip(x, skip))
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(nnf.silu(self.conv_norm_out(x)))
 
 
 def add_skip(x: Tensor, skip: Tensor | None) -> Tensor:

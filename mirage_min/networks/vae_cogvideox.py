@@ -19,9 +19,9 @@ Attribute names are the published checkpoint's keys. Left out: the quantisation 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 
 from . import checked, weights
 from .causal_conv import Cache, CausalConv3d, each_frame, name_caches
@@ -108,8 +108,8 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, z: tuple[Tensor, ...], old: Cache | None, new: Cache) -> Tensor:
         """x [B, C, T, H, W]; z is (latent,) in the decoder and () in the encoder."""
-        h = self.conv1(F.silu(self.norm1(x, *z)), old, new)
-        h = self.conv2(F.silu(self.norm2(h, *z)), old, new)
+        h = self.conv1(nnf.silu(self.norm1(x, *z)), old, new)
+        h = self.conv2(nnf.silu(self.norm2(h, *z)), old, new)
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -129,7 +129,7 @@ class Downsample(nn.Module):
 
     def resize(self, x: Tensor) -> Tensor:
         """[B, C, T, H, W] -> [B, C, T, H/2, W/2], each frame alone."""
-        return each_frame(lambda frames: self.conv(F.pad(frames, (0, 1, 0, 1))), x)
+        return each_frame(lambda frames: self.conv(nnf.pad(frames, (0, 1, 0, 1))), x)
 
 
 class Upsample(nn.Module):
@@ -148,7 +148,7 @@ class Upsample(nn.Module):
 
     def resize(self, x: Tensor) -> Tensor:
         """[B, C, T, H, W] -> [B, C, T, 2H, 2W], each frame alone."""
-        return each_frame(lambda frames: self.conv(F.interpolate(frames, scale_factor=2.0)), x)
+        return each_frame(lambda frames: self.conv(nnf.interpolate(frames, scale_factor=2.0)), x)
 
 
 class Stage(nn.Module):
@@ -194,7 +194,7 @@ class Encoder(nn.Module):
 
     def output(self, x: Tensor, z: tuple[Tensor, ...], old: Cache | None, new: Cache) -> Tensor:
         """The last norm and convolution; z is (latent,) in the decoder and () in the encoder."""
-        return self.conv_out(F.silu(self.norm_out(x, *z)), old, new)
+        return self.conv_out(nnf.silu(self.norm_out(x, *z)), old, new)
 
 
 class Decoder(nn.Module):

@@ -16,8 +16,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 
 from . import weights
 from .checked import Depth
@@ -48,7 +48,7 @@ class Block(nn.Module):
                                   nn.Conv2d(c, c, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.conv(x) + x)
+        return nnf.relu(self.conv(x) + x)
 
 
 class Downsample(nn.Conv2d):

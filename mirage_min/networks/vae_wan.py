@@ -19,9 +19,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 
 from . import checked, weights
 from .causal_conv import Cache, CausalConv3d, each_frame, name_caches
@@ -72,8 +72,8 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv3d(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)), old, new)
-        h = self.conv2(F.silu(self.norm2(h)), old, new)
+        h = self.conv1(nnf.silu(self.norm1(x)), old, new)
+        h = self.conv2(nnf.silu(self.norm2(h)), old, new)
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -89,7 +89,7 @@ class FrameAttention(nn.Module):
         B, C, T, H, W = x.shape
         frames = rearrange(x, "b c t h w -> (b t) c h w")
         q, k, v = rearrange(self.to_qkv(self.norm(frames)), "n (three c) h w -> three n 1 (h w) c", three=3)
-        y = F.scaled_dot_product_attention(q, k, v)                    # [B*T, 1, H*W, C]
+        y = nnf.scaled_dot_product_attention(q, k, v)                  # [B*T, 1, H*W, C]
         y = self.proj(rearrange(y, "n 1 (h w) c -> n c h w", h=H))
         return x + rearrange(y, "(b t) c h w -> b c t h w", b=B)
 
@@ -198,7 +198,7 @@ class Encoder(nn.Module):
 
     def output(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
         """The last norm and convolution."""
-        return self.conv_out(F.silu(self.norm_out(x)), old, new)
+        return self.conv_out(nnf.silu(self.norm_out(x)), old, new)
 
 
 class Decoder(nn.Module):
@@ -307,7 +307,7 @@ class WanVAE(nn.Module):
         """x [B, 3, T, H, W] in [-1, 1] -> mean and log-variance, not normalised, each [B, 16, F, h, w]."""
         missing = self.legal_length(x.shape[2]) - x.shape[2]
         # DEVIATION: the published encode drops the frames beyond the last 4k + 1; here the last one is repeated.
-        x = F.pad(x, (0, 0, 0, 0, 0, missing), mode="replicate") if missing else x
+        x = nnf.pad(x, (0, 0, 0, 0, 0, missing), mode="replicate") if missing else x
         cache, parts = None, []
         for g in self.encode_groups(x.shape[2]):
             *part, cache = self.posterior_group(x[:, :, g], cache)

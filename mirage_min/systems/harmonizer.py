@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 
 from ..data.video import from_bytes, to_bytes
 from ..networks import checked, frugal, weights
@@ -144,7 +144,7 @@ class Harmonizer(nn.Module):
         H, W = frame.shape[-2:]
         if min(H, W) < CELL:
             raise ValueError(f"wanted frames of at least {CELL}x{CELL}, got {H}x{W}")
-        return F.pad(frame, (0, -W % CELL, 0, -H % CELL), mode="replicate")
+        return nnf.pad(frame, (0, -W % CELL, 0, -H % CELL), mode="replicate")
 
     @torch.no_grad()
     def stream(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:

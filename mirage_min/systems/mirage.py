@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 
 from ..method import injection, lora
 from ..method.one_step import T_MIRAGE, T_WAN, denoise
@@ -86,7 +86,7 @@ class Mirage(nn.Module):
         B, C, T, H, W = x.shape
         if min(H, W) < 16 or C != 3:
             raise ValueError(f"wanted [B, 3, T, H, W] with H and W of at least 16, got {list(x.shape)}")
-        return F.pad(x, (0, -W % CELL, 0, -H % CELL, 0, self.vae.legal_length(T) - T), mode="replicate")
+        return nnf.pad(x, (0, -W % CELL, 0, -H % CELL, 0, self.vae.legal_length(T) - T), mode="replicate")
 
     @torch.no_grad()
     def stream(self, frames: Iterable[Tensor], window: int | None = None, tiles: int = 1, margin: int = 8
@@ -142,7 +142,7 @@ class Mirage(nn.Module):
         def group(held: list[Tensor], T: int) -> tuple[Tensor, int]:
             x = torch.stack(held, dim=1)[None].to(like.device, like.dtype)           # [1, 3, count, H, W]
             H, W = self._size = x.shape[-2:]
-            return F.pad(x, (0, -W % CELL, 0, -H % CELL, 0, T - len(held)), mode="replicate"), len(held)
+            return nnf.pad(x, (0, -W % CELL, 0, -H % CELL, 0, T - len(held)), mode="replicate"), len(held)
 
         for frame in frames:
             held.append(frame)

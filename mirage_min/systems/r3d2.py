@@ -32,9 +32,9 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 
 from ..method import lora
 from ..method.one_step import BETA_END, BETA_START, STEPS, T_MIRAGE, denoise_epsilon
@@ -211,7 +211,7 @@ class R3D2(nn.Module):
 def pad(frames: Tensor) -> Tensor:
     """[N, 3, H, W] with the last row and column repeated up to whole latents: the VAEs would cut or add otherwise."""
     H, W = frames.shape[-2:]
-    return F.pad(frames, (0, -W % CELL, 0, -H % CELL), mode="replicate")
+    return nnf.pad(frames, (0, -W % CELL, 0, -H % CELL), mode="replicate")
 
 
 def read_index(file: Path) -> Index:
