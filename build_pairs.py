@@ -20,6 +20,11 @@ sheet; and manifest.json with every figure. A run killed and started again keeps
 Exit status: 0 done; 1 some scene is broken, and one line says how (the others are done); 2 a flag or OUT is wrong.
 """
 
+if __name__ == "__main__":
+    from mirage_min.data import desk
+
+    desk.open_up()  # before the imports that take seconds
+
 import argparse
 import json
 import re
@@ -34,13 +39,12 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from mirage_min.data import align
+from mirage_min.data import align, desk
 from mirage_min.data.scene import SceneFolder, moved, on, read_scene
 from mirage_min.data.splat import Camera, Gaussians, load_ply, render
 from mirage_min.data.video import Video, to_bytes
 from mirage_min.method.metrics import actor_crops, cropped, psnr
 from mirage_min.networks import weights
-from mirage_min.training import run
 
 STAGES = "none", "coarse", "full"  # how far the asset is aligned: by position alone, in 3D, and in 2D too
 
@@ -142,7 +146,7 @@ def build(folder: Path, args: argparse.Namespace, settings: dict) -> dict:
     actor = choose_actor(folder, scene, range(start, stop), args.actor)
     asset, boxes_gt = on(load_ply(folder / "asset.ply"), args.device), scene.tracks[actor].box.float()
     clips, left_out, at = [], [], 0
-    with tqdm(total=2 * (stop - start), desc=name, unit="frame", leave=False, disable=None) as bar, \
+    with desk.bar(total=2 * (stop - start), desc=name, unit="frame") as bar, \
             Video(scene.video) as video:
         insertions, filmed = align_asset(scene, asset, args.asset_axes, actor, range(start, stop), bar), iter(video)
         for first in range(start, stop - N + 1, N):
@@ -232,20 +236,20 @@ def contact_sheet(out: Path, name: str, clips: list[dict]) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Every scene in turn; returns how many were broken."""
-    args.device = run.choose_device(args.device)
+    args.device = desk.choose_device(args.device)
     args.out.mkdir(parents=True, exist_ok=True)
     path, broken = args.out / "manifest.json", 0
     manifest = weights.read_json(path) if path.exists() else {}
     for folder in args.scenes:
         name, settings, old = folder.resolve().name, settings_of(folder, args), manifest.get(folder.resolve().name)
         if old and old["settings"] == settings and all((args.out / clip["file"]).exists() for clip in old["clips"]):
-            print(f"{name}: kept, {len(old['clips'])} pairs")
+            desk.say(f"{name}: kept, {len(old['clips'])} pairs")
             continue
         try:
             manifest[name] = build(folder, args, settings)
         except (ValueError, OSError, av.FFmpegError) as error:
             where = "" if str(folder) in str(error) else f"{folder}: "
-            print(f"build_pairs.py: {where}{' '.join(str(error).split())}", file=sys.stderr)
+            desk.say_error(f"build_pairs.py: {where}{error}")
             broken += 1
             continue
         entry, files = manifest[name], {clip["file"] for clip in manifest[name]["clips"]}
@@ -266,11 +270,11 @@ def report(name: str, entry: dict, args: argparse.Namespace) -> None:
         values = [[clip[key][stage] for clip in entry["clips"]] for stage in STAGES]
         return " -> ".join(f"{sum(v) / len(v):.3g}" for v in values)
 
-    print(f"{name}: actor {entry['actor']}, {len(entry['clips'])} pairs" + ("" if not entry["clips"] else
-          f"; {' -> '.join(STAGES)}: box IoU {mean('box_iou')}, PSNR in the crop {mean('crop_psnr')}"))
+    desk.say(f"{name}: actor {entry['actor']}, {len(entry['clips'])} pairs" + ("" if not entry["clips"] else
+             f"; {' -> '.join(STAGES)}: box IoU {mean('box_iou')}, PSNR in the crop {mean('crop_psnr')}"))
     for clip in entry["left_out"]:
-        print(f"{name}: frames from {clip['first_frame']} left out: box IoU {clip['box_iou'][args.align]:.3f}, "
-              f"wanted at least {args.min_iou}")
+        desk.say(f"{name}: frames from {clip['first_frame']} left out: box IoU {clip['box_iou'][args.align]:.3f}, "
+                 f"wanted at least {args.min_iou}")
 
 
 def frame_range(text: str) -> tuple[int, int]:
@@ -291,7 +295,7 @@ def axes(text: str) -> Tensor:
 
 def cli(argv: list[str] | None = None) -> int:
     """Run; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=desk.first_line(__doc__))
     parser.add_argument("scenes", type=Path, nargs="+", help="scene folders (formats: mirage_min/data/scene.py)")
     parser.add_argument("--out", type=Path, default=Path("data/pairs"), help="where the pairs go (default data/pairs)")
     parser.add_argument("--align", choices=STAGES, default="full",
@@ -309,12 +313,8 @@ def cli(argv: list[str] | None = None) -> int:
     names = [folder.resolve().name for folder in args.scenes]
     if args.frames < 1 or len(set(names)) < len(names):
         parser.error("frames must be at least 1, and the scene folders' names must differ")
-    try:
-        with torch.no_grad():
-            return min(main(args), 1)
-    except (ValueError, OSError) as error:
-        print("build_pairs.py:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+    with torch.no_grad():
+        return desk.serve("build_pairs.py", lambda: min(main(args), 1), lambda: "; the same command continues")
 
 
 if __name__ == "__main__":

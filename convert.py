@@ -18,12 +18,16 @@ is code too, and is refused. What a file is, its keys say. Every entry is writte
 Exit status: 0 done; 2 the file or a flag is wrong, one line says how, and nothing was written.
 """
 
+if __name__ == "__main__":
+    from mirage_min.data import desk
+
+    desk.open_up()  # before the imports that take seconds
+
 import argparse
 import json
 import os
 import pickle
 import re
-import shutil
 import sys
 import warnings
 import zipfile
@@ -34,6 +38,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mirage_min.data import desk
+from mirage_min.data.place import taking_place
 from mirage_min.networks import weights
 from mirage_min.networks.dit_cosmos import CosmosDiT, CosmosDiTConfig
 from mirage_min.networks.vae_wan import WanVAE, WanVAEConfig
@@ -236,9 +242,9 @@ def recognise(content: dict, args: argparse.Namespace) -> Checkpoint:
 
 def write(out: Path, checkpoint: Checkpoint) -> None:
     """All files of a checkpoint into the folder `out`, which appears whole or not at all."""
-    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with taking_place(Path(os.path.realpath(out)), overwrite=False) as temporary:
+        temporary.mkdir()
         for part in checkpoint.parts:
             (temporary / part.folder).mkdir()
             weights.save_tensors(temporary / part.folder / weights.WEIGHTS, part.state, {"format": "pt"})
@@ -250,11 +256,6 @@ def write(out: Path, checkpoint: Checkpoint) -> None:
             weights.save_tensors(temporary / f"{name}.safetensors", state, about or None)
         if checkpoint.kind == HARMONIZER:
             harmonizer.write_index(temporary, harmonizer.Settings("release"))
-        if out.exists():
-            out.rmdir()  # it is empty
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def plain(value) -> bool:
@@ -274,21 +275,21 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.out}: exists and is no empty folder")
     checkpoint = recognise(read(args.file), args)
     write(args.out, checkpoint)
-    print(f"{args.file}: {checkpoint.kind}")
+    desk.say(f"{args.file}: {checkpoint.kind}")
     for part in checkpoint.parts:
-        print(f"{args.out / part.folder}: {report(part.state)}")
+        desk.say(f"{args.out / part.folder}: {report(part.state)}")
         for reason, n in sorted(part.left_out.items()):
-            print(f"  left out: {n} of {reason}")
+            desk.say(f"  left out: {n} of {reason}")
     for name, state in checkpoint.states.items():
-        print(f"{args.out / name}.safetensors: {report(state)}, their names unchanged")
+        desk.say(f"{args.out / name}.safetensors: {report(state)}, their names unchanged")
     kept = [key for key, value in checkpoint.others.items() if checkpoint.states and plain(value)]
     if left_out := [str(key) for key in checkpoint.others if key not in kept]:
-        print(f"left out: {', '.join(left_out)}")
+        desk.say(f"left out: {', '.join(left_out)}")
 
 
 def cli(argv: list[str] | None = None) -> int:
     """Run; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=desk.first_line(__doc__))
     parser.add_argument("file", type=Path, help="a .pkl, .pt, .pth, .ckpt or .bin")
     parser.add_argument("out", type=Path, help="folder for the result, new or empty")
     parser.add_argument("--average", action="store_true",
@@ -296,12 +297,7 @@ def cli(argv: list[str] | None = None) -> int:
                              "(net.), which DiffusionHarmonizer trains and reads")
     parser.add_argument("--drop", metavar="PREFIX", action="append", default=[],
                         help="leave out entries whose names begin so; else an unknown one is refused")
-    try:
-        main(parser.parse_args(argv))
-        return 0
-    except (ValueError, OSError) as error:
-        print("convert.py:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+    return desk.serve("convert.py", lambda: main(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

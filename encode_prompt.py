@@ -16,6 +16,11 @@ the checkpoint's own tokenizer decides, and its token is printed.
 Needs transformers. Exit status: 0 done; 2 something is wrong, and one line says what.
 """
 
+if __name__ == "__main__":
+    from mirage_min.data import desk
+
+    desk.open_up()  # before the imports that take seconds
+
 import argparse
 import html
 import os
@@ -28,11 +33,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mirage_min.data import desk
 from mirage_min.networks import weights
 from mirage_min.networks.dit_cogvideox import CogVideoXDiT
 from mirage_min.networks.dit_wan import WanDiT
 from mirage_min.networks.unet_2d import UNet2D
-from mirage_min.training import run
 
 
 class Kind(NamedTuple):
@@ -56,7 +61,7 @@ KINDS = {  # by model_type in the text encoder's config.json
 def main(args: argparse.Namespace) -> None:
     if args.out.is_dir() or not args.out.parent.is_dir():
         raise ValueError(f"{args.out}: wanted a file in a folder that exists")
-    args.device = run.choose_device(args.device)
+    args.device = desk.choose_device(args.device)
     kind, L = text_shape(args.base)
     transformers = import_transformers()
     tokenizer = load(transformers.AutoTokenizer, args.base, "tokenizer")
@@ -68,8 +73,8 @@ def main(args: argparse.Namespace) -> None:
     text = encode(encoder.eval().to(args.device), tokens.to(args.device), kind)
     base = os.path.relpath(args.base, args.out.parent) if Path(args.base).is_dir() else args.base
     weights.save_tensors(args.out, {"text": text.float()}, {"text": args.text, "base": base})
-    print(f"{args.out}: {args.text!r} as {list(text.shape)}, padded with token {tokenizer.pad_token_id} "
-          f"({tokenizer.pad_token!r})")
+    desk.say(f"{args.out}: {args.text!r} as {list(text.shape)}, padded with token {tokenizer.pad_token_id} "
+             f"({tokenizer.pad_token!r})")
 
 
 def import_transformers():
@@ -154,7 +159,7 @@ def clean(text: str) -> str:
 
 def cli(argv: list[str] | None = None) -> int:
     """Run; on an error say it in one line. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(description=desk.first_line(__doc__))
     parser.add_argument("--base", required=True, help="folder or hub id of CogVideoX, Wan or Stable Diffusion")
     parser.add_argument("--text", default="remove degradation", help="may be empty (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("prompt.safetensors"), help="file (default: %(default)s)")
@@ -162,12 +167,7 @@ def cli(argv: list[str] | None = None) -> int:
                         help="of the text encoder (default: auto, as its config.json says)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="default: cuda if there is one, else cpu")
-    try:
-        main(parser.parse_args(argv))
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print("encode_prompt.py:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return 0
+    return desk.serve("encode_prompt.py", lambda: main(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

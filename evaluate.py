@@ -21,6 +21,11 @@ it with the truth's own, which has a row.
 A metric that lacks its weights is left out and the reason given. Status 2: one line says what is wrong.
 """
 
+if __name__ == "__main__":
+    from mirage_min.data import desk
+
+    desk.open_up()  # before the imports that take seconds
+
 import argparse
 import csv
 import io
@@ -35,16 +40,14 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-import av
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from mirage_min.data import desk
 from mirage_min.data.video import Video, from_bytes
 from mirage_min.method import metrics, optical_flow
 from mirage_min.method.perceptual import Dists, Features, Lpips
 from mirage_min.networks import weights
-from mirage_min.training import run
 
 COLUMNS = {"PSNR": ("↑", 2), "SSIM": ("↑", 3), "LPIPS": ("↓", 3), "DISTS": ("↓", 3),  # what is better, and digits
            "E*warp": ("↓", 3), "vFID": ("↓", 3), "frames/s": ("↑", 2)}
@@ -99,7 +102,7 @@ def check(methods: dict[str, dict[str, Path]]) -> dict[str, tuple[int, int, int]
         if differing := sorted(found.keys() ^ truth.keys()):
             raise ValueError(f"{method} and {TRUTH} have videos of different names: {len(differing)} are in one alone, "
                              f"{', '.join(f'{n} ({method if n in found else TRUTH})' for n in differing[:5])}")
-    for name in tqdm(truth, desc="checking", unit="video", leave=False, disable=None):
+    for name in desk.bar(truth, desc="checking", unit="video"):
         for method, found in methods.items():  # of which the truth is the first
             path, (T, H, W) = found[name], (0, 0, 0)
             for T, x in enumerate(frames(path, method), 1):
@@ -265,7 +268,7 @@ def add_vfid(means: dict, features: dict[tuple[str, str], list[Tensor]]) -> dict
 
 
 def main(args) -> None:
-    args.device = run.choose_device(args.device)
+    args.device = desk.choose_device(args.device)
     methods, speeds = {TRUTH: videos(args.gt)} | ({NAIVE: videos(args.ni)} if args.ni else {}), {}
     for label, folder in args.pred:
         if label in methods:
@@ -279,7 +282,7 @@ def main(args) -> None:
 
     scores, features = {CROPS: defaultdict(dict), FULL: defaultdict(dict)}, defaultdict(list)
     equal = Counter()  # frames of a region and method that are the truth's own
-    for name in tqdm(shapes, desc="scoring", unit="video", leave=False, disable=None):
+    for name in desk.bar(shapes, desc="scoring", unit="video"):
         views = [({CROPS: crop} if crop else {}) | {FULL: (slice(None), slice(None))} for crop in crops[name]]
         flow = None if "E*warp" in absent else flows[name]
         paths = {method: found[name] for method, found in methods.items()}
@@ -302,9 +305,10 @@ def main(args) -> None:
     remarks |= {f"PSNR, {region}, {method}": f"inf in {n} frames, which equal the truth"
                 for (region, method), n in equal.items() if n}
     text = markdown(means) + "".join(f"* {what}: {remark}\n" for what, remark in remarks.items())
-    print(text, end="")
     if args.out:
         write(args.out, means, scores, remarks, text)
+    if not desk.say(text, end="") and not args.out:
+        raise OSError("stdout takes no more (--out DIR writes the scores to files)")
 
 
 def labelled(text: str) -> tuple[str, Path]:
@@ -315,7 +319,7 @@ def labelled(text: str) -> tuple[str, Path]:
 
 def cli(argv: list[str] | None = None) -> int:
     """Run; on an error say it in one line. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__ or "", formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pred", type=labelled, action="append", required=True, metavar="[NAME=]DIR",
                         help="results of a method; repeat it to compare methods")
     parser.add_argument("--gt", type=Path, required=True, metavar="DIR", help="the truth")
@@ -328,12 +332,7 @@ def cli(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="write scores.json, scores.csv and scores.md there")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="default: cuda if it is there, else cpu")
-    try:
-        main(parser.parse_args(argv))
-    except (ValueError, OSError, av.FFmpegError) as error:
-        print("evaluate.py:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return 0
+    return desk.serve("evaluate.py", lambda: main(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

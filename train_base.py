@@ -17,6 +17,11 @@ in latent space before stage H does so through pixels. The paper has none, becau
 prior; one of four million parameters does not (DEVIATIONS.md).
 """
 
+if __name__ == "__main__":
+    from mirage_min.data import desk
+
+    desk.open_up()  # before the imports that take seconds
+
 import argparse
 import json
 from collections.abc import Callable
@@ -29,6 +34,7 @@ from einops import rearrange
 from torch import Generator, Tensor, nn
 from torch.nn import functional as nnf
 
+from mirage_min.data import desk
 from mirage_min.data.crops import Crops
 from mirage_min.data.pairs import Pairs
 from mirage_min.data.real_clips import RealClips
@@ -240,7 +246,7 @@ def main(args, recipe: Recipe) -> None:
     optimizer = run.optimizer(params, recipe)
     start = checkpoint.resume(args.run, params, optimizer, identity, recipe.steps)
     log = watch.Log(args.run, recipe, start)
-    print(f"{args.stage}: {sum(p.numel() for p in params.values()):,} parameters, {recipe}")
+    desk.say(f"{args.stage}: {sum(p.numel() for p in params.values()):,} parameters, {recipe}")
 
     for step in (bar := run.Steps(args, recipe, start)):
         draws = run.draws(recipe.seed, step)
@@ -260,7 +266,7 @@ def main(args, recipe: Recipe) -> None:
         if run.due(step, recipe):
             checkpoint.save(args.run, step + 1, params, optimizer, identity)
     save(args, recipe, stage)
-    print(f"{args.stage}: {recipe.steps} steps -> {stage.out}")
+    desk.say(f"{args.stage}: {recipe.steps} steps -> {stage.out}")
 
 
 def save(args, recipe: Recipe, stage: Stage) -> None:
@@ -292,7 +298,7 @@ def normalise_latents(model: CogVideoXVAE | WanVAE, data: Crops, recipe: Recipe,
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(description=desk.first_line(__doc__))
     parser.add_argument("stage", choices=["vae_2d", "vae", "prior", "one_step"], help="what is trained, in this order")
     parser.add_argument("--family", choices=["cogvideox", "wan"], default="cogvideox",
                         help="whose classes the 3D VAE and the transformer are (default cogvideox)")

@@ -13,6 +13,11 @@ The pixel loss goes back through the decoder by ChopGrad, group by group, and on
 Where --mirage holds a stage H already, as in the last line, training continues from it.
 """
 
+if __name__ == "__main__":
+    from mirage_min.data import desk
+
+    desk.open_up()  # before the imports that take seconds
+
 import math
 from collections import defaultdict
 from dataclasses import dataclass
@@ -23,6 +28,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
+from mirage_min.data import desk
 from mirage_min.method import chopgrad, lora
 from mirage_min.method.perceptual import Lpips, lpips_and_gram
 from mirage_min.networks import weights
@@ -158,7 +164,7 @@ def main(args, recipe: Recipe) -> None:
             checkpoint.save(args.run, step + 1, params, optimizer, identity)
     if processes.rank() == 0:
         save(args, recipe, mirage)
-        print(f"stage H: {recipe.steps} steps -> {args.out / 'stage_h.safetensors'}")
+        desk.say(f"stage H: {recipe.steps} steps -> {args.out / 'stage_h.safetensors'}")
 
 
 def save(args, recipe: Recipe, mirage: Mirage) -> None:

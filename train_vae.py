@@ -10,6 +10,11 @@ With `--set init=FILE` training continues from an existing stage A.
     torchrun --nproc-per-node=8 train_vae.py --recipe mirage --base ... --vae2d ... --data ... --perceptual DIR
 """
 
+if __name__ == "__main__":
+    from mirage_min.data import desk
+
+    desk.open_up()  # before the imports that take seconds
+
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +25,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
+from mirage_min.data import desk
 from mirage_min.method import chopgrad, injection, lora
 from mirage_min.method.perceptual import Lpips
 from mirage_min.networks import weights
@@ -157,7 +163,7 @@ def main(args, recipe: Recipe) -> None:
             about["vae2d"] = run.seen_from(args.out, args.vae2d)
         mirage.save_stage(args.out / "stage_a.safetensors", [RECONSTRUCTION], about, fusion=True)
         weights.save_tensors(args.out / "prompt.safetensors", {"text": mirage.text}, about_prompt)
-        print(f"stage A: {recipe.steps} steps -> {args.out / 'stage_a.safetensors'}")
+        desk.say(f"stage A: {recipe.steps} steps -> {args.out / 'stage_a.safetensors'}")
 
 
 if __name__ == "__main__":

@@ -14,13 +14,14 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import infer
-from mirage_min.data import video
+from mirage_min.data import desk, video
 from mirage_min.data.video import Video, read_clip, write_clip
 from tests import small
 from tests.media import HEIGHT, RATE, WIDTH, break_frame, encode, packets_of, picture, pictures
@@ -333,6 +334,28 @@ def test_a_bug_is_not_hidden_behind_a_line(tmp_path, capsys, stand_in):
     assert not (tmp_path / "out.mp4").exists()
 
 
+@pytest.mark.parametrize("name", ["out.mp4", "out"])
+def test_what_appears_under_the_outputs_name_while_the_model_works_stays(tmp_path, capsys, stand_in, name):
+    def appear():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious.txt").write_text("precious")
+    stand_in.at[3] = appear
+    fail(capsys, f"{name}: has appeared in the meantime", encode(tmp_path / "in.mp4", pictures(9)), tmp_path / name)
+    assert (tmp_path / name / "precious.txt").read_text() == "precious"
+
+
+def test_what_the_reader_noticed_is_said(tmp_path, capsys, stand_in):
+    with av.open(str(tmp_path / "in.mkv"), "w") as out:
+        for _ in range(2):
+            stream = out.add_stream("libx264", rate=RATE)
+            stream.width, stream.height = WIDTH, HEIGHT
+        for stream in out.streams:
+            for t in range(3):
+                out.mux(stream.encode(av.VideoFrame.from_ndarray(picture(t), format="rgb24")))
+            out.mux(stream.encode())
+    assert "holds 2 videos; read is the one of 96x64" in succeed(capsys, tmp_path / "in.mkv", tmp_path / "out.mp4")[1]
+
+
 # ---- stopped --------------------------------------------------------------------------------------------------------
 
 
@@ -341,10 +364,10 @@ def test_a_bug_is_not_hidden_behind_a_line(tmp_path, capsys, stand_in):
 def test_a_signal_ends_the_run_and_leaves_nothing(tmp_path, capsys, stand_in, name, number):
     source = encode(tmp_path / "in.mp4", pictures(30))
     stand_in.at[20] = lambda: os.kill(os.getpid(), number)
-    before = {each: signal.signal(each, infer.interrupt) for each in infer.STOPPING}
+    before = {each: signal.signal(each, desk.interrupt) for each in desk.SIGNALS}
     try:
         status, out, err = run(capsys, source, tmp_path / name)
-        assert all(signal.getsignal(each) == signal.SIG_IGN for each in infer.STOPPING), "a second must not disturb"
+        assert all(signal.getsignal(each) == signal.SIG_IGN for each in desk.SIGNALS), "a second must not disturb"
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)

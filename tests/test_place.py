@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mirage_min.data import place
-from mirage_min.data.place import taking_place
+from mirage_min.data.place import check_output, taking_place
 from mirage_min.data.video import Format, read_clip, write_clip, writing
 
 ROOT = Path(__file__).parents[1]
@@ -143,3 +143,27 @@ def test_a_folder_that_had_just_given_way_to_a_killed_run_comes_back(tmp_path):
     with pytest.raises(ValueError, match="has appeared"), taking_place(tmp_path / "out", overwrite=False) as new:
         new.mkdir()
     assert names(tmp_path) == ["out"] and len(names(tmp_path / "out")) == 2
+
+
+def test_an_output_that_cannot_be_cleaned_up_after_is_written_all_the_same(tmp_path, monkeypatch):
+    def rmtree(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError("busy")
+    monkeypatch.setattr(place.shutil, "rmtree", rmtree)
+    with taking_place(tmp_path / "out.mp4", overwrite=False) as new:
+        new.write_text("done")
+    assert (tmp_path / "out.mp4").read_text() == "done"
+
+
+def test_where_nothing_can_be_written_is_refused_before_anything_is_computed(tmp_path, monkeypatch):
+    (tmp_path / "dangling.mp4").symlink_to(tmp_path / "nowhere" / "out.mp4")
+    with pytest.raises(ValueError, match="dangling.mp4: there is no folder .*nowhere"):
+        check_output(tmp_path, tmp_path / "dangling.mp4", overwrite=True)
+    (tmp_path / "circle.mp4").symlink_to(tmp_path / "circle.mp4")
+    with pytest.raises(ValueError, match="circle.mp4: is a link in a circle"):
+        check_output(tmp_path, tmp_path / "circle.mp4", overwrite=True)
+    with pytest.raises(OSError, match="too long"):
+        check_output(tmp_path, tmp_path / ("n" * 256), overwrite=True)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # a file system that is mounted to be read alone
+    with pytest.raises(ValueError, match=f"nothing can be written to {tmp_path}"):
+        check_output(tmp_path / "in.mp4", tmp_path / "out.mp4", overwrite=False)

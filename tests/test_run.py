@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from mirage_min.data import desk
 from mirage_min.networks import weights
 from mirage_min.training import checkpoint, run
 
@@ -31,38 +32,39 @@ def arguments(folder, *argv) -> argparse.Namespace:
 
 @pytest.mark.parametrize("word, wanted", [("on", True), ("YES", True), ("1", True), ("off", False), ("False", False)])
 def test_booleans_are_what_they_say(word, wanted):
-    assert run.override(Recipe(), [f"bf16={word}"]).bf16 is wanted
+    assert desk.override(Recipe(), [f"bf16={word}"]).bf16 is wanted
     with pytest.raises(ValueError, match="bf16 must be bool, got 'perhaps'"):
-        run.override(Recipe(), ["bf16=perhaps"])
+        desk.override(Recipe(), ["bf16=perhaps"])
 
 
 def test_settings_are_typed_and_unknown_ones_refused():
-    recipe = run.override(Recipe(), ["steps=7", "lr=0.5", "cosine=true", "net=alex"])
+    recipe = desk.override(Recipe(), ["steps=7", "lr=0.5", "cosine=true", "net=alex"])
     assert (recipe.steps, recipe.lr, recipe.cosine, recipe.net) == (7, 0.5, True, "alex")
     with pytest.raises(ValueError, match="unknown key 'stepz', there are steps, batch, .*, lambda1, net"):
-        run.override(recipe, ["stepz=7"])
+        desk.override(recipe, ["stepz=7"])
     with pytest.raises(ValueError, match="steps must be int, got 'many'"):
-        run.override(recipe, ["steps=many"])
+        desk.override(recipe, ["steps=many"])
 
 
 @pytest.mark.parametrize("setting, said", [("batch=0", "batch must be at least 1, got 0"), ("every=0", "every must be"),
                                            ("frames=-1", "frames must be"), ("steps=-1", "steps must not be negative"),
-                                           ("lr=nan", "lr must be finite, got nan"), ("lambda1=inf", "lambda1 must be"),
+                                           ("lr=nan", "lr: wanted one finite number, got nan"),
+                                           ("lambda1=inf", "lambda1: wanted one finite number, got inf"),
                                            ("real=1.5", "real must be a share, from 0 to 1, got 1.5")])
 def test_what_no_recipe_can_mean_is_refused(setting, said):
     run.check(Recipe())
     with pytest.raises(ValueError, match=said):
-        run.check(run.override(Recipe(), [setting]))
+        run.check(desk.override(Recipe(), [setting]))
 
 
 def test_a_device_is_the_one_named_and_auto_is_the_best_that_torch_can_use(monkeypatch):
-    assert run.choose_device("cpu") == "cpu"
+    assert desk.choose_device("cpu") == "cpu"
     for there, wanted in (((True, True), "cuda"), ((False, True), "mps"), ((False, False), "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: there[0])
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: there[1])
-        assert run.choose_device("auto") == wanted
+        assert desk.choose_device("auto") == wanted
     with pytest.raises(ValueError, match="--device nonsense: there is none that this torch can use"):
-        run.choose_device("nonsense")
+        desk.choose_device("nonsense")
 
 
 # ---- draws and the rate ----------------------------------------------------------------------------------------------
@@ -126,7 +128,7 @@ def test_a_checkpoint_is_due_after_every_so_many_steps_and_after_the_last():
 def launched(monkeypatch, capsys, main, folder, *argv):
     """(exit status, lines on stderr) of a script with this main."""
     monkeypatch.setattr(sys, "argv", ["train_x.py"])
-    handlers = {number: signal.getsignal(number) for number in run.SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in desk.SIGNALS}
     status = 0
     try:
         run.launch(main, arguments(folder, *argv), {"small": Recipe(), "paper": Recipe(steps=9)})
@@ -156,7 +158,8 @@ def test_what_is_wrong_is_one_line_and_status_2(monkeypatch, capsys, tmp_path, e
     def main(args, recipe):
         raise error
     status, lines = launched(monkeypatch, capsys, main, tmp_path)
-    assert status == 2 and lines == ["train_x.py: " + " ".join(str(error).split())]
+    short = "the memory does not suffice: " * isinstance(error, torch.OutOfMemoryError)
+    assert status == 2 and lines == [f"train_x.py: {short}{' '.join(str(error).split())}"]
 
 
 @pytest.mark.parametrize("argv", [("--set", "lr=fast"), ("--set", "batch=0"), ("--device", "nonsense")])

@@ -35,13 +35,16 @@ def is_clip(path: Path) -> bool:
 
 def check_output(source: Path, target: Path, overwrite: bool) -> None:
     """Refuse, before anything is computed, what could not be written or would destroy something: ValueError."""
-    if not target.parent.is_dir():
-        raise ValueError(f"{target}: there is no folder {target.parent}")
-    if os.path.islink(os.path.realpath(target)):
+    real = Path(os.path.realpath(target))
+    if os.path.islink(real):
         raise ValueError(f"{target}: is a link in a circle")
+    if not real.parent.is_dir():
+        raise ValueError(f"{target}: there is no folder {real.parent}")
+    if not os.access(real.parent, os.W_OK):
+        raise ValueError(f"{target}: nothing can be written to {real.parent}")
     if source.exists() and target.exists() and target.samefile(source):
         raise ValueError(f"{target}: is the input, which is not overwritten")
-    if Path(os.path.realpath(target)) in Path(os.path.realpath(source)).parents:
+    if real in Path(os.path.realpath(source)).parents:
         raise ValueError(f"{target}: holds the input, which would be lost with it")
     is_file = is_mp4(target) or is_clip(target)
     if not is_file and (target.is_file() or (is_media(target) and not target.is_dir())):
@@ -91,7 +94,7 @@ def taking_place(target: Path, overwrite: bool) -> Iterator[Path]:
             flush(part / "new")
             put(part / "new", target, part / "old", overwrite)
     finally:
-        shutil.rmtree(part)
+        shutil.rmtree(part, ignore_errors=True)  # once the output has its place, a leftover is no failure
 
 
 def put(new: Path, target: Path, old: Path, overwrite: bool) -> None:
@@ -140,7 +143,7 @@ def remove_stale(target: Path, name: str) -> None:
                 continue  # its run goes on
             if (part / "old").exists() and not target.exists():
                 os.replace(part / "old", target)
-            shutil.rmtree(part)
+            shutil.rmtree(part, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ import torch
 from safetensors import safe_open
 from torch import Generator, Tensor
 from torch.nn import functional as nnf
-from tqdm import tqdm
 
 from ..networks.weights import one_line, save_tensors
+from . import desk
 from .video import Video, from_bytes, to_bytes
 
 RAW = "https://raw.githubusercontent.com"
@@ -175,7 +175,7 @@ def keep(source: Source, video: Path, out: Path) -> None:
 def main(args: argparse.Namespace) -> None:
     """Every clip, whole or not at all; those that are there are kept."""
     with tempfile.TemporaryDirectory() as temporary:
-        for source in tqdm(SOURCES, unit="clip", disable=None):
+        for source in desk.bar(SOURCES, unit="clip"):
             if args.folder is None:
                 video = fetch(source, Path(temporary))
             else:
@@ -188,17 +188,14 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=desk.first_line(__doc__))
     parser.add_argument("--out", type=Path, help="folder for the clips; without it, the list is printed")
     parser.add_argument("--folder", type=Path, help="take the files from here instead of fetching them")
     args = parser.parse_args()
-    try:
-        if args.out is None:
-            for source in SOURCES:
-                print(f"{source.name:32} train {source.train[1] - source.train[0]:3}, "
-                      f"val {source.val[1] - source.val[0]:3} frames")
-        else:
-            main(args)
-    except (ValueError, OSError) as error:
-        print(f"real_clips: {error}", file=sys.stderr)
-        sys.exit(2)
+    desk.catch_signals()
+    if args.out is None:
+        for source in SOURCES:
+            print(f"{source.name:32} train {source.train[1] - source.train[0]:3}, "
+                  f"val {source.val[1] - source.val[0]:3} frames")
+    else:
+        sys.exit(desk.serve("real_clips", lambda: main(args), lambda: "; the clips that are whole stay"))

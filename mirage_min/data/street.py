@@ -36,9 +36,9 @@ from einops import rearrange
 from PIL import Image
 from safetensors import safe_open
 from torch import Generator, Tensor
-from tqdm import tqdm
 
 from ..networks.weights import save_tensors
+from . import desk
 from .align import mask_box
 from .photometric import uniform
 from .real_clips import resize
@@ -333,12 +333,12 @@ def main(args: argparse.Namespace) -> None:
             clip = clips[int(torch.multinomial(weights, 1, generator=torch.Generator().manual_seed(seed)))]
             path = args.out / f"{clip.stem}_{seed:06d}.safetensors"
             jobs.append(pool.submit(write_pair, clip, path, args.size, args.frames, seed))
-        for job in tqdm(jobs, unit="pair", disable=None):
+        for job in desk.bar(jobs, unit="pair"):
             job.result()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=desk.first_line(__doc__))
     parser.add_argument("--clips", type=Path, default=Path("data/real/train"), help="folder of clips (real_clips.py)")
     parser.add_argument("--out", type=Path, help="folder for the pairs; without it, one car is shown")
     parser.add_argument("--count", type=int, default=100, help="how many (default 100); those that exist are kept")
@@ -348,8 +348,4 @@ if __name__ == "__main__":
     parser.add_argument("--workers", type=int, default=1, help="processes (default 1)")
     parser.add_argument("--grid", type=Path, help="write the ground grid over a frame of each clip here instead")
     args = parser.parse_args()
-    try:
-        main(args)
-    except (ValueError, OSError) as error:
-        print(f"street: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(desk.serve("street", lambda: main(args), lambda: "; the pairs that are whole stay"))

@@ -18,15 +18,16 @@ paint is the actor's paint, lights vary within narrow ranges, actors are large a
 """
 
 import argparse
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..networks import weights
+from . import desk
 from .align import mask_box
 from .toy_light import sample_light
 from .toy_paths import PATHS, along, drive
@@ -157,7 +158,7 @@ def write_all(args: argparse.Namespace, config: WorldConfig) -> None:
     seeds = range(args.first_seed, args.first_seed + args.clips)
     with ProcessPoolExecutor(args.workers) as pool:
         jobs = [pool.submit(write, seed, config, args.out, args.extras) for seed in seeds]
-        for job in tqdm(jobs, unit="clip", disable=None):
+        for job in desk.bar(jobs, unit="clip"):
             job.result()
 
 
@@ -180,7 +181,7 @@ def height_x_width(text: str) -> tuple[int, int]:
 
 def main(argv: list[str] | None = None) -> None:
     """What the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=desk.first_line(__doc__))
     parser.add_argument("--out", type=Path, help="folder for the clips; without it, one scene is shown")
     parser.add_argument("--clips", type=int, default=100, help="how many (default 100); those that exist are kept")
     parser.add_argument("--first-seed", type=int, default=0, help="seed of the first clip (default 0)")
@@ -208,4 +209,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(desk.serve("toy_world", main, lambda: "; the clips that are whole stay"))

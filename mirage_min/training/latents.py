@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 from torch import Generator, Tensor
-from tqdm import tqdm
 
+from ..data import desk
 from ..data.pairs import Pairs
 from ..networks import weights
 from ..networks.vae_cogvideox import CogVideoXVAE
@@ -39,7 +39,7 @@ class Latents:
     def encode(pairs: Pairs, vae: CogVideoXVAE | WanVAE, recipe: Optimisation) -> Tensor:
         """All pairs -> latents [2 N, 2, 16, F, h, w] in float16: of every pair as it is, then mirrored."""
         z, device = None, next(vae.parameters()).device
-        for i in tqdm(range(len(pairs)), desc="encoding", unit="clip", disable=None):
+        for i in desk.bar(range(len(pairs)), desc="encoding", unit="clip"):
             x = torch.stack(pairs.read(i, lambda n: 0)).to(device)                       # [NI and GT, 3, T, H, W]
             with autocast(recipe, device):
                 both = torch.stack([vae.encode(x), vae.encode(x.flip(-1))]).half().cpu()  # [2, 2, 16, F, h, w]

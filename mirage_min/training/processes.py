@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..data import desk
+
 
 def join(device: str) -> None:
     """Join torchrun's other processes, if it started this one: nccl among GPUs, gloo among CPUs."""
@@ -48,7 +50,7 @@ def world() -> int:
 def print_once(*words) -> None:
     """Print in the first process only."""
     if rank() == 0:
-        print(*words, flush=True)
+        desk.say(" ".join(map(str, words)))
 
 
 def pieces(recipe) -> list[range]:

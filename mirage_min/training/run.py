@@ -22,7 +22,6 @@ import dataclasses
 import json
 import math
 import os
-import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -32,13 +31,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..data import desk
 from ..data.pairs import Pairs
 from . import checkpoint, processes
 from .checkpoint import may_change
-
-BOOLEANS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
 
 # ---- recipes ---------------------------------------------------------------------------------------------------------
 
@@ -71,22 +67,6 @@ class Recipe(Optimisation):
     real_frames: int = 0                # use only so many of its frames; 0: all
 
 
-def override(recipe, settings: list[str]):
-    """A copy of the dataclass `recipe` with "key=value" settings applied; ValueError for a key it does not have."""
-    fields = {f.name: f.type for f in dataclasses.fields(recipe)}
-    changes = {}
-    for setting in settings:
-        key, _, value = setting.partition("=")
-        if key not in fields:
-            raise ValueError(f"--set {setting}: unknown key {key!r}, there are {', '.join(fields)}")
-        kind = type(getattr(recipe, key))
-        try:
-            changes[key] = BOOLEANS[value.lower()] if kind is bool else kind(value)
-        except (KeyError, ValueError):
-            raise ValueError(f"--set {setting}: {key} must be {kind.__name__}, got {value!r}") from None
-    return dataclasses.replace(recipe, **changes)
-
-
 def check(recipe) -> None:
     """ValueError for what no recipe can mean."""
     for key in ("batch", "accumulate", "frames", "height", "width", "every"):
@@ -96,16 +76,13 @@ def check(recipe) -> None:
         raise ValueError(f"steps must not be negative, got {recipe.steps}")
     if not 0 <= getattr(recipe, "real", 0) <= 1:
         raise ValueError(f"real must be a share, from 0 to 1, got {recipe.real}")
-    for key, value in dataclasses.asdict(recipe).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{key} must be finite, got {value}")
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 def flags(doc: str | None, stage: str, recipes: dict) -> argparse.ArgumentParser:
     """The flags of every training script; doc: the script's docstring, None under python -OO."""
-    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(description=desk.first_line(doc))
     parser.add_argument("--data", type=Path, default=Path("data/toy"), help="folder of pairs (default data/toy)")
     parser.add_argument("--val", type=Path, help="folder of held-out pairs, scored with every checkpoint")
     parser.add_argument("--real", type=Path, help="a real video, its own truth, mixed into the batches")
@@ -134,50 +111,25 @@ def launch(main: Callable, args: argparse.Namespace, recipes: dict) -> None:
     args.run = args.run or Path("runs") / f"{args.stage}_{args.recipe}"
     args.out = args.out or args.run
     args.step = None  # the one that is being taken
-    catch_signals()
-    try:
-        recipe = override(recipes[args.recipe], args.set)
+    desk.catch_signals()
+
+    def run() -> None:
+        recipe = desk.override(recipes[args.recipe], args.set)
         check(recipe)
-        args.device = choose_device(args.device)
+        args.device = desk.choose_device(args.device)
         args.out.mkdir(parents=True, exist_ok=True)
         processes.join(args.device)
         main(args, recipe)
-    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as stop:
-        number = signal.Signals(*stop.args or (signal.SIGINT,))
+
+    def stopped() -> str | None:
         at = "before its first step" if args.step is None else f"in step {args.step}"
-        if processes.rank() == 0:
-            print(f"{name}: stopped by {number.name} {at}; {checkpoint.way_on(args.run)}", file=sys.stderr)
-        sys.exit(128 + number)
+        return f" {at}; {checkpoint.way_on(args.run)}" if processes.rank() == 0 else None
+
+    try:
+        if status := desk.serve(name, run, stopped):
+            sys.exit(status)
     finally:
         processes.leave()
-
-
-def catch_signals() -> None:
-    """Signals that end a run become a KeyboardInterrupt with their number, so that what is open is cleaned up."""
-    for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, interrupt)
-
-
-def interrupt(number: int, _) -> None:
-    for each in SIGNALS:
-        signal.signal(each, signal.SIG_IGN)  # a second one must not cut off the cleaning up
-    raise KeyboardInterrupt(number)
-
-
-def choose_device(name: str) -> str:
-    """The device of this name; "auto" is the first of cuda, mps and cpu that torch can use. ValueError if it cannot."""
-    if name == "auto":
-        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        return next(device for device in there if there[device])
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: there is none that this torch can use ({error})") from error
-    return name
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -212,8 +164,8 @@ class Steps(tqdm):
 
     def __init__(self, args: argparse.Namespace, recipe: Optimisation, start: int):
         self.args = args
-        silent = True if processes.rank() > 0 or sys.stderr is None else None  # None: as stderr is a terminal or not
-        super().__init__(range(start, recipe.steps), initial=start, total=recipe.steps, unit="step", disable=silent)
+        hidden = True if processes.rank() > 0 else desk.no_bar()
+        super().__init__(range(start, recipe.steps), initial=start, total=recipe.steps, unit="step", disable=hidden)
 
     def __iter__(self) -> Iterator[int]:
         for step in super().__iter__():
@@ -271,7 +223,7 @@ def seen_from(folder: Path, name: str | Path) -> str:
 
 
 if __name__ == "__main__":
-    recipe = override(Recipe(), ["steps=6", "warmup=2", "cosine=yes"])
+    recipe = desk.override(Recipe(), ["steps=6", "warmup=2", "cosine=yes"])
     print(recipe)
     print("factors on its rate:", [round(schedule(s, recipe.warmup, recipe.steps, recipe.cosine), 2) for s in range(6)])
     for step in range(2):
@@ -279,6 +231,6 @@ if __name__ == "__main__":
         print(f"step {step}: the first random number of each of four clips, whoever draws it:", numbers)
     for setting in ("lr=fast", "rate=1e-3"):
         try:
-            override(recipe, [setting])
+            desk.override(recipe, [setting])
         except ValueError as error:
             print("refused:", error)

@@ -1,0 +1,236 @@
+"""The desk of a command: what its user meets and what is no part of any method.
+
+    if __name__ == "__main__":
+        from mirage_min.data import desk
+        desk.open_up()                               # first of all: the imports take seconds
+
+    def cli(argv=None) -> int:
+        return desk.serve("infer.py", lambda: main(parse(argv)))
+
+    status    0 done; 2 the input, the model or a flag is wrong, and one line on stderr says how; 128 and its number
+              after a signal. Anything else is a bug, and its traceback is shown.
+    done      what is said after the output has its name cannot undo it: a full disk, a closed pipe, a console that
+              lacks a letter
+    streams   a stream that is closed is replaced by the null device: else the next file that is opened would take its
+              number, and get the warnings of every library
+
+Nothing but the standard library is imported at the top, so that the desk is open before anything large is loaded.
+
+    python -m mirage_min.data.desk               # what becomes of each kind of error
+"""
+
+import ctypes
+import dataclasses
+import io
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import get_type_hints
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+BOOLEANS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
+NOTHING = "; nothing was written"
+
+
+# ---- the process -----------------------------------------------------------------------------------------------------
+
+def open_up() -> None:
+    """To be called by a command before its other imports: streams and signals as the whole run needs them."""
+    for name in ("stdin", "stdout", "stderr"):  # in this order, for a file takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+        elif isinstance(getattr(sys, name), io.TextIOWrapper):
+            getattr(sys, name).reconfigure(errors="replace")  # a console may lack a letter of a name, or an arrow
+    catch_signals()
+
+
+def catch_signals() -> None:
+    """Signals that end a run become a KeyboardInterrupt with their number, so that what is open is cleaned up."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, interrupt)
+
+
+def interrupt(number: int, frame) -> None:
+    ignore_signals()  # a second one must not cut off the cleaning up
+    if serving:
+        raise KeyboardInterrupt(number)
+    say_error(f"{Path(sys.argv[0]).name}: stopped by {signal.Signals(number).name}{NOTHING}")
+    os._exit(128 + number)  # in the middle of an import, where an exception may be swallowed or printed
+
+
+def ignore_signals() -> None:
+    """From here on the run finishes; signals that were not caught stay as they are."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is interrupt:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def steady_heap() -> None:
+    """Memory that does not grow with the video, for less time; to be called before the first large tensor is made.
+
+    glibc hands back every block of 256 KiB or more: kept, they would fragment its heap, which grows for the first 100
+    frames. Pages of 2 MiB then make asking for them again cheap (Linux; PyTorch looks for this variable).
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 2**18)  # M_MMAP_THRESHOLD
+
+
+# ---- how a run ends --------------------------------------------------------------------------------------------------
+
+serving = False  # whether a KeyboardInterrupt will be caught
+
+
+def serve(name: str, run: Callable[[], int | None], stopped: Callable[[], str | None] = lambda: NOTHING,
+          memory: str = "") -> int:
+    """run() -> the exit status of the command `name`; what is wrong is said in one line on stderr.
+
+    run      its result is the status, None being 0
+    stopped  the end of a signal's line: what is written by then; None: another process says it
+    memory   what takes less of it, for the line of a run that has not enough
+    """
+    global serving
+    serving = True
+    try:
+        return run() or 0
+    except KeyboardInterrupt as stop:
+        number = signal.Signals(*stop.args or (signal.SIGINT,))
+        if (rest := stopped()) is not None:
+            say_error(f"{name}: stopped by {number.name}{rest}")
+        return 128 + number
+    except (ValueError, OSError, ImportError, *known("av", "FFmpegError")) as error:
+        say_error(f"{name}: {error}")
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        short = isinstance(error, (MemoryError, *known("torch", "OutOfMemoryError"))) or "allocate memory" in reason
+        if not short:
+            raise
+        say_error(f"{name}: the memory does not suffice{f' ({memory})' * bool(memory)}: {reason}")
+        return 2
+    finally:
+        serving = False
+
+
+def known(module: str, name: str) -> tuple[type, ...]:
+    """A class of errors; none where nobody has loaded its module, so that nobody can have raised it."""
+    return (getattr(sys.modules[module], name),) if module in sys.modules else ()
+
+
+def say(text: str, end: str = "\n") -> bool:
+    """Print to stdout, now -> whether it was taken; if not, stdout is closed to all that follows."""
+    try:
+        print(text, end=end, flush=True)
+        return True
+    except (OSError, ValueError):  # a full disk, a closed pipe; a closed file or a letter that the console lacks
+        silence(sys.stdout)
+        return False
+
+
+def say_error(text: str) -> None:
+    """One line on stderr, if there is one."""
+    try:
+        print(" ".join(text.split()), file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        silence(sys.stderr)
+
+
+def silence(stream) -> None:
+    """Let what a stream still holds go nowhere: at the end Python would try once more, and end with status 120."""
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+    except (OSError, ValueError, AttributeError):  # a stream without a number, as tests and notebooks have
+        pass
+
+
+def bar(items: Iterable | None = None, **settings):
+    """tqdm's bar where stderr is a terminal, and none elsewhere; it leaves no line."""
+    from tqdm import tqdm
+
+    return tqdm(items, leave=False, disable=no_bar(), **settings)
+
+
+def no_bar() -> bool | None:
+    """For tqdm's `disable`: None lets it see for itself whether stderr is a terminal, which one that is closed is not.
+    """
+    return True if sys.stderr is None or sys.stderr.closed else None
+
+
+def peak_memory() -> str:
+    """The most memory that this process, and on a GPU its tensors, took at any time."""
+    import torch
+
+    peak = "unknown"
+    if sys.platform == "linux":  # where getrusage counts in the process that started this one
+        try:
+            found = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())
+        except OSError:  # a sandbox without /proc, and others have it without this line
+            found = None
+        peak = f"{int(found[1]) / 2**20:.2f} GiB" if found else peak
+    elif sys.platform == "darwin":
+        import resource  # Windows has none
+
+        peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30:.2f} GiB"
+    gpu = f" + {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU" if torch.cuda.is_initialized() else ""
+    return f"peak memory {peak}{gpu}"
+
+
+# ---- what is asked for -----------------------------------------------------------------------------------------------
+
+def first_line(doc: str | None) -> str:
+    """What a command is, by its docstring; None under python -OO."""
+    return (doc or "").partition("\n")[0]
+
+
+def choose_device(name: str) -> str:
+    """The device of this name; "auto" is the first of cuda, mps and cpu that torch can use. ValueError if it cannot."""
+    import torch
+
+    if name == "auto":
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        return next(device for device in there if there[device])
+    try:
+        if torch.empty(1, device=name).is_meta:
+            raise RuntimeError("it holds no numbers")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name}: there is none that this torch can use ({error})") from error
+    return name
+
+
+def override(recipe, settings: list[str]):
+    """A copy of the dataclass `recipe` with "key=value" settings applied.
+
+    ValueError for a key that it does not have, or a value that is not of the field's kind and range.
+    """
+    from ..networks import checked
+
+    kinds, changes = get_type_hints(type(recipe), include_extras=True), {}
+    for setting in settings:
+        key, _, text = setting.partition("=")
+        if key not in kinds:
+            raise ValueError(f"--set {setting}: unknown key {key!r}, there are {', '.join(kinds)}")
+        kind = type(getattr(recipe, key))
+        try:
+            given = BOOLEANS[text.lower()] if kind is bool else kind(text)
+        except (KeyError, ValueError):
+            raise ValueError(f"--set {setting}: {key} must be {kind.__name__}, got {text!r}") from None
+        changes[key] = checked.value(kinds[key], given, f"--set {setting}", key)
+    return dataclasses.replace(recipe, **changes)
+
+
+if __name__ == "__main__":
+    def fails(error: BaseException) -> Callable:
+        def run():
+            raise error
+        return run
+
+    for each in (ValueError("clip.mp4: holds no video"), MemoryError("9 GiB"), KeyboardInterrupt(signal.SIGTERM)):
+        print(type(each).__name__, "-> status", serve("infer.py", fails(each), memory="--set tiles=2 takes less"))
+    print(peak_memory())
