@@ -17,6 +17,7 @@ from mirage_min.networks import weights
 from mirage_min.training import memory, watch
 from tests import small
 from tests.test_train import save_inputs, stage_a, stage_h
+from tests.test_train_r3d2 import train as train_r3d2
 
 TOLERANCE = 1e-9  # relative to the largest gradient of a tensor; float64's own is 1e-16
 
@@ -52,11 +53,13 @@ def train(case: str, work: Path, out: Path) -> None:
     elif case == "stage H, sharded and recomputed":
         stage_h(work / "wan", out, mirage=work / "trained", gram_from=0, shard=dist.is_initialized(),
                 checkpoint_dit=True, checkpoint_decoder=True, **common)
+    elif case == "R3D2":
+        train_r3d2(work / "wan", out, base="r3d2", height=48, width=64, frames=2, checkpoint_unet=True, **common)
     elif case == "two steps":
         stage_h(work / "wan", out, mirage=work / "trained", gram_from=0, steps=2, batch=2)
 
 
-CASES = ("stage A", "stage H", "stage H, sharded and recomputed")
+CASES = ("stage A", "stage H", "stage H, sharded and recomputed", "R3D2")
 
 
 def worker(rank: int, work: Path) -> None:
@@ -76,6 +79,10 @@ def runs(tmp_path_factory):
     work = tmp_path_factory.mktemp("distributed")
     (work / "wan").mkdir()
     save_inputs(work / "wan", small.save_wan)
+    # three stages: a fourth would see one latent, whose attention has no gradient
+    three = dict(block_out_channels=(8, 16, 16), attention_head_dim=(1, 2, 2),
+                 up_block_types=("CrossAttnUpBlock2D",) * 3, down_block_types=("CrossAttnDownBlock2D",) * 3)
+    small.r3d2(**three).save_pretrained(work / "wan" / "r3d2")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "plan", lambda *args: "")
         patch.setattr(watch.Log, "report", lambda *args: None)

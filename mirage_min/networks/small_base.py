@@ -1,5 +1,5 @@
-"""The small networks that stand in for published weights: the classes of CogVideoX, Wan and AutoencoderKL with small
-numbers, untrained. train_base.py trains them.
+"""The small networks that stand in for published weights: the classes of CogVideoX, Wan and Stable Diffusion with small
+numbers, untrained. train_base.py trains them, and train_r3d2.py the UNet.
 
     python -m mirage_min.networks.small_base         # how many numbers each has
 """
@@ -10,6 +10,7 @@ import torch
 
 from .dit_cogvideox import CogVideoXDiT, CogVideoXDiTConfig
 from .dit_wan import WanDiT, WanDiTConfig
+from .unet_2d import UNet2D, UNet2DConfig
 from .vae_2d import AutoencoderKL, AutoencoderKLConfig
 from .vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
 from .vae_wan import WanVAE, WanVAEConfig
@@ -23,6 +24,9 @@ DIT = CogVideoXDiTConfig(num_attention_heads=3, num_layers=6, time_embed_dim=64,
                          use_rotary_positional_embeddings=True)
 DIT_WAN = WanDiTConfig(num_attention_heads=3, attention_head_dim=64, text_dim=16, freq_dim=64, ffn_dim=768,
                        num_layers=6)
+
+UNET = UNet2DConfig(block_out_channels=(32, 64, 96, 96), attention_head_dim=(1, 2, 3, 3), layers_per_block=1,
+                    norm_num_groups=8, cross_attention_dim=16, use_linear_projection=True)
 
 
 def new_vae_2d(width: float = 1.0) -> AutoencoderKL:
@@ -78,8 +82,18 @@ def new_transformer(family: str = "cogvideox") -> CogVideoXDiT | WanDiT:
     return model
 
 
+@torch.no_grad()
+def new_unet() -> UNet2D:
+    """A UNet that predicts zeros."""
+    unet = UNet2D(UNET)
+    unet.conv_out.weight.zero_()
+    unet.conv_out.bias.zero_()
+    return unet
+
+
 if __name__ == "__main__":
     networks = {"2D VAE": new_vae_2d(), "3D VAE": new_vae(), "3D VAE, Wan's classes": new_vae("wan"),
-                "transformer": new_transformer(), "transformer, Wan's classes": new_transformer("wan")}
+                "transformer": new_transformer(), "transformer, Wan's classes": new_transformer("wan"),
+                "UNet": new_unet()}
     for name, network in networks.items():
         print(f"{name:28} {sum(p.numel() for p in network.parameters()):9,} numbers")

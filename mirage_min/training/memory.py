@@ -29,6 +29,7 @@ LESS = {  # what can be changed in a recipe that has it: the cheapest to give up
     "accumulate": lambda r, n: r.batch // n,
     "checkpoint_decoder": lambda r, n: True,
     "checkpoint_dit": lambda r, n: True,
+    "checkpoint_unet": lambda r, n: True,
     "shard": lambda r, n: n > 1,
     "tiles": lambda r, n: 2 * r.tiles,
     "d_trunc": lambda r, n: 0,

@@ -1,0 +1,190 @@
+"""R3D2 and Difix: train an image system through pixels, each frame alone (R3D2 A.2).
+
+    x_DR = D[denoise(E(x_NI)), skips]
+    L    = λ_lpips · L_lpips(x_DR, x_GT) + λ_gram · L_gram(x_DR, x_GT) + λ_mse · L_mse(x_DR, x_GT)     (R3D2 A.2, Difix)
+
+Trained: all of the UNet, the skips, and a LoRA on the decoder, which is merged in what is written. Frozen: the encoder.
+R3D2 has λ_mse = 0. It does not say what it trains, at which t, nor for how many steps: these are Difix's.
+
+    python train_r3d2.py --data data/toy --perceptual DIR                           # the small one, from random weights
+    python encode_prompt.py --base stabilityai/sd-turbo --out prompt.safetensors
+    torchrun --nproc-per-node=8 train_r3d2.py --recipe r3d2-big --prompt prompt.safetensors --data ... --perceptual DIR
+
+--base may also be a trained system's folder, from which training continues.
+"""
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from mirage_min.method import lora
+from mirage_min.method.one_step import T_MIRAGE, alpha_bar
+from mirage_min.method.perceptual import Lpips, lpips_and_gram
+from mirage_min.method.skips import PUBLISHED_START
+from mirage_min.networks import small_base, weights
+from mirage_min.networks.imagenet import Features
+from mirage_min.systems.r3d2 import PROMPT, R3D2, read_vae
+from mirage_min.training import checkpoint, memory, processes, run, watch
+
+DECODER = "decoder"  # the name of its LoRA
+
+
+@dataclass
+class Recipe(run.Recipe):
+    """The defaults are R3D2's (A.2): a batch of 1 on each of eight GPUs."""
+
+    frames: int = 1
+    height: int = 1080
+    width: int = 1920
+    warmup: int = 500
+    lambda_lpips: float = 1.0
+    lambda_gram: float = 0.5
+    lambda_mse: float = 0.0
+    gram_from: int = 0          # the step from which the Gram loss counts
+    lpips: str = "vgg"          # LPIPS' backbone
+    gram: str = "vgg"           # the Gram loss's
+    t: int = T_MIRAGE
+    skip_start: float = 0.0     # of every weight of new skips
+    rank: int = 4               # of the decoder's LoRA
+    alpha: float = lora.PEFT_ALPHA
+    checkpoint_unet: bool = run.may_change(False)
+    half: bool = run.may_change(False)  # the result is written as float16
+    seed: int = 3
+
+
+RECIPES = {
+    "r3d2": Recipe(),
+    "r3d2-big": Recipe(),
+    "difix": Recipe(height=576, width=1024, lr=2e-5, lambda_gram=1.0, lambda_mse=1.0, gram_from=2_000,
+                    skip_start=PUBLISHED_START),
+    # DEVIATION: as in stage H's recipe `small`, no full VGG-16, and an MSE term, for this UNet starts from nothing.
+    "small": Recipe(steps=3_000, batch=8, height=96, width=144, lr=2e-3, warmup=50, cosine=True, lambda_mse=2.0,
+                    lpips="squeeze", rank=16, alpha=16.0, real=0.1, half=True),
+}
+BASES = {  # --base and --vae where they are not given; None: the small untrained UNet, and the base's own VAE
+    "r3d2": ("stabilityai/sd-turbo", "madebyollin/taesd"),
+    "r3d2-big": ("stabilityai/sd-turbo", None),
+    "difix": ("stabilityai/sd-turbo", None),
+    "small": (None, "weights/vae_2d"),
+}
+
+
+def build(args, recipe: Recipe) -> tuple[nn.ModuleList, dict[str, nn.Parameter]]:
+    """(R3D2, LPIPS, the network whose features Gram compares), and what is trained by name."""
+    text = read_prompt(args)
+    if args.base is None:
+        unet, (vae, skips) = small_base.new_unet(), read_vae(args.vae, None, recipe.skip_start)
+        text = torch.zeros(1, 1, unet.config.cross_attention_dim) if text is None else text
+        r3d2 = R3D2(unet, vae, skips, text, alpha_bar(zero_terminal_snr=False), recipe.t).float()
+    else:
+        r3d2 = R3D2.from_base(args.base, args.vae, text, recipe.t, recipe.skip_start, dtype=torch.float32)
+    r3d2.vae.requires_grad_(False)
+    lora.add(r3d2.vae.decoder, DECODER, recipe.rank, recipe.alpha)
+    params = {f"unet.{name}": p for name, p in r3d2.unet.named_parameters()}
+    params |= {f"skips.{name}": p for name, p in r3d2.skips.named_parameters()}
+    params |= {f"{DECODER}.{name}.{m}": p for name, _, adapter in lora.adapters(r3d2.vae.decoder, DECODER)
+               for m, p in adapter.named_parameters()}
+    lpips = Lpips(Features(recipe.lpips, args.perceptual))
+    # one network, where both losses have the same: then a frame goes through it once
+    texture = lpips.features if recipe.gram == recipe.lpips else Features(recipe.gram, args.perceptual)
+    return nn.ModuleList([r3d2, lpips, texture]), params
+
+
+def read_prompt(args) -> Tensor | None:
+    """`text` of --prompt, or of the trained system that --base is; None where there is neither."""
+    file = args.prompt or Path(args.base or "") / PROMPT
+    if args.prompt is None and (args.base is None or not file.exists()):
+        return None
+    text = weights.load_tensors(file)[0].get("text")
+    if text is None:
+        raise ValueError(f"{file}: wanted a tensor `text` (encode_prompt.py)")
+    return text
+
+
+def forward_and_backward(models: nn.ModuleList, recipe: Recipe, x_ni: Tensor, x_gt: Tensor,
+                         terms: dict[str, Tensor], step: float = math.inf) -> None:
+    """Some of a step's clips [n, 3, T, H, W]: their share is added to the gradients, and that of the loss's terms,
+    unweighted, to `terms`. step: which one it is, for gram_from."""
+    r3d2, lpips_distance, texture = models
+    r3d2.unet.activation_checkpointing = recipe.checkpoint_unet
+    with run.autocast(recipe, x_gt.device):
+        x_dr = r3d2(x_ni)  # not clamped: a clamped pixel has no gradient
+        x, y = (rearrange(v, "b c t h w -> (b t) c h w") for v in (x_dr.to(x_gt.dtype), x_gt))
+        if step >= recipe.gram_from:
+            lpips, gram = (distance.mean() for distance in lpips_and_gram(lpips_distance, texture, x, y))
+            found = {"lpips": lpips, "gram": gram}
+        else:
+            lpips, gram = lpips_distance(x, y).mean(), 0.0
+            found = {"lpips": lpips}
+        # L = λ_lpips · L_lpips + λ_gram · L_gram                                           R3D2 A.2
+        loss = recipe.lambda_lpips * lpips + recipe.lambda_gram * gram
+        if recipe.lambda_mse:
+            found["mse"] = F.mse_loss(x, y)
+            # L = ... + λ_mse · L_mse                                                       Difix
+            loss = loss + recipe.lambda_mse * found["mse"]
+    share = len(x_gt) / recipe.batch  # of the clips of the whole batch
+    (share * loss).backward()
+    for name, value in found.items():
+        terms[name] += share * value.detach()
+
+
+def main(args, recipe: Recipe) -> None:
+    torch.manual_seed(recipe.seed)
+    base, vae = BASES[args.recipe]
+    args.base, args.vae = args.base or base, args.vae or (vae if args.base is None else None)
+    data, val = run.open_data(args, recipe)
+    models, params = build(args, recipe)
+    r3d2, lpips, _ = models
+    identity = checkpoint.identify(args, recipe, data.paths(), models, params)
+    processes.print_once(f"R3D2: {recipe}\ntrained: {run.count(params)}")
+    processes.print_once(memory.plan(models, forward_and_backward, recipe, args.device, processes.world()))
+    models.to(args.device)
+    optimizer = run.optimizer(params, recipe)
+    start = checkpoint.resume(args.run, params, optimizer, identity, recipe.steps)
+    log = watch.Log(args.run, recipe, start)
+    *shown, _ = run.batch(data, recipe, 0, range(1), args.device)
+
+    @torch.no_grad()
+    def harmonise(x_ni, x_gt):
+        with run.autocast(recipe, x_ni.device):
+            return r3d2(x_ni)
+
+    for step in (bar := run.Steps(args, recipe, start)):
+        terms, names = defaultdict(float), []
+        optimizer.zero_grad()
+        for clips in processes.pieces(recipe):
+            x_ni, x_gt, drawn = run.batch(data, recipe, step, clips, args.device)
+            forward_and_backward(models, recipe, x_ni, x_gt, terms, step)
+            names += drawn
+        processes.reduce(params, terms)
+        norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
+        processes.check_finite(step, terms, norm, names)
+        run.set_rate(optimizer, recipe, step)
+        optimizer.step()
+
+        if step % 10 == 0:
+            bar.set_postfix(log(step, terms))
+        if run.due(step, recipe):
+            log.report(step, harmonise, shown, val, lpips)
+            checkpoint.save(args.run, step + 1, params, optimizer, identity)
+    if processes.rank() == 0:
+        lora.merge(r3d2.vae.decoder, DECODER)
+        (r3d2.half() if recipe.half else r3d2).save_pretrained(args.out, run.about(recipe))
+        print(f"R3D2: {recipe.steps} steps -> {args.out}")
+
+
+if __name__ == "__main__":
+    parser = run.flags(__doc__, "r3d2", RECIPES)
+    parser.add_argument("--base", help="folder or hub id of a Stable Diffusion, or of a system to continue (default: "
+                        "stabilityai/sd-turbo; of the recipe small an untrained UNet)")
+    parser.add_argument("--vae", help="folder or hub id of the VAE (default: the base's own; of the recipe r3d2 "
+                        "madebyollin/taesd, of small weights/vae_2d)")
+    parser.add_argument("--prompt", type=Path, help="the prompt's embedding (safetensors with `text`; default: that of "
+                        "a system that continues, else zeros)")
+    run.launch(main, parser.parse_args(), RECIPES)
