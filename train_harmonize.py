@@ -33,7 +33,8 @@ from mirage_min.method import chopgrad, lora
 from mirage_min.method.perceptual import Lpips, lpips_and_gram
 from mirage_min.networks import weights
 from mirage_min.networks.imagenet import Features
-from mirage_min.systems.mirage import HARMONISATION, RECONSTRUCTION, TRANSFORMER, Mirage
+from mirage_min.systems.mirage import Mirage
+from mirage_min.systems.mirage_folder import HARMONISATION, RECONSTRUCTION, TRANSFORMER
 from mirage_min.training import checkpoint, memory, processes, run, watch
 
 

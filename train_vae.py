@@ -30,7 +30,8 @@ from mirage_min.method import chopgrad, injection, lora
 from mirage_min.method.perceptual import Lpips
 from mirage_min.networks import weights
 from mirage_min.networks.imagenet import Features
-from mirage_min.systems.mirage import RECONSTRUCTION, Mirage
+from mirage_min.systems.mirage import Mirage
+from mirage_min.systems.mirage_folder import RECONSTRUCTION
 from mirage_min.training import checkpoint, memory, processes, run, watch
 
 
@@ -70,7 +71,7 @@ def build(args, recipe: Recipe) -> tuple[nn.ModuleList, dict[str, nn.Parameter],
         begun, about_begun = weights.load_tensors(Path(recipe.init))
         if {key.partition(".")[0] for key in begun} != {"fusion", RECONSTRUCTION}:
             raise ValueError(f"{recipe.init}: wanted a stage A: fusion blocks and {RECONSTRUCTION}-LoRA, and no more")
-        mirage.load_stage(begun, about_begun)
+        mirage.load_stage(begun, about_begun, recipe.init)
         processes.print_once(f"stage A continues from {recipe.init}, with the rank of its LoRA")
     else:
         mirage.add_lora(RECONSTRUCTION, recipe.rank, recipe.alpha)
@@ -169,6 +170,7 @@ def main(args, recipe: Recipe) -> None:
 if __name__ == "__main__":
     parser = run.flags(__doc__, "stage_a", RECIPES)
     parser.add_argument("--base", default="weights/base", help="folder or hub id of CogVideoX or Wan")
-    parser.add_argument("--vae2d", default="weights/vae_2d", help="folder or hub id of an AutoencoderKL")
+    parser.add_argument("--vae2d", default="weights/vae_2d",
+                        help="folder or hub id of an AutoencoderKL; '' with Wan, which needs none")
     parser.add_argument("--prompt", type=Path, help="the prompt's embedding (safetensors with `text`); default zeros")
     run.launch(main, parser.parse_args(), RECIPES)

@@ -28,7 +28,8 @@ from mirage_min.data.video import from_bytes
 from mirage_min.method import lora
 from mirage_min.networks import weights
 from mirage_min.networks.vae_cogvideox import CogVideoXVAE
-from mirage_min.systems.mirage import HARMONISATION, TRANSFORMER, Mirage
+from mirage_min.systems.mirage import Mirage
+from mirage_min.systems.mirage_folder import HARMONISATION, TRANSFORMER
 
 PAPER = {"H": {"PSNR": 27.89, "LPIPS": 0.083, "vFID": 0.206},
          "H, 3D skips": {"PSNR": 27.50, "LPIPS": 0.099, "vFID": 0.249},

@@ -29,6 +29,7 @@ from experiments import common, measuring
 from mirage_min.data.toy_world import WorldConfig, make_clip
 from mirage_min.data.video import Video
 from mirage_min.systems.mirage import Mirage
+from mirage_min.systems.stream import overlap
 
 LOADED = ("import sys, experiments.measuring as m; model = m.Mirage.from_pretrained(sys.argv[1]); "
           "print(m.process_memory('VmRSS'))")
@@ -60,8 +61,8 @@ def differences(x: Tensor) -> Tensor:
 
 def seams(mirage: Mirage, x: Tensor, window: int) -> dict:
     """Parts 2 and 3 for one clip x [3, T, H, W] in [-1, 1], in windows of so many latents."""
-    T, (_, overlap) = x.shape[1], mirage.patch_and_overlap(window)
-    step, length = window - overlap, 8  # a latent is four frames, a group of the decoder two latents
+    T, shared = x.shape[1], overlap(window, mirage.temporal_patch)
+    step, length = window - shared, 8  # a latent is four frames, a group of the decoder two latents
     groups = [g.start for g in mirage.vae.encode_groups(mirage.vae.legal_length(T)) if 0 < g.start < T]
     across, inside = defaultdict(list), defaultdict(list)  # {first frame of a group: differences seen there}
     results = []
@@ -71,7 +72,7 @@ def seams(mirage: Mirage, x: Tensor, window: int) -> dict:
         for t in groups:
             k = (t + offset + 3) // 4  # the latent that begins with frame t
             # the latents of an overlap, and the one after it, follow a latent that was made otherwise
-            at_border = k >= step and k % step <= overlap
+            at_border = k >= step and k % step <= shared
             (across if at_border else inside)[t].append(d[t - 1])
         results.append(y)
     both = sorted(across.keys() & inside.keys())
@@ -81,7 +82,7 @@ def seams(mirage: Mirage, x: Tensor, window: int) -> dict:
 
     difference = (results[1] - results[0]).abs() * 127.5
     some = difference.flatten()[::7]  # torch takes quantiles of 16 million numbers at most
-    return {"frames": T, "window": window, "overlap": overlap, "borders": len(both), "offsets": len(results),
+    return {"frames": T, "window": window, "overlap": shared, "borders": len(both), "offsets": len(results),
             "input": float(differences(x)[[t - 1 for t in both]].mean()), "across": mean(across),
             "inside": mean(inside), "offset_mean": float(difference.mean()),
             "offset_p99": float(some.quantile(0.99)), "offset_largest": float(difference.max())}

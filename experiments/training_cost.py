@@ -26,7 +26,8 @@ from experiments.common import H200_BF16
 from experiments.tables import frames_of
 from mirage_min.method import chopgrad
 from mirage_min.networks.imagenet import TAPS, vgg16
-from mirage_min.systems.mirage import HARMONISATION, RECONSTRUCTION, TRANSFORMER, Mirage
+from mirage_min.systems.mirage import Mirage
+from mirage_min.systems.mirage_folder import HARMONISATION, RECONSTRUCTION, TRANSFORMER
 
 SHARE = 0.4  # of a GPU's peak that training is assumed to reach
 RANK, DIT_RANK = 16, 128  # of the adapters

@@ -44,6 +44,7 @@ TESTS = {  # {file or folder: its tests}, where they are not tests/test_NAME.py;
     "mirage_min/data/toy_paths.py": "toy_paths toy_world",
     "mirage_min/data/scene.py": "build_pairs", "mirage_min/data/toy_scene.py": "build_pairs",
     "mirage_min/data/video.py": "video sound", "mirage_min/networks/vae_cogvideox.py": "vae_cogvideox bands",
+    "mirage_min/systems/mirage_folder.py": "mirage_folder adapters",
     "mirage_min/networks/unet_attention.py": "unet_2d", "mirage_min/networks/vae_wan.py": "vae_wan bands",
     "mirage_min/training/run.py": "run train",
     "encode_prompt.py": "prompt", "train_vae.py": "train_equations train distributed",

@@ -11,7 +11,8 @@ import torch
 
 from mirage_min.method import lora
 from mirage_min.networks import weights
-from mirage_min.systems.mirage import HARMONISATION, TRANSFORMER, Mirage
+from mirage_min.systems.mirage import Mirage
+from mirage_min.systems.mirage_folder import HARMONISATION, TRANSFORMER
 from tests import small
 from tests.torchvision_stub import stub
 

@@ -140,11 +140,10 @@ def test_the_stages_of_infer_add_up_to_its_time_without_loading(signals, monkeyp
 class Brightening:
     """A stand-in for a Mirage: every other window comes out brighter by `by`, from its second latent on."""
 
+    temporal_patch = 1
+
     def __init__(self, by: float):
         self.by, self.vae = by, small.mirage().vae
-
-    def patch_and_overlap(self, window: int) -> tuple[int, int]:
-        return 1, 1
 
     def stream(self, frames, window: int, **settings):
         for t, frame in enumerate(frames):

@@ -23,7 +23,8 @@ from mirage_min.data import desk
 from mirage_min.data.pairs import Pairs
 from mirage_min.method import lora, perceptual
 from mirage_min.networks import imagenet, weights
-from mirage_min.systems.mirage import HARMONISATION, RECONSTRUCTION, TRANSFORMER, Mirage
+from mirage_min.systems.mirage import Mirage
+from mirage_min.systems.mirage_folder import HARMONISATION, RECONSTRUCTION, TRANSFORMER
 from mirage_min.training import memory, run, watch
 from tests import small
 

@@ -12,7 +12,7 @@ import train_harmonize
 import train_vae
 from mirage_min.method import lora, perceptual
 from mirage_min.networks import imagenet, weights
-from mirage_min.systems.mirage import HARMONISATION, RECONSTRUCTION, TRANSFORMER
+from mirage_min.systems.mirage_folder import HARMONISATION, RECONSTRUCTION, TRANSFORMER
 from tests import small
 
 

@@ -264,6 +264,11 @@ class WanVAE(nn.Module):
         """Channels of the decoder where 2D features enter: one place, at H/2."""
         return [self.decoder.up_blocks[self.decoder.last_doubling].upsamplers[0].resample[1].out_channels]
 
+    @property
+    def feature_channels(self) -> list[int]:
+        """Channels of the features that `mids2d` returns."""
+        return [self.config.base_dim * self.config.dim_mult[self.config.temperal_downsample.index(True)]]
+
     def legal_length(self, T: int) -> int:
         """The smallest 4k + 1 that is at least T: the lengths that encode and decode to themselves."""
         return -(-(T - 1) // FRAMES) * FRAMES + 1
