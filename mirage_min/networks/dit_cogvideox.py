@@ -13,16 +13,16 @@ Attribute names are the published key names. Left out: image-to-video (more inpu
     python -m mirage_min.networks.dit_cogvideox      # shapes at even and odd sizes, and what t does
 """
 
-import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 from torch.utils.checkpoint import checkpoint
 
 from . import checked, weights
+from .rotary import angles, cached_table, on_grid, rotate, unit
 
 
 @dataclass
@@ -101,7 +101,7 @@ class CogVideoXDiT(nn.Module):
         p, pt = c.patch_size, c.patch_size_t or 1
         # DEVIATION: the published transformer drops an odd last row or column; here it is kept by repeating it. The
         # repeated first latent is the published rule for patch_size_t (the image-to-video pipeline has it).
-        z_t = nn.functional.pad(z_t, (0, -w % p, 0, -h % p, -F % pt, 0), mode="replicate")
+        z_t = nnf.pad(z_t, (0, -w % p, 0, -h % p, -F % pt, 0), mode="replicate")
         grid = (z_t.shape[2] // pt, z_t.shape[3] // p, z_t.shape[4] // p)
 
         time = self.time_embedding(torch.as_tensor(t, device=z_t.device).expand(B), z_t.dtype)
@@ -169,7 +169,7 @@ class TimeEmbedding(nn.Module):
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """t [B] -> [B, time_embed_dim]; in float32 up to the cosine: bfloat16 would round 399 to 400."""
         a = angles(t.float(), self.D)                                  # [B, D/2]
-        return self.linear_2(nn.functional.silu(self.linear_1(torch.cat([a.cos(), a.sin()], dim=-1).to(dtype))))
+        return self.linear_2(nnf.silu(self.linear_1(torch.cat([a.cos(), a.sin()], dim=-1).to(dtype))))
 
 
 class Block(nn.Module):
@@ -204,7 +204,7 @@ class ModulatedNorm(nn.Module):
         self.norm = nn.LayerNorm(D, config.norm_eps)
 
     def forward(self, text: Tensor, video: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        m = self.linear(nn.functional.silu(time)).unsqueeze(1).chunk(6, dim=-1)    # 6 x [B, 1, D]
+        m = self.linear(nnf.silu(time)).unsqueeze(1).chunk(6, dim=-1)    # 6 x [B, 1, D]
         shift, scale, gate, text_shift, text_scale, text_gate = m
         # norm(x) · (1 + scale) + shift
         video = torch.addcmul(shift, self.norm(video), 1 + scale)
@@ -221,7 +221,7 @@ class OutputNorm(nn.Module):
         self.norm = nn.LayerNorm(D, config.norm_eps)
 
     def forward(self, video: Tensor, time: Tensor) -> Tensor:
-        shift, scale = self.linear(nn.functional.silu(time)).unsqueeze(1).chunk(2, dim=-1)
+        shift, scale = self.linear(nnf.silu(time)).unsqueeze(1).chunk(2, dim=-1)
         return torch.addcmul(shift, self.norm(video), 1 + scale)
 
 
@@ -243,7 +243,7 @@ class Attention(nn.Module):
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         q, k, v = (rearrange(y, "b l heads d -> b heads l d") for y in (q, k, v))
-        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        y = nnf.scaled_dot_product_attention(q, k, v)
         return self.to_out[0](rearrange(y, "b heads l d -> b l (heads d)"))
 
 
@@ -255,16 +255,7 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleDict({"0": nn.ModuleDict({"proj": nn.Linear(D, 4 * D)}), "2": nn.Linear(4 * D, D)})
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net["2"](nn.functional.gelu(self.net["0"]["proj"](x), approximate="tanh"))
-
-
-def angles(positions: Tensor, dim: int) -> Tensor:
-    """positions [...] -> [..., dim/2]: position · 10000^(-2i/dim), the angles of all three embeddings here.
-
-    Rounded as published: at t = 999 another order of the same float32 operations is 6e-5 off.
-    """
-    i = torch.arange(dim // 2, dtype=positions.dtype, device=positions.device)
-    return positions[..., None] * torch.exp(-math.log(10000) * i / (dim // 2))
+        return self.net["2"](nnf.gelu(self.net["0"]["proj"](x), approximate="tanh"))
 
 
 def shares(dim: int) -> tuple[int, int, int]:
@@ -272,15 +263,7 @@ def shares(dim: int) -> tuple[int, int, int]:
     return dim // 4, dim // 8 * 3, dim // 8 * 3
 
 
-def on_grid(t: Tensor, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Features of latents [f, .], rows [h, .] and columns [w, .] -> those of each patch, three times [f*h*w, .]."""
-    f, h, w = len(t), len(y), len(x)
-    return (repeat(t, "f d -> (f h w) d", h=h, w=w),
-            repeat(y, "h d -> (f h w) d", f=f, w=w),
-            repeat(x, "w d -> (f h w) d", f=f, h=h))
-
-
-@lru_cache(maxsize=8)
+@cached_table(size=8)
 def rotary_table(grid: tuple[int, int, int], base: tuple[int, int] | None, dim: int, text: int,
                  device: torch.device) -> Tensor:
     """Unit complex numbers [text + f*h*w, dim/2] that turn the channel pairs of a head.
@@ -288,17 +271,14 @@ def rotary_table(grid: tuple[int, int, int], base: tuple[int, int] | None, dim: 
     base: rows and columns (in patches) of the training grid that the clip is stretched over, or None: whole steps.
     """
     h, w = grid[1:]
-    # A table made while inference_mode is on could never be used in training: keep it out of the cached tensor.
-    with torch.inference_mode(False), torch.no_grad():
-        steps = [torch.arange(n, dtype=torch.float32, device="cpu") for n in grid]
-        if base is not None:
-            (top, left), (bottom, right) = crop(h, w, *base)
-            # Published: the end is scaled, not the span, so a crop that starts off 0 is spread a little short.
-            steps[1] = torch.linspace(top, bottom * (h - 1) / h, h, device="cpu")
-            steps[2] = torch.linspace(left, right * (w - 1) / w, w, device="cpu")
-        turn = torch.cat(on_grid(*(angles(s, d) for s, d in zip(steps, shares(dim)))), dim=-1)
-        turn = nn.functional.pad(turn, (0, 0, text, 0))  # text tokens have no place: they turn by 0
-        return torch.polar(torch.ones_like(turn), turn).to(device)
+    steps = [torch.arange(n, dtype=torch.float32, device="cpu") for n in grid]
+    if base is not None:
+        (top, left), (bottom, right) = crop(h, w, *base)
+        # Published: the end is scaled, not the span, so a crop that starts off 0 is spread a little short.
+        steps[1] = torch.linspace(top, bottom * (h - 1) / h, h, device="cpu")
+        steps[2] = torch.linspace(left, right * (w - 1) / w, w, device="cpu")
+    turn = torch.cat(on_grid(*(angles(s, d) for s, d in zip(steps, shares(dim)))), dim=-1)
+    return unit(nnf.pad(turn, (0, 0, text, 0))).to(device)  # text tokens have no place: they turn by 0
 
 
 def crop(h: int, w: int, base_h: int, base_w: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -311,24 +291,15 @@ def crop(h: int, w: int, base_h: int, base_w: int) -> tuple[tuple[int, int], tup
     return (top, left), (top + height, left + width)
 
 
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """x [B, L, heads, d], rotation [L, d/2]: channels 2i and 2i+1 as one complex number, turned by their angle."""
-    pairs = rearrange(x.to(torch.promote_types(x.dtype, torch.float32)), "b l heads (i two) -> b l heads i two", two=2)
-    # (x_2i + j·x_2i+1) · exp(jθ_i)
-    turned = torch.view_as_complex(pairs) * rotation[:, None]
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
-
-
-@lru_cache(maxsize=2)  # 130 MB each at 2b's own size
+@cached_table(size=2)  # 130 MB each at 2b's own size
 def sincos_table(grid: tuple[int, int, int], scales: tuple[float, ...], D: int, device: torch.device) -> Tensor:
     """What 2b adds to each patch, [f*h*w, D]: sines and cosines of its time, then of its column, then of its row."""
-    with torch.inference_mode(False), torch.no_grad():
-        waves = []
-        for n, scale, d in zip(grid, scales, shares(D)):
-            a = angles(torch.arange(n, dtype=torch.float32, device="cpu") / scale, d)
-            waves.append(torch.cat([a.sin(), a.cos()], dim=-1))
-        time, row, column = on_grid(*waves)
-        return torch.cat([time, column, row], dim=-1).to(device)
+    waves = []
+    for n, scale, d in zip(grid, scales, shares(D)):
+        a = angles(torch.arange(n, dtype=torch.float32, device="cpu") / scale, d)
+        waves.append(torch.cat([a.sin(), a.cos()], dim=-1))
+    time, row, column = on_grid(*waves)
+    return torch.cat([time, column, row], dim=-1).to(device)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,8 @@ and NVIDIA's (`net.*`) by `translate_key`. Left out: video-to-world (a 17th chan
     python -m mirage_min.networks.dit_cosmos         # shapes, what null text adds, and an odd size
 """
 
-import math
 import re
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -24,6 +22,7 @@ from torch.nn import functional as nnf
 from torch.utils.checkpoint import checkpoint
 
 from . import checked, weights
+from .rotary import angles, cached_table, on_grid, rotate, unit
 
 
 @dataclass
@@ -193,8 +192,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """t [...] in [0, 1] -> e [..., D], temb [..., 3D]"""
-        i = torch.arange(self.D // 2, dtype=torch.float32, device=t.device)
-        a = t.float()[..., None] * torch.exp(-math.log(10000) * i / (self.D // 2))
+        a = angles(t.float(), self.D)                                  # [..., D/2]
         waves = torch.cat([a.cos(), a.sin()], dim=-1).to(dtype)        # [..., D]
         temb = self.t_embedder["linear_2"](nnf.silu(self.t_embedder["linear_1"](waves)))
         return self.norm(waves), temb
@@ -216,7 +214,7 @@ class Block(nn.Module):
         """e [..., D], temb [..., 3D] -> those of the three sub-layers; None where there is no attention to a text."""
         return [norm and norm.modulation(e, temb) for norm in (self.norm1, self.norm2, self.norm3)]
 
-    def forward(self, x: Tensor, m: list[Modulation | None], rotation: tuple[Tensor, Tensor], text: Tensor | None,
+    def forward(self, x: Tensor, m: list[Modulation | None], rotation: Tensor, text: Tensor | None,
                 keep: int | None) -> Tensor:
         """x [B, F, L, D], text [B, L', text_embed_dim] -> [B, F or keep, L, D]"""
         y = self.norm1(x, m[0])                                        # [B, F, L, D]
@@ -261,13 +259,14 @@ class Attention(nn.Module):
         self.norm_k = nn.RMSNorm(config.attention_head_dim, config.qk_eps)
         self.to_out = nn.ModuleList([linear(D, D)])
 
-    def forward(self, x: Tensor, context: Tensor, rotation: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, rotation: Tensor | None = None) -> Tensor:
         """x [B, F, L, D], context [B, F', L', D'] -> like x: all tokens of x ask all of the context."""
-        q, k, v = (rearrange(y, "b f l (heads d) -> b heads (f l) d", heads=self.heads)
+        q, k, v = (rearrange(y, "b f l (heads d) -> b (f l) heads d", heads=self.heads)
                    for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
         q, k = self.norm_q(q), self.norm_k(k)
         if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
+            q, k = rotate(q, rotation[: q.shape[1]], halves=True), rotate(k, rotation, halves=True)
+        q, k, v = (rearrange(y, "b l heads d -> b heads l d") for y in (q, k, v))
         y = nnf.scaled_dot_product_attention(q, k, v)                  # [B, heads, F*L, d]
         return self.to_out[0](rearrange(y, "b heads (f l) d -> b f l (heads d)", f=x.shape[1]))
 
@@ -289,31 +288,18 @@ def linear(d_in: int, d_out: int) -> nn.Linear:
     return nn.Linear(d_in, d_out, bias=False)
 
 
-@lru_cache(maxsize=8)
-def rotary_table(grid: tuple[int, int, int], dim: int, scale: tuple[float, ...], device: torch.device
-                 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [f*h*w, dim/2] of every patch's angles: of its frame, of its row, of its column.
+@cached_table(size=8)
+def rotary_table(grid: tuple[int, int, int], dim: int, scale: tuple[float, ...], device: torch.device) -> Tensor:
+    """Unit complex numbers [f*h*w, dim/2] that turn the channel pairs of a head: by a patch's frame, row and column.
 
-    scale: by how much longer, wider and higher than when it was first trained the network may see (NTK).
+    scale: by how much longer, higher and wider than when it was first trained the network may see (NTK).
     """
-    space = dim // 6 * 2
-    # A table made while inference_mode is on could never be used in training: keep it out of the cached tensor.
-    with torch.inference_mode(False), torch.no_grad():
-        turns, places = [], torch.meshgrid(*(torch.arange(n, device="cpu") for n in grid), indexing="ij")
-        for place, d, s in zip(places, (dim - 2 * space, space, space), scale):
-            # angle_i = place / θ^(2i/d),  θ = 10⁴ · scale^(d/(d − 2))
-            frequency = 1.0 / (10000.0 * s ** (d / (d - 2))) ** (torch.arange(0, d, 2, device="cpu") / d)
-            turns.append(torch.outer(place.flatten().float(), frequency))
-        turn = torch.cat(turns, dim=-1).to(device)                     # [f*h*w, dim/2]
-        return turn.cos(), turn.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, heads, L, d], tables [>= L, d/2]: channels i and i + d/2 as one complex number, turned by their angle."""
-    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
-    cos, sin = cos[: x.shape[2]], sin[: x.shape[2]]
-    # (a + jb) · exp(jθ)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    space, turns = dim // 6 * 2, []
+    for n, d, s in zip(grid, (dim - 2 * space, space, space), scale):
+        # angle_i = place / θ^(2i/d),  θ = 10⁴ · scale^(d/(d − 2))
+        frequencies = 1.0 / (10000.0 * s ** (d / (d - 2))) ** (torch.arange(0, d, 2, device="cpu") / d)
+        turns.append(torch.outer(torch.arange(n, dtype=torch.float32, device="cpu"), frequencies))
+    return unit(torch.cat(on_grid(*turns), dim=-1)).to(device)
 
 
 # NVIDIA's layout: {its layer: ours}, first those within "blocks.<i>.", then the others; and what has no effect.

@@ -11,57 +11,17 @@ image-to-video, and Wan 2.2's small model.
     python -m mirage_min.networks.dit_wan            # shapes, and what an odd size and a later t do
 """
 
-import math
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 from torch.utils.checkpoint import checkpoint
 
 from . import checked, weights
-
-# The original layout: {its layer or parameter: ours}, first those within "blocks.<i>.", then the others.
-BLOCK_NAMES = {
-    "modulation": "scale_shift_table",
-    "self_attn.q": "attn1.to_q",
-    "self_attn.k": "attn1.to_k",
-    "self_attn.v": "attn1.to_v",
-    "self_attn.o": "attn1.to_out.0",
-    "self_attn.norm_q": "attn1.norm_q",
-    "self_attn.norm_k": "attn1.norm_k",
-    "norm3": "norm2",  # it stands second
-    "cross_attn.q": "attn2.to_q",
-    "cross_attn.k": "attn2.to_k",
-    "cross_attn.v": "attn2.to_v",
-    "cross_attn.o": "attn2.to_out.0",
-    "cross_attn.norm_q": "attn2.norm_q",
-    "cross_attn.norm_k": "attn2.norm_k",
-    "ffn.0": "ffn.net.0.proj",
-    "ffn.2": "ffn.net.2",
-}
-NAMES = {
-    "patch_embedding": "patch_embedding",
-    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
-    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-    "time_projection.1": "condition_embedder.time_proj",
-    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
-    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-    "head.modulation": "scale_shift_table",
-    "head.head": "proj_out",
-}
-FIELDS = {  # of the original config.json; its "dim" is num_heads times our attention_head_dim
-    "num_heads": "num_attention_heads",
-    "in_dim": "in_channels",
-    "out_dim": "out_channels",
-    "freq_dim": "freq_dim",
-    "ffn_dim": "ffn_dim",
-    "num_layers": "num_layers",
-    "eps": "eps",
-}
+from .rotary import angles, cached_table, on_grid, rotate, unit
 
 
 @dataclass
@@ -279,33 +239,54 @@ def gelu(x: Tensor) -> Tensor:
     return nnf.gelu(x, approximate="tanh")
 
 
-def angles(positions: Tensor, dim: int) -> Tensor:
-    """positions [...] -> [..., dim/2]: position · 10000^(-2i/dim), the angles of the timestep and of the rotation."""
-    i = torch.arange(dim // 2, dtype=positions.dtype, device=positions.device)
-    return positions[..., None] * torch.exp(-math.log(10000) * i / (dim // 2))
-
-
-@lru_cache(maxsize=8)
+@cached_table(size=8)
 def rotary_table(grid: tuple[int, int, int], dim: int, device: torch.device) -> Tensor:
-    """Unit complex numbers [f*h*w, dim/2]: a third of a head's channel pairs turns with the row, a third with the
-    column, and with the frame what is left, a little more."""
-    f, h, w = grid
+    """Unit complex numbers [f*h*w, dim/2]: a third of a head's channel pairs encodes the row, a third the column, and
+    the remainder, slightly more, the frame."""
     space = dim // 6 * 2
-    # A table made while inference_mode is on could never be used in training: keep it out of the cached tensor.
-    with torch.inference_mode(False), torch.no_grad():
-        turns = [angles(torch.arange(n, dtype=torch.float64), d) for n, d in zip(grid, (dim - 2 * space, space, space))]
-        turn = torch.cat([repeat(turns[0], "f d -> (f h w) d", h=h, w=w),
-                          repeat(turns[1], "h d -> (f h w) d", f=f, w=w),
-                          repeat(turns[2], "w d -> (f h w) d", f=f, h=h)], dim=-1)
-        return torch.polar(torch.ones_like(turn), turn).to(device, torch.complex64)
+    steps = (torch.arange(n, dtype=torch.float64, device="cpu") for n in grid)
+    turns = [angles(s, d) for s, d in zip(steps, (dim - 2 * space, space, space))]
+    return unit(torch.cat(on_grid(*turns), dim=-1)).to(device, torch.complex64)
 
 
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """x [B, L, heads, d], rotation [L, d/2]: channels 2i and 2i+1 as one complex number, turned by their angle."""
-    pairs = rearrange(wide(x), "b l heads (i two) -> b l heads i two", two=2)
-    # (a + ib) · exp(iθ)
-    turned = torch.view_as_complex(pairs) * rotation[:, None]
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+# The original layout: {its layer or parameter: ours}, first those within "blocks.<i>.", then the others.
+BLOCK_NAMES = {
+    "modulation": "scale_shift_table",
+    "self_attn.q": "attn1.to_q",
+    "self_attn.k": "attn1.to_k",
+    "self_attn.v": "attn1.to_v",
+    "self_attn.o": "attn1.to_out.0",
+    "self_attn.norm_q": "attn1.norm_q",
+    "self_attn.norm_k": "attn1.norm_k",
+    "norm3": "norm2",  # it stands second
+    "cross_attn.q": "attn2.to_q",
+    "cross_attn.k": "attn2.to_k",
+    "cross_attn.v": "attn2.to_v",
+    "cross_attn.o": "attn2.to_out.0",
+    "cross_attn.norm_q": "attn2.norm_q",
+    "cross_attn.norm_k": "attn2.norm_k",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+}
+NAMES = {
+    "patch_embedding": "patch_embedding",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "head.modulation": "scale_shift_table",
+    "head.head": "proj_out",
+}
+FIELDS = {  # of the original config.json; its "dim" is num_heads times our attention_head_dim
+    "num_heads": "num_attention_heads",
+    "in_dim": "in_channels",
+    "out_dim": "out_channels",
+    "freq_dim": "freq_dim",
+    "ffn_dim": "ffn_dim",
+    "num_layers": "num_layers",
+    "eps": "eps",
+}
 
 
 if __name__ == "__main__":

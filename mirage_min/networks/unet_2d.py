@@ -25,7 +25,7 @@ from torch.nn import functional as nnf
 from torch.utils.checkpoint import checkpoint
 
 from . import checked, weights
-from .dit_cogvideox import angles
+from .rotary import angles
 from .unet_attention import Transformer
 
 ATTENDING, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
