@@ -55,7 +55,7 @@ RECIPES = {
     "chopgrad": Recipe(height=480, width=832, lr=2e-4, beta2=0.99),  # ChopGrad B.4
     # DEVIATION: the small model has no full VGG-16 (LPIPS on SqueezeNet), a larger rate and few steps.
     "small": Recipe(steps=1500, batch=2, height=96, width=96, lr=3e-3, warmup=50, cosine=True,
-                    lpips="squeeze", real=0.25),
+                    lpips="squeeze", real=0.25, varied=0.8),
 }
 
 

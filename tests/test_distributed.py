@@ -33,8 +33,8 @@ def float64():
                 p.data = 0.05 * torch.randn(p.shape, generator=draws, dtype=torch.float64)
         return ""
 
-    def batch(pairs, draws, real, batch=Pairs.batch):
-        x_ni, x_gt, names = batch(pairs, draws, real)
+    def batch(pairs, *given, batch=Pairs.batch):
+        x_ni, x_gt, names = batch(pairs, *given)
         return x_ni.double(), x_gt.double(), names
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "plan", plan)

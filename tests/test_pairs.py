@@ -203,6 +203,20 @@ def test_a_folder_of_real_clips_is_mixed_in_by_its_share_each_its_own_truth(tmp_
     assert set(pairs.batch(draws(0), real=0.0)[2]) == {"a.safetensors"}
 
 
+def test_a_share_of_clips_is_in_other_tones_insertion_and_truth_alike(tmp_path):
+    ni, gt = torch.randint(0, 256, (2, 3, 5, 16, 24), dtype=torch.uint8)
+    gt[:, :, 8:] = ni[:, :, 8:]
+    weights.save_tensors(tmp_path / "a.safetensors", {"x_ni": ni, "x_gt": gt})
+    pairs, kept = Pairs(tmp_path, 5), 0
+    for step in range(40):
+        (x, y, _), (as_x, as_y, _) = (pairs.batch([run.draws(3, step)], varied=share) for share in (0.5, 0.0))
+        kept += torch.equal(x, as_x)
+        assert torch.equal(x, as_x) is torch.equal(y, as_y)
+        same = (as_x == as_y).all(dim=1)                                # pixels in which both sides agree
+        assert same.any() and torch.equal(x.movedim(1, -1)[same], y.movedim(1, -1)[same])
+    assert 10 <= kept <= 32, f"{kept} of 40 clips are as they were, of the varied half 15 % too"
+
+
 def test_nothing_to_train_on_is_fatal_and_says_why(tmp_path):
     with pytest.raises(ValueError, match="no usable pairs: wanted \\*.safetensors clips, or ni/ and gt/ videos"):
         Pairs(tmp_path, 9)

@@ -50,7 +50,8 @@ def test_settings_are_typed_and_unknown_ones_refused():
                                            ("frames=-1", "frames must be"), ("steps=-1", "steps must not be negative"),
                                            ("lr=nan", "lr: wanted one finite number, got nan"),
                                            ("lambda1=inf", "lambda1: wanted one finite number, got inf"),
-                                           ("real=1.5", "real must be a share, from 0 to 1, got 1.5")])
+                                           ("real=1.5", "real must be a share, from 0 to 1, got 1.5"),
+                                           ("varied=-1", "varied must be a share, from 0 to 1, got -1.0")])
 def test_what_no_recipe_can_mean_is_refused(setting, said):
     run.check(Recipe())
     with pytest.raises(ValueError, match=said):
@@ -80,12 +81,12 @@ def test_clips_of_neighbouring_steps_and_seeds_have_random_numbers_of_their_own(
 
 def test_a_batch_is_drawn_clip_by_clip_by_seed_step_and_place_alone():
     class Data:
-        def batch(self, draws, real):
+        def batch(self, draws, real, varied):
             return torch.rand(len(draws), 1), torch.zeros(len(draws), 1), [
-                (real, *torch.rand(2, generator=g).tolist()) for g in draws]
-    recipe = Recipe(seed=3, real=0.25)
+                (real, varied, *torch.rand(2, generator=g).tolist()) for g in draws]
+    recipe = Recipe(seed=3, real=0.25, varied=0.5)
     x_ni, x_gt, names = run.batch(Data(), recipe, 7, range(2, 5), "cpu")
-    wanted = [(0.25, *torch.rand(2, generator=run.draws(3, 7, k)).tolist()) for k in (2, 3, 4)]
+    wanted = [(0.25, 0.5, *torch.rand(2, generator=run.draws(3, 7, k)).tolist()) for k in (2, 3, 4)]
     assert names == wanted and len(x_ni) == len(x_gt) == 3
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from ..method.metrics import actor_crops
+from .photometric import vary
 from .real_clips import RealClips
 from .video import Video, from_bytes, read_clip, to_bytes
 
@@ -66,12 +67,26 @@ class Pairs:
             return [self.folder / name]
         return [self.folder / side / name for side in ("ni", "gt")]
 
-    def batch(self, draws: list[torch.Generator], real: float = 0.0) -> tuple[Tensor, Tensor, list[str]]:
-        """A sample for each generator: x_ni, x_gt [n, 3, frames, h, w] in [-1, 1], names; a share of `real` ones."""
-        x_ni, x_gt, names = zip(*(self._sample(generator, real) for generator in draws))
+    def batch(self, draws: list[torch.Generator], real: float = 0.0,
+              varied: float = 0.0) -> tuple[Tensor, Tensor, list[str]]:
+        """A sample for each generator: x_ni, x_gt [n, 3, frames, h, w] in [-1, 1], names; a share of `real` ones, and a
+        share `varied` in other tones, both sides of a pair alike (photometric.py)."""
+        x_ni, x_gt, names = zip(*(self._sample(generator, real, varied) for generator in draws))
         return torch.stack(x_ni), torch.stack(x_gt), list(names)
 
-    def _sample(self, draws: torch.Generator, real: float) -> tuple[Tensor, Tensor, str]:
+    def _sample(self, draws: torch.Generator, real: float, varied: float) -> tuple[Tensor, Tensor, str]:
+        x, y, name = self._draw(draws, real)
+        if int(torch.randint(2, (), generator=draws)):
+            x, y = x.flip(-1), y.flip(-1)
+        if varied and torch.rand((), generator=draws) < varied:
+            same = draws.get_state()
+            x = vary(x, draws)
+            draws.set_state(same)
+            y = vary(y, draws)
+        return x, y, name
+
+    def _draw(self, draws: torch.Generator, real: float) -> tuple[Tensor, Tensor, str]:
+        """A crop of a pair, or of the real clips."""
         def integer(high: int) -> int:
             return int(torch.randint(high, (), generator=draws))
 
@@ -79,19 +94,15 @@ class Pairs:
             if self.real_clips is not None:
                 x, name = self.real_clips.crop(self.size or (96, 144), draws)
                 return x, x, name
-            x = y = self._real_crop(draws)
-            name = "the real video"
-        else:
-            for _ in range(100):
-                try:
-                    x, y = self.read(i := integer(len(self)), integer)
-                    name = self.names[i]
-                    break
-                except ValueError as error:
-                    warnings.warn(f"left out, another is drawn: {error}")
-            else:
-                raise ValueError(f"{self.folder}: a hundred pairs in a row cannot be read")
-        return (x.flip(-1), y.flip(-1), name) if integer(2) else (x, y, name)
+            x = self._real_crop(draws)
+            return x, x, "the real video"
+        for _ in range(100):
+            i = integer(len(self))
+            try:
+                return *self.read(i, integer), self.names[i]
+            except ValueError as error:
+                warnings.warn(f"left out, another is drawn: {error}")
+        raise ValueError(f"{self.folder}: a hundred pairs in a row cannot be read")
 
     def read(self, i: int, integer) -> tuple[Tensor, Tensor]:
         """Pair number i: x_ni, x_gt [3, frames, h, w] in [-1, 1]. integer(n) draws one of 0 … n - 1, for where to cut.

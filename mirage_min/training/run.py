@@ -65,6 +65,7 @@ class Recipe(Optimisation):
     width: int = 768
     real: float = 0.0                   # share of clips from the real video
     real_frames: int = 0                # use only so many of its frames; 0: all
+    varied: float = 0.0                 # share of clips in other tones, naive insertion and truth alike
 
 
 def check(recipe) -> None:
@@ -74,8 +75,9 @@ def check(recipe) -> None:
             raise ValueError(f"{key} must be at least 1, got {getattr(recipe, key)}")
     if getattr(recipe, "steps", 0) < 0:
         raise ValueError(f"steps must not be negative, got {recipe.steps}")
-    if not 0 <= getattr(recipe, "real", 0) <= 1:
-        raise ValueError(f"real must be a share, from 0 to 1, got {recipe.real}")
+    for key in ("real", "varied"):
+        if not 0 <= getattr(recipe, key, 0) <= 1:
+            raise ValueError(f"{key} must be a share, from 0 to 1, got {getattr(recipe, key)}")
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -153,7 +155,7 @@ def draws(seed: int, step: int, k: int = 0) -> torch.Generator:
 
 def batch(data: Pairs, recipe: Recipe, step: int, clips: range, device: str) -> tuple[Tensor, Tensor, list[str]]:
     """These clips of a step's batch: x_ni, x_gt [n, 3, frames, height, width] in [-1, 1] on the device; their names."""
-    x_ni, x_gt, names = data.batch([draws(recipe.seed, step, k) for k in clips], recipe.real)
+    x_ni, x_gt, names = data.batch([draws(recipe.seed, step, k) for k in clips], recipe.real, recipe.varied)
     return x_ni.to(device), x_gt.to(device), names
 
 
