@@ -487,7 +487,7 @@ def test_a_step_that_cannot_fit_names_the_settings_that_bring_it_down(work, trai
 
 
 COMMON = dict(steps=10_000, batch=8, accumulate=1, frames=9, height=512, width=768, lr=1e-4, beta2=0.999,
-              weight_decay=0.01, cosine=False, real=0, lpips="vgg", rank=16, alpha=16, d_trunc=1, tiles=1)
+              weight_decay=0.01, cosine=False, real=0, varied=0, lpips="vgg", rank=16, alpha=16, d_trunc=1, tiles=1)
 PAPERS = {  # Mirage §4.1; ChopGrad B.4, which gives ranks to both
     ("A", "mirage"): COMMON | dict(lambda1=0.1, warmup=1, init=""),
     ("A", "chopgrad"): COMMON | dict(lambda1=0.1, warmup=1, init="", height=480, width=832, lr=2e-4, beta2=0.99),
