@@ -29,7 +29,6 @@ import argparse
 import json
 import re
 import sys
-from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -40,35 +39,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mirage_min.data import align, desk
+from mirage_min.data.insertion import Insertion, align_asset, composite
 from mirage_min.data.scene import SceneFolder, moved, on, read_scene
-from mirage_min.data.splat import Camera, Gaussians, load_ply, render
+from mirage_min.data.splat import load_ply, render
 from mirage_min.data.video import Video, to_bytes
 from mirage_min.method.metrics import actor_crops, cropped, psnr
 from mirage_min.networks import weights
 
 STAGES = "none", "coarse", "full"  # how far the asset is aligned: by position alone, in 3D, and in 2D too
-
-
-@dataclass
-class Insertion:
-    """The asset in the actor's place: in 3D for good, in 2D by an affine map of every frame."""
-
-    asset: Gaussians                            # in the actor's frame
-    boxes: Tensor                               # [T, 4] of its rendering as it is in 3D, in pixels; 0: not in the frame
-    scaling: tuple[float, float] = (1.0, 1.0)   # about the middle of the frame's box
-    displacement: tuple[float, float] = (0.0, 0.0)
-
-    def render(self, t: int, camera: Camera, pose: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Frame t: colour times alpha [3, H, W], alpha [1, H, W] and depth [1, H, W] of the asset alone."""
-        # x' = s (x − c) + c + d is a camera of its own: nothing is resampled, so the asset stays as sharp as it was
-        x0, y0, x1, y1 = self.boxes[t].tolist()
-        (sx, sy), (dx, dy), cx, cy = self.scaling, self.displacement, (x0 + x1) / 2, (y0 + y1) / 2
-        A = torch.tensor([[sx, 0, cx - sx * cx + dx], [0, sy, cy - sy * cy + dy], [0, 0, 1]])
-        return render(moved(self.asset, pose), replace(camera, K=A @ camera.K))
-
-    def aligned_boxes(self) -> Tensor:
-        """The boxes [T, 4] after the 2D map."""
-        return align.move_boxes(self.boxes, self.scaling, self.displacement)
 
 
 def choose_actor(folder: Path, scene: SceneFolder, frames: range, wanted: int | None) -> int:
@@ -92,47 +70,6 @@ def choose_actor(folder: Path, scene: SceneFolder, frames: range, wanted: int | 
         poses, cameras = scene.tracks[i].pose, scene.cameras
         return sum(float(render(moved(scene.objects[i], poses[t]), cameras[t])[1].mean()) for t in frames)
     return max(there, key=area)
-
-
-def by_position(asset: Gaussians, actor: Gaussians, size: Tensor, R: Tensor) -> tuple[float, Tensor, Tensor]:
-    """The naive similarity: as long as the actor's 3D box, its middle at the mean of the actor's Gaussians."""
-    x = asset.means @ R.T.to(asset.means)
-    low, high = x.amin(0), x.amax(0)
-    s = float(size[0] / (high - low)[0])
-    return s, R, actor.means.mean(0) - s * (low + high) / 2
-
-
-def composite(back: tuple[Tensor, ...], front: tuple[Tensor, ...], margin: float) -> tuple[Tensor, Tensor]:
-    """Asset over background, behind what stands before it (§8.4) -> (frame [3, H, W], what is seen of its alpha).
-
-    Both as splat.render gives them. What is nearer by less than `margin` does not hide the asset: else the ground at
-    its feet would, where it stands a little too low. DEVIATION: the paper composites without a word about depth.
-    """
-    (background, density, depth), (rgb, alpha, asset_depth) = back, front
-    seen = ((depth > asset_depth - margin) | (density < 0.5)).float()
-    # x = α a + (1 − α) b, the asset's colour being multiplied by its α already
-    return seen * rgb + (1 - seen * alpha) * background, seen * alpha
-
-
-def align_asset(scene: SceneFolder, asset: Gaussians, turn: Tensor, actor: int, frames: range, bar: tqdm
-                ) -> dict[str, Insertion]:
-    """Both stages -> the insertion at each of them; boxes outside the frames are 0.
-
-    turn [3, 3] takes the asset's axes to x forward, y left, z up, as the actor's frame has them.
-    """
-    track, T, (front, _, up) = scene.tracks[actor], len(scene.cameras), torch.eye(3)
-    similarities = {
-        "none": by_position(asset, scene.objects[actor], track.size[track.reference], turn),
-        "coarse": align.coarse_3d(asset, scene.objects[actor], front, up, asset_up=up @ turn, asset_front=front @ turn)}
-    found = {stage: Insertion(asset.transformed(*similarity), torch.zeros(T, 4))
-             for stage, similarity in similarities.items()}
-    for t in frames:
-        for insertion in found.values():
-            insertion.boxes[t] = align.mask_box(insertion.render(t, scene.cameras[t], track.pose[t])[1][0])
-        bar.update()
-    rows = slice(frames.start, frames.stop)
-    scaling, displacement = align.fine_2d(found["coarse"].boxes[rows], track.box[rows].float())
-    return found | {"full": replace(found["coarse"], scaling=scaling, displacement=displacement)}
 
 
 # ---- one scene -------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import build_pairs
-from mirage_min.data import align, scene, splat, toy_render, toy_scene, toy_world
+from mirage_min.data import align, insertion, scene, splat, toy_render, toy_scene, toy_world
 from mirage_min.data.pairs import Pairs
 from mirage_min.data.video import read_clip, to_bytes, write_clip
 from mirage_min.networks import weights
@@ -95,7 +96,7 @@ def test_the_fine_stage_undoes_six_percent_of_error_and_adds_no_jitter(scenes, s
         return torch.stack([align.mask_box(insertion.render(i, street.cameras[i], track.pose[i])[1][0])
                             for i in range(T)])
     placed.boxes = boxes(placed)
-    fine = build_pairs.replace(placed, **dict(zip(("scaling", "displacement"),
+    fine = replace(placed, **dict(zip(("scaling", "displacement"),
                                                   align.fine_2d(placed.boxes, track.box.float()))))
     before, after = (float(align.iou(b, track.box.float()).mean()) for b in (placed.boxes, fine.aligned_boxes()))
     assert before < 0.85 and after >= 0.95, f"mean box IoU {before:.3f} -> {after:.3f}, wanted 0.85 at most -> 0.95"
@@ -242,7 +243,7 @@ def test_the_naive_placement_has_the_length_of_the_actors_box_and_its_middle_at_
     asset = splat.Gaussians(means, means, torch.ones(50, 4), means[:, 0], means[:, None])
     actor = splat.Gaussians(means[:20] * 3, means[:20], torch.ones(20, 4), means[:20, 0], means[:20, None])
     turn = build_pairs.axes("RDF")
-    placed = asset.transformed(*build_pairs.by_position(asset, actor, torch.tensor([4.5, 1.8, 1.5]), turn)).means
+    placed = asset.transformed(*insertion.by_position(asset, actor, torch.tensor([4.5, 1.8, 1.5]), turn)).means
     low, high = placed.amin(0), placed.amax(0)
     off = ((low + high) / 2 - actor.means.mean(0)).abs().max()
     assert off < 1e-5, f"the middle of its box is {off:.1e} from the mean of the actor's Gaussians"
@@ -298,7 +299,7 @@ def test_a_track_refers_to_its_first_frame_unless_it_names_another(tmp_path, fra
 
 def test_without_object_ids_the_gaussians_in_the_3d_box_are_the_objects(scenes, copy):
     raw = splat.load_ply(copy / "scene.ply")
-    splat.save_ply(copy / "scene.ply", build_pairs.replace(raw, ids=None))
+    splat.save_ply(copy / "scene.ply", replace(raw, ids=None))
     by_box, by_id = (scene.read_scene(folder).objects[1] for folder in (copy, scenes / "s0"))
     size = torch.tensor(json.loads((copy / "tracks.json").read_text())["objects"][0]["frames"][0]["size"])
     wanted = int((by_id.means.abs() <= size / 2).all(dim=1).sum())

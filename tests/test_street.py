@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from PIL import Image
 
-from mirage_min.data import street
+from mirage_min.data import street, street_camera
 from mirage_min.data.pairs import Pairs
-from mirage_min.data.street import Street
+from mirage_min.data.street_camera import Street
 from mirage_min.networks import weights
 from tests import scripts
 
@@ -23,7 +24,7 @@ def grey_road(frames=2):
 
 def inserted(what=SUNNY, seed=0, x=None):
     x = grey_road() if x is None else x
-    scene, K = street.sample_car(what, x.shape[1], draws(seed)), street.intrinsics(what, H, W)
+    scene, K = street.sample_car(what, x.shape[1], draws(seed)), street_camera.intrinsics(what, H, W)
     white = street.brightness_of_the_road(x, what) / what.asphalt
     return scene, K, street.insert(x, scene, K, what.shadow, white)
 
@@ -81,7 +82,7 @@ def test_a_brighter_street_has_a_brighter_car():
 
 def test_a_window_holds_the_car_and_stays_inside_the_frame():
     for seed in range(20):
-        scene, K = street.sample_car(SUNNY, 1, draws(seed)), street.intrinsics(SUNNY, H, W)
+        scene, K = street.sample_car(SUNNY, 1, draws(seed)), street_camera.intrinsics(SUNNY, H, W)
         top, left = street.window_with_the_car(scene, K, (H, W), (48, 64), draws(seed))
         assert 0 <= top <= H - 48 and 0 <= left <= W - 64
         K[0, 2] -= left
@@ -91,7 +92,7 @@ def test_a_window_holds_the_car_and_stays_inside_the_frame():
 
 
 def test_the_ground_grid_lies_on_the_road_and_the_lanes_meet_at_the_horizon():
-    x = street.ground_grid(torch.zeros(3, H, W), Street(0.9, 0.45, lanes=((-2.0, 0.0), (2.0, 0.0))))
+    x = street_camera.ground_grid(torch.zeros(3, H, W), Street(0.9, 0.45, lanes=((-2.0, 0.0), (2.0, 0.0))))
     green = (x[1] == 1).nonzero()
     assert not x[:, : int(0.45 * H)].any(), "nothing above the horizon"
     spread = [green[green[:, 0] == row, 1] for row in (36, 50, 64)]
@@ -121,12 +122,33 @@ def test_pairs_of_a_folder_are_a_function_of_their_seed_and_read_like_any_other(
 
 
 @pytest.mark.parametrize("text, line", [
-    ('{"focal": 9}', "focal must be from 0.2 to 5, got 9"), ('{"focus": 1}', "wanted the fields focal, horizon"),
-    ('{"near": 5, "far": 4}', "near and far must be 0 < near < far, got 5 and 4"), ("{", "wanted the fields")])
-def test_a_wrong_camera_file_is_one_line_with_the_field(clips, text, line):
+    ('{"focal": 9, "horizon": 0.5}', "focal: wanted one finite number from 0.2 to 5, got 9"),
+    ('{"focal": 0.9}', "horizon: wanted one finite number from -0.5 to 1.5, got nothing"),
+    ('{"focal": 0.9, "horizon": 0.5, "focus": 1}', "focus: wanted only the fields focal, horizon, centre"),
+    ('{"focal": 0.9, "horizon": 0.5, "near": 5, "far": 4}', "near must be less than far, got 5.0 and 4.0"),
+    ('{"focal": 0.9, "horizon": 0.5, "lanes": [[1]]}', "sun and each of lanes must be two numbers"),
+    ('{"focal": 0.9, "horizon": true}', "horizon: wanted one finite number"), ("{", "Expecting property name")])
+def test_a_wrong_camera_file_is_one_line_with_its_name_and_the_field(clips, text, line):
     (clips / "drive.street.json").write_text(text)
-    done = scripts.run("-m", "mirage_min.data.street", "--clips", clips, "--out", clips / "o", "--count", 1)
-    assert done.returncode == 2 and done.stderr.strip().count("\n") == 0 and line in done.stderr, done.stderr
+    with pytest.raises(ValueError) as error:
+        street_camera.street_of(clips / "drive.safetensors")
+    said = str(error.value)
+    assert line in said and "drive.street.json" in said and "\n" not in said, said
+
+
+def test_a_file_changes_single_numbers_of_a_clip_that_is_known(tmp_path):
+    known = street_camera.STREETS["U3_challenge_video"]
+    (tmp_path / "U3_challenge_video.street.json").write_text('{"height": 1.7, "sun": [-30, 40]}')
+    found = street_camera.street_of(tmp_path / "U3_challenge_video.safetensors")
+    assert (found.height, found.sun, found.focal, found.lanes) == (1.7, (-30, 40), known.focal, known.lanes)
+    assert street_camera.street_of(tmp_path / "U1a_project_video_000-199.safetensors").asphalt == 0.08
+    assert street_camera.street_of(tmp_path / "my_drive.safetensors") is None
+
+
+def test_the_grid_is_drawn_over_a_frame_of_every_clip_whose_camera_is_known(clips):
+    weights.save_tensors(clips / "other.safetensors", {"x": torch.zeros(3, 2, 36, 64, dtype=torch.uint8)})
+    street_camera.draw_grids(clips, clips / "grid.png")
+    assert Image.open(clips / "grid.png").size == (640, 360)
 
 
 def test_a_folder_of_clips_without_cameras_is_refused(tmp_path):

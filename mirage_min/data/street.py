@@ -2,33 +2,20 @@
 
 Truth is the recording with a toy car composited in, lit by that street's sun and sky, with its cast and its contact
 shadow. The naive insertion is the same car under another light, without either. What the renderer must know of the
-recording are a few numbers that a person can write down from one frame, a `Street`, kept next to the clip as
-NAME.street.json:
-
-    focal     the focal length in image widths; 0.9 is a field of view of 58 degrees
-    horizon   the row where the road would vanish, in image heights from the top
-    centre    the column of straight ahead, in image widths from the left
-    height    of the camera above the road, metres
-    lanes     where cars may drive: [[metres to the right of the camera, heading in degrees from straight ahead], …]
-    near, far how far ahead a car may be inserted, metres
-    sun       [azimuth, elevation] in degrees: azimuth from straight ahead, positive to the right
-    shadow    what share of a road's light is left where the sun is hidden: 0.35 on a clear day, 1 under clouds
-    asphalt   the road's albedo: 0.08 new and dark, 0.25 concrete; how bright a car is beside it follows from that
-    warmth    how much redder than blue the sun is
+recording are a few numbers that a person can write down from one frame, a `Street` (street_camera.py).
 
     pair = make_pair(clip, STREETS["U3_challenge_video"], (192, 320), 9, draws)
 
     python -m mirage_min.data.street --clips data/real/train --out data/street --count 200     # pairs for training
-    python -m mirage_min.data.street --clips data/real/train --grid grid.png    # the ground grid over a frame, to check
     python -m mirage_min.data.street                                            # a car on a made-up road: street.png
 """
 
 import argparse
-import json
 import math
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -42,6 +29,7 @@ from . import desk
 from .align import mask_box
 from .photometric import uniform
 from .real_clips import resize
+from .street_camera import Street, clips_of_known_streets, intrinsics
 from .toy_light import Light, contact, shade
 from .toy_render import Scene, blocked, cast, project
 from .toy_shapes import Body, albedo, car
@@ -50,31 +38,6 @@ from .toy_world import height_x_width
 from .video import from_bytes, to_bytes, to_uint8
 
 GAMMA = 2.2  # between a file's values and linear light, roughly
-
-
-@dataclass(frozen=True)
-class Street:
-    """What is known of a recording's camera and light; the fields are explained at the top of this file."""
-
-    focal: float
-    horizon: float
-    centre: float = 0.5
-    height: float = 1.4
-    lanes: tuple[tuple[float, float], ...] = ((0.0, 0.0),)
-    near: float = 8.0
-    far: float = 25.0
-    sun: tuple[float, float] = (150.0, 50.0)
-    shadow: float = 0.35
-    asphalt: float = 0.1
-    warmth: float = 0.15
-
-    def __post_init__(self):
-        for name, low, high in (("focal", 0.2, 5), ("horizon", -0.5, 1.5), ("height", 0.3, 5), ("shadow", 0.05, 1),
-                                ("asphalt", 0.02, 0.6)):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} must be from {low} to {high}, got {getattr(self, name)}")
-        if not 0 < self.near < self.far:
-            raise ValueError(f"near and far must be 0 < near < far, got {self.near} and {self.far}")
 
 
 @dataclass
@@ -87,21 +50,24 @@ class Pair:
     boxes: Tensor    # [T, 4] x0, y0, x1, y1 in pixels
 
 
-STREETS = {  # of the clips in real_clips.py: measured by eye on one frame, checked with --grid
-    "highway_dashcam": Street(0.95, 0.575, 0.49, 1.3, ((-3.7, 0), (-0.2, 0)), 9, 30, (-120, 58), 0.35, 0.10),
-    "U1a_project_video_000-199": Street(0.9, 0.585, 0.50, 1.3, ((0.3, 0), (3.9, 0)), 8, 26, (-120, 62), 0.34, 0.08),
-    "U1b_project_video_125-299": Street(0.9, 0.585, 0.50, 1.3, ((0.3, 0), (3.9, 0)), 8, 26, (-120, 62), 0.34, 0.08),
-    "U3_challenge_video": Street(0.9, 0.60, 0.52, 1.3, ((0.6, 0), (4.2, 0)), 8, 26, (-100, 50), 0.36, 0.25),
-    "U4_project_video_later": Street(0.9, 0.585, 0.50, 1.3, ((0.3, 0), (3.9, 0)), 8, 26, (-120, 62), 0.34, 0.08),
-    "front_camera": Street(0.98, 0.52, 0.5, 1.6, ((-3.4, 0), (-6.6, 180)), 9, 24, (-60, 25), 0.85, 0.12),
-    "back_camera": Street(0.98, 0.50, 0.5, 1.6, ((0.4, 180), (3.8, 180)), 13, 26, (120, 25), 0.85, 0.12),
-    "front_left_camera": Street(0.98, 0.52, 0.5, 1.6, ((-1.0, 60), (2.0, 235)), 8, 16, (0, 25), 0.85, 0.12),
-    "left_camera": Street(0.98, 0.52, 0.5, 1.6, ((0.0, 90), (0.0, 270)), 8, 14, (-20, 20), 0.85, 0.12),
-}
+@dataclass
+class Shot:
+    """A piece of a recording and the car that is to be put into it."""
+
+    x: Tensor        # [3, T, H, W] in [-1, 1]
+    scene: Scene     # the car, its light and a wrong one
+    K: Tensor        # [3, 3] of the piece
+    shadow: float    # `Street`'s
+    white: Tensor    # [3] linear light: how bright a road of albedo 1 would be
 
 
 def make_pair(clip: Path, street: Street, size: tuple[int, int], frames: int, draws: Generator) -> Pair:
     """One pair of `size` rows and columns from a clip's file: a random time, scale and crop with the car in it."""
+    return insert(**vars(shoot(clip, street, size, frames, draws)))
+
+
+def shoot(clip: Path, street: Street, size: tuple[int, int], frames: int, draws: Generator) -> Shot:
+    """The piece of a clip's file, and the car, of make_pair. ValueError if the clip has fewer frames."""
     h, w = size
     with safe_open(clip, framework="pt") as file:
         x = file.get_slice("x")
@@ -120,7 +86,7 @@ def make_pair(clip: Path, street: Street, size: tuple[int, int], frames: int, dr
     top, left = window_with_the_car(scene, K, x.shape[-2:], size, draws)
     K[0, 2] -= left
     K[1, 2] -= top
-    return insert(x[:, :, top : top + h, left : left + w], scene, K, street.shadow, road / street.asphalt)
+    return Shot(x[:, :, top : top + h, left : left + w], scene, K, street.shadow, road / street.asphalt)
 
 
 def window_with_the_car(scene: Scene, K: Tensor, whole: tuple[int, int], size: tuple[int, int], draws: Generator
@@ -138,28 +104,23 @@ def window_with_the_car(scene: Scene, K: Tensor, whole: tuple[int, int], size: t
     return found[0], found[1]
 
 
-def insert(x: Tensor, scene: Scene, K: Tensor, shadow: float, white: Tensor) -> Pair:
+def insert(x: Tensor, scene: Scene, K: Tensor, shadow: float, white: Tensor, relit: bool = True,
+           shadowed: bool = False) -> Pair:
     """Composite the scene's car into x [3, T, H, W] in [-1, 1], once in the street's light and with its shadow.
 
     truth = x · darkening · (1 − alpha) + car lit by the street;  naive = x · (1 − alpha) + car lit otherwise; linear.
-    shadow: `Street`'s; white [3]: how bright a road of albedo 1 would be.
+    The first five are a `Shot`'s. relit False: the naive car is lit by the street; shadowed: it has its shadow.
     """
     naive, truth, alphas = [], [], []
     for t in range(x.shape[1]):
-        linear = ((x[:, t] + 1) / 2) ** GAMMA
+        linear = ((x[:, t] + 1) / 2).clamp(min=0) ** GAMMA  # resizing may leave a value just below 0: a power is NaN
         lit, wrong, alpha, darkening = render_car(scene, K, x.shape[-2:], t, shadow, white)
         truth.append(linear * darkening * (1 - alpha) + lit)
-        naive.append(linear * (1 - alpha) + wrong)
+        naive.append(linear * (darkening if shadowed else 1) * (1 - alpha) + (wrong if relit else lit))
         alphas.append(alpha)
     actor = torch.stack(alphas, dim=1)
     x_ni, x_gt = (torch.stack(v, dim=1).clamp(0, 1) ** (1 / GAMMA) * 2 - 1 for v in (naive, truth))
     return Pair(x_ni, x_gt, actor, torch.stack([mask_box(a) for a in actor[0]]))
-
-
-def intrinsics(street: Street, H: int, W: int) -> Tensor:
-    """K [3, 3] in pixels; straight ahead, on the horizon, is the principal point of a camera that looks level."""
-    f = street.focal * W
-    return torch.tensor([[f, 0.0, street.centre * W], [0.0, f, street.horizon * H], [0.0, 0.0, 1.0]])
 
 
 def sample_car(street: Street, T: int, draws: Generator) -> Scene:
@@ -251,40 +212,10 @@ def render_car(scene: Scene, K: Tensor, size: tuple[int, int], t: int, shadow: f
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
-def read_street(clip: Path) -> Street:
-    """NAME.street.json next to the clip, or else what is known of the clip of that name. ValueError: neither."""
-    file = clip.with_suffix(".street.json")
-    if file.exists():
-        try:
-            return replace(STREETS.get(clip.stem, Street(0.9, 0.5)), **json.loads(file.read_text(encoding="utf-8-sig")))
-        except (TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{file}: wanted the fields {', '.join(asdict(Street(0.9, 0.5)))}: {error}") from None
-    if clip.stem not in STREETS:
-        raise ValueError(f"{clip}: nothing is known of its camera: write {file.name} (mirage_min/data/street.py)")
-    return STREETS[clip.stem]
-
-
 def save_pair(pair: Pair, path: Path) -> None:
     """One safetensors as data/pairs.py reads it."""
     actor = (pair.actor * 255).round().to(torch.uint8)
     save_tensors(path, {"x_ni": to_bytes(pair.x_ni), "x_gt": to_bytes(pair.x_gt), "actor": actor, "boxes": pair.boxes})
-
-
-def ground_grid(x: Tensor, street: Street) -> Tensor:
-    """x [3, H, W] -> the same with lines on the road: every metre across, every 5 m ahead, the lanes in green."""
-    H, W = x.shape[-2:]
-    K, x = intrinsics(street, H, W), x.clone()
-    across, ahead = torch.linspace(-8, 8, 1200), torch.linspace(4, 40, 2500)
-    lanes = torch.tensor([right for right, _ in street.lanes])
-    for points, color in ((torch.cartesian_prod(across, torch.arange(5.0, 45, 5)), (1.0, -1.0, -1.0)),
-                          (torch.cartesian_prod(torch.arange(-8.0, 9), ahead), (1.0, 0.0, -1.0)),
-                          (torch.cartesian_prod(lanes, ahead), (-1.0, 1.0, -1.0))):
-        right, z = points.T
-        column = (K[0, 2] + K[0, 0] * right / z).long()
-        row = (K[1, 2] + K[1, 1] * street.height / z).long()
-        seen = (row >= 0) & (row < H) & (column >= 0) & (column < W)
-        x[:, row[seen], column[seen]] = torch.tensor(color)[:, None]
-    return x
 
 
 def demonstrate() -> None:
@@ -301,38 +232,35 @@ def demonstrate() -> None:
     print("street.png: naive insertion | truth")
 
 
-def write_pair(clip: Path, path: Path, size: tuple[int, int], frames: int, seed: int) -> None:
+def write_pair(clip: Path, street: Street, path: Path, size: tuple[int, int], frames: int, seed: int) -> None:
     """One pair to its file, unless it is there; one thread, for every worker is a process."""
     torch.set_num_threads(1)
     if not path.exists():
-        save_pair(make_pair(clip, read_street(clip), size, frames, torch.Generator().manual_seed(seed)), path)
+        save_pair(make_pair(clip, street, size, frames, torch.Generator().manual_seed(seed)), path)
 
 
-def main(args: argparse.Namespace) -> None:
-    """A folder of pairs, clips drawn by their lengths; or a picture of the grid; or neither, and a demonstration."""
-    if not (args.out or args.grid):
-        return demonstrate()
-    clips = [c for c in sorted(args.clips.glob("*.safetensors")) if c.stem in STREETS
-             or c.with_suffix(".street.json").exists()]
-    if not clips:
-        raise ValueError(f"{args.clips}: no clip of a known camera (NAME.safetensors with NAME.street.json)")
-    lengths, pictures = [], []
+def lengths_of(clips: Iterable[Path]) -> Tensor:
+    """How many frames clips in NAME.safetensors have [n]."""
+    lengths = []
     for clip in clips:
         with safe_open(clip, framework="pt") as file:
             lengths.append(file.get_slice("x").get_shape()[1])
-            x = from_bytes(file.get_slice("x")[:, :1])
-        if args.grid:
-            pictures.append(ground_grid(resize(x, (360, 640))[:, 0], read_street(clip)))
-    if args.grid:
-        Image.fromarray(to_uint8(torch.cat(pictures, dim=1))).save(args.grid)
-        return
+    return torch.tensor(lengths, dtype=torch.float32)
+
+
+def main(args: argparse.Namespace) -> None:
+    """A folder of pairs, clips drawn by their lengths; without one, a demonstration."""
+    if not args.out:
+        return demonstrate()
+    streets = clips_of_known_streets(args.clips)
+    clips, weights = list(streets), lengths_of(streets)
     args.out.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(args.workers) as pool:
-        jobs, weights = [], torch.tensor(lengths, dtype=torch.float32)
+        jobs = []
         for seed in range(args.first_seed, args.first_seed + args.count):
             clip = clips[int(torch.multinomial(weights, 1, generator=torch.Generator().manual_seed(seed)))]
             path = args.out / f"{clip.stem}_{seed:06d}.safetensors"
-            jobs.append(pool.submit(write_pair, clip, path, args.size, args.frames, seed))
+            jobs.append(pool.submit(write_pair, clip, streets[clip], path, args.size, args.frames, seed))
         for job in desk.bar(jobs, unit="pair"):
             job.result()
 
@@ -346,6 +274,5 @@ if __name__ == "__main__":
     parser.add_argument("--size", type=height_x_width, default=(192, 320), help="rows x columns (default 192x320)")
     parser.add_argument("--frames", type=int, default=9, help="frames of a pair (default 9)")
     parser.add_argument("--workers", type=int, default=1, help="processes (default 1)")
-    parser.add_argument("--grid", type=Path, help="write the ground grid over a frame of each clip here instead")
     args = parser.parse_args()
     sys.exit(desk.serve("street", lambda: main(args), lambda: "; the pairs that are whole stay"))

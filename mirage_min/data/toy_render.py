@@ -211,15 +211,19 @@ def leaving(surface: Surface, eye: Tensor, light: Light, lit: Tensor, open_sky: 
     return color
 
 
-def frame(scene: Scene, config, t: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Frame t in linear light: (naive [3, H, W], truth [3, H, W], actor's alpha [1, H, W], its shadow [1, H, W])."""
+def frame(scene: Scene, config, t: int, relit: bool = True, shadowed: bool = False
+          ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Frame t in linear light: (naive [3, H, W], truth [3, H, W], actor's alpha [1, H, W], its shadow [1, H, W]).
+
+    In the naive one, the actor is lit by `scene.naive` (not relit: as in truth) and has no shadow (shadowed: it has).
+    """
     hits = cast(scene, intrinsics(config), (config.height, config.width), t, config.supersample)
     light, eye = scene.light, scene.c2w[t, :3, 3]
     s, above, actor = look_at(scene, hits, t), hits.body == SKY, hits.body == 0
     truth = leaving(s, eye, light, s.lit * s.lit_actor, torch.minimum(s.open_sky, s.open_actor))
-    naive = leaving(s, eye, light, s.lit, s.open_sky)
+    naive = truth.clone() if shadowed else leaving(s, eye, light, s.lit, s.open_sky)
     one = torch.ones(int(actor.sum()))
-    naive[actor] = leaving(s.of(actor), eye, scene.naive, one, one)
+    naive[actor] = leaving(s.of(actor), eye, scene.naive, one, one) if relit else truth[actor]
     truth[above] = naive[above] = sky(-hits.local[above, 1], light)
     # distance takes a little of the horizon's colour, the same in both
     truth, naive = (torch.where(above[:, None], v, haze(v, hits.depth, light)) for v in (truth, naive))

@@ -124,9 +124,14 @@ def generated(scene: Scene, b: int, t: int, draws: torch.Generator) -> Gaussians
 
 
 def write_scene(folder: Path, seed: int, config: toy_world.WorldConfig) -> None:
-    """The scene of a seed, its first vehicle (whose asset it is) and the others tracked, as a scene folder."""
+    """The scene of a seed as a scene folder."""
+    write_folder(folder, toy_world.sample_scene(seed, config), config)
+
+
+def write_folder(folder: Path, scene: Scene, config: toy_world.WorldConfig) -> None:
+    """A scene, its first vehicle (whose asset it is) and the others tracked, as a scene folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    scene, draws = toy_world.sample_scene(seed, config), torch.Generator().manual_seed(seed)
+    draws = torch.Generator().manual_seed(scene.seed)
     T, H, W, K = config.frames, config.height, config.width, toy_render.intrinsics(config)
     write_clip(folder / "images", toy_world.render(scene, config, extras=False).x_gt, config.fps)
     cameras = Z_UP @ scene.c2w @ OPENGL_TO_OPENCV.float()

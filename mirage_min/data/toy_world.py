@@ -103,9 +103,10 @@ def cars_of(seed: int, config: WorldConfig) -> list[str]:
     return [config.cars[i] for i in order.tolist()]
 
 
-def render(scene: Scene, config: WorldConfig = WorldConfig(), extras: bool = True) -> Clip:
-    """The pair of a scene."""
-    frames = [frame(scene, config, t) for t in range(config.frames)]
+def render(scene: Scene, config: WorldConfig = WorldConfig(), extras: bool = True, relit: bool = True,
+           shadowed: bool = False) -> Clip:
+    """The pair of a scene; relit and shadowed: what x_ni is, as in toy_render.frame."""
+    frames = [frame(scene, config, t, relit, shadowed) for t in range(config.frames)]
     naive, truth, actor, shadow = (torch.stack(parts, dim=1) for parts in zip(*frames))
     grain = torch.randn(truth.shape, generator=torch.Generator().manual_seed(scene.seed + 1)) * config.grain / 255
     # linear light to sRGB's curve, roughly: x^(1/2.2)
