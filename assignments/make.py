@@ -3,13 +3,11 @@
     python assignments/make.py chopgrad --out handout
     python assignments/make.py causal_cache lora injection --out handout
 
-A function keeps its decorators, its signature and its docstring, which is the task. Left out: git's history, caches,
-this folder, the tests of this folder and of the equations, and what a toml names under `without` because it quotes a
-solution. README.md becomes the student's; the project's own is PROJECT.md.
+A function keeps its decorators, its signature and its docstring, which is the task. A handout is less than 2 MB;
+source.py lists what goes in, of what git tracks. README.md becomes the student's; the project's own is PROJECT.md.
 """
 
 import argparse
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -17,13 +15,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import source  # noqa: E402
 
-TESTS_OF_THE_SOLUTION = ("tests/test_assignments.py", "tests/test_equations.py", "tests/mutation.py")
-
 README = """# {title}
 
 {count} to write, {points} points. The docstring of each is the whole task: equation, shapes, ranges, what must hold.
 All else is complete and there to be read, stepped through and called. Papers: {paper}. PROJECT.md is the README of
-mirage_min, the project that this is from; docs/walkthrough.md tells the method from start to end.
+mirage_min, the project that this is from; docs/walkthrough.md tells the method from start to end. The trained weights
+and the demo clip are not here.
 
 ## The first red test, in five minutes
 
@@ -43,10 +40,11 @@ again. All graded tests: `pytest @graded.txt`. (-n 0: in one process, where pdb 
 ## How it is graded
 
 Of your tree only the bodies of these functions count. Each is put alone into a clean copy of the project and has its
-points when all of its tests pass there, on other random numbers than yours and within {limit} seconds; a mistake in one
-costs nothing elsewhere. A body may use what its file has imported or defined, Python's plain built-in functions, and
-the functions and methods of torch. It may hold helper functions. It may not import, define classes, or reach for names
-with underscores. Whatever else you change (tests, other functions, settings) is for you alone. Hand in the folder.
+points when all of its tests pass there, on other random numbers than yours and within {limit} seconds of processor
+time; a mistake in one costs nothing elsewhere. A body may use its arguments, what the original bodies use of their
+file, plain Python, and torch's functions and methods over tensors. It may hold helper functions. It may not import,
+define classes, open files, or call a function of the table that the original does not call. Whatever else you change
+(tests, other functions, settings) is for you alone. Hand in the folder, without venv.
 """
 HINT = "\n<details><summary>Hint: {name}</summary>\n\n{hint}\n\n</details>\n"
 
@@ -77,15 +75,8 @@ def make(chosen: list[str], out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".handout") as folder:
         tree = Path(folder) / "tree"
-        for file in source.files():
-            if file.parts[0] != "assignments" and file.as_posix() not in TESTS_OF_THE_SOLUTION:
-                (tree / file).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source.ROOT / file, tree / file)
+        source.copy_tree(tree, assignments)
         for assignment in assignments:
-            for item in assignment.get("without", []):
-                file, _, name = item.partition("::")
-                text = source.remove((tree / file).read_text(encoding="utf-8"), name)
-                (tree / file).write_text(text, encoding="utf-8")
             for function in assignment["functions"]:
                 file, _, name = function["name"].partition("::")
                 text = blank((tree / file).read_text(encoding="utf-8"), file, name)

@@ -1,23 +1,23 @@
-"""Run tests in a process of its own and report to the one that started it (grade.py): not meant to be called by hand.
+"""Run tests in a process for itself and report to the one that started it (grade.py): not meant to be called by hand.
 
-A job comes as JSON on stdin: tests (pytest's ids), seed, nonce. The report goes as JSON to the file descriptor named on
-the command line, once, at the end, with the nonce; without it whatever is printed and whatever the exit status, nothing
-has passed.
+A job comes as JSON on stdin: tests (pytest's ids), seed, nonce, seconds, protections, hidden (folders not to be read).
+The process shuts itself in (cage.py) before it imports anything. The report goes as JSON to the file descriptor named
+on the command line, once, at the end, with the nonce; without it, whatever is printed and whatever the exit status,
+nothing has passed.
 """
 
 import json
 import os
 import sys
-
-import pytest
-import torch
+import tempfile
+from pathlib import Path
 
 
 class Report:
     """Every collected test with its outcome; a test passes if it ran, and nothing failed before, in or after it."""
 
-    def __init__(self, seed: int):
-        self.seed, self.outcomes, self.message = seed, {}, ""
+    def __init__(self):
+        self.outcomes, self.failed, self.error, self.message = {}, "", "", ""
 
     def pytest_collection_finish(self, session):
         self.outcomes = {item.nodeid: "not run" for item in session.items}
@@ -28,13 +28,11 @@ class Report:
     def pytest_runtest_logreport(self, report):
         if report.failed or (report.when == "call" and self.outcomes[report.nodeid] == "not run"):
             self.outcomes[report.nodeid] = report.outcome
-        if report.failed and not self.message:
-            crash = getattr(report.longrepr, "reprcrash", None)
-            self.message = f"{report.nodeid}: {crash.message if crash else report.longrepr}"[:500]
 
-    def pytest_collectreport(self, report):
-        if report.failed:
-            self.message = str(report.longrepr)[-500:]
+    def pytest_exception_interact(self, node, call, report):
+        if not self.failed:
+            self.failed, self.error = node.nodeid, call.excinfo.typename
+            self.message = f"{call.excinfo.value}"[:500]
 
 
 def reseed(seed: int) -> None:
@@ -45,11 +43,23 @@ def reseed(seed: int) -> None:
 
 if __name__ == "__main__":
     job, sys.stdin = json.load(sys.stdin), open(os.devnull)
-    sys.path[:0] = [os.getcwd()]
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    import cage
+
+    cage.limit(job["seconds"])
+    tree = Path.cwd().resolve()
+    cage.enter([tree, *cage.python_folders([Path(folder) for folder in job["hidden"]])], tuple(job["protections"]))
+    sys.path[0] = tempfile.tempdir = str(tree)  # named as such, or a library would try for one by writing into it
+
+    import pytest
+    import torch
+
     torch.set_num_threads(1)
     reseed(job["seed"])
-    report = Report(job["seed"])
-    status = pytest.main(["-x", "-o", "addopts=", "-p", "no:cacheprovider", *job["tests"]], plugins=[report])
-    answer = {"nonce": job["nonce"], "status": int(status), "outcomes": report.outcomes, "message": report.message}
+    report = Report()
+    # pytest opens nothing for writing
+    options = ["-x", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:logging", "--capture=no"]
+    status = pytest.main([*options, *job["tests"]], plugins=[report])
+    answer = {"nonce": job["nonce"], "status": int(status), **vars(report)}
     with os.fdopen(int(sys.argv[1]), "w") as pipe:
         json.dump(answer, pipe)

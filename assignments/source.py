@@ -1,6 +1,7 @@
-"""What make.py and grade.py share: the assignments, and one function's body in a source file."""
+"""What make.py and grade.py share: the assignments, the tree that they are set in, one function's body in a file."""
 
 import ast
+import shutil
 import subprocess
 import textwrap
 from pathlib import Path
@@ -12,7 +13,11 @@ except ImportError:  # Python 3.10: pytest brings tomli there
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-SKIPPED = {".git", ".venv", "venv", "runs", "data", "__pycache__", ".pytest_cache", ".ruff_cache"}
+# What a handout is made of: all there is to run and to read, but no weights, no results, nothing about the assignments
+TOGETHER = ("*.py", "README.md", "LICENSE", "CITATION.cff", "DEVIATIONS.md", "pyproject.toml", "requirements*.txt",
+            "mirage_min/**/*.py", "tests/**/*.py", "experiments/**/*.py", "examples/**/*.py", "docs/walkthrough*")
+ABOUT_SOLUTIONS = {"tests/test_assignments.py", "tests/student_bodies.py", "tests/test_grader.py",
+                   "tests/test_equations.py", "tests/mutation.py"}
 
 
 def names() -> list[str]:
@@ -22,21 +27,31 @@ def names() -> list[str]:
 
 def read(name: str) -> dict:
     """title, order, paper, hint, without (what a handout must not show), functions (name, points, tests, hint)."""
-    path = HERE / f"{name}.toml"
-    if not path.is_file():
-        raise ValueError(f"there is no assignment {name!r}; there are {', '.join(names())}")
-    return tomllib.loads(path.read_text(encoding="utf-8"))
+    known = {path.stem: path for path in HERE.glob("*.toml")}
+    if name not in known:
+        raise ValueError(f"there is no assignment {name!a}; there are {', '.join(sorted(known))}")
+    return tomllib.loads(known[name].read_text(encoding="utf-8"))
 
 
 def files(root: Path = ROOT) -> list[Path]:
-    """The files of a source tree, relative to it: what git knows or does not ignore; without git, all but caches."""
-    if (root / ".git").exists():
-        command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-        output = subprocess.run(command, capture_output=True, check=True, text=True).stdout
-        listed = [Path(name) for name in output.split("\0") if name]
-    else:
-        listed = [p.relative_to(root) for p in root.rglob("*") if not SKIPPED & set(p.relative_to(root).parts)]
-    return sorted({p for p in listed if p.suffix != ".pyc" and (root / p).is_file()})
+    """The files of a handout, relative to the source tree; where there is git, those that it tracks."""
+    found = {path.relative_to(root) for pattern in TOGETHER for path in root.glob(pattern) if path.is_file()}
+    if (root / ".git").exists() and shutil.which("git"):
+        command = ["git", "-C", str(root), "-c", "safe.directory=*", "ls-files", "-z", "--cached"]
+        tracked = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+        found &= {Path(name) for name in tracked.split("\0") if name}
+    return sorted(path for path in found if path.as_posix() not in ABOUT_SOLUTIONS)
+
+
+def copy_tree(out: Path, assignments: list[dict]) -> None:
+    """Write the tree without what quotes a solution: the files above, and what the assignments name under `without`."""
+    for file in files():
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / file, out / file)
+    for item in (item for assignment in assignments for item in assignment.get("without", [])):
+        file, _, name = item.partition("::")
+        text = remove((out / file).read_text(encoding="utf-8"), name)
+        (out / file).write_text(text, encoding="utf-8")
 
 
 def find(tree: ast.Module, name: str) -> ast.FunctionDef:
