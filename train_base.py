@@ -1,4 +1,4 @@
-"""Train the small bases that stand in for the published weights of CogVideoX, Wan and AutoencoderKL.
+"""Train the small bases that stand in for the published weights of CogVideoX, Wan and Stable Diffusion.
 
     python -m mirage_min.data.toy_world --out data/toy --clips 2000
     python -m mirage_min.data.real_clips --out data/real
@@ -6,6 +6,7 @@
     python train_base.py vae      --data data/toy --real data/real/train --perceptual DIR
     python train_base.py prior    --data data/toy      # the transformer, as a diffusion model of true videos
     python train_base.py one_step --data data/toy      # DEVIATION: the paper has no such stage, see below
+    python train_base.py one_step_2d --data data/toy   # the same of R3D2's UNet, each frame alone
 
 With `--family wan`, vae, prior and one_step train a base of Wan's classes instead of CogVideoX's. With
 `--set init=FOLDER` training continues from the network in that folder.
@@ -13,8 +14,8 @@ With `--family wan`, vae, prior and one_step train a base of Wan's classes inste
 The autoencoders see crops of mixed sizes in many tones (mirage_min/data/crops.py), and their loss weighs coarse tone by
 itself: a network that has seen the tones of one drive shifts the others'. The networks are the published classes with
 small numbers (mirage_min/networks/small_base.py). The stage `one_step` trains the transformer to predict z_GT from z_NI
-in latent space before stage H does so through pixels. The paper has none, because its transformer starts from a strong
-prior; one of four million parameters does not (DEVIATIONS.md).
+in latent space before stage H does so through pixels, and `one_step_2d` the UNet before train_r3d2.py does. The papers
+have none, because theirs start from a strong prior; one of four million parameters does not (DEVIATIONS.md).
 """
 
 if __name__ == "__main__":
@@ -38,23 +39,25 @@ from mirage_min.data import desk
 from mirage_min.data.crops import Crops
 from mirage_min.data.pairs import Pairs
 from mirage_min.data.real_clips import RealClips
-from mirage_min.method.one_step import T_MIRAGE, T_WAN, add_noise, alpha_bar, denoise, v_target
+from mirage_min.method.one_step import T_MIRAGE, T_WAN, add_noise, alpha_bar, denoise, denoise_epsilon, v_target
 from mirage_min.method.perceptual import Lpips
-from mirage_min.method.schedules import VPrediction, config_from_schedule
+from mirage_min.method.schedules import STABLE_DIFFUSION, VPrediction, config_from_schedule
 from mirage_min.networks import small_base, weights
 from mirage_min.networks.dit_cogvideox import CogVideoXDiT
 from mirage_min.networks.dit_wan import WanDiT
 from mirage_min.networks.imagenet import Features
+from mirage_min.networks.unet_2d import UNet2D
 from mirage_min.networks.vae_2d import AutoencoderKL
 from mirage_min.networks.vae_cogvideox import CogVideoXVAE
 from mirage_min.networks.vae_wan import WanVAE
 from mirage_min.training import checkpoint, processes, run, watch
-from mirage_min.training.latents import Latents
+from mirage_min.training.latents import EachFrame, Latents
 
 SCHEDULERS = {  # scheduler_config.json, by family
     "cogvideox": config_from_schedule(VPrediction(prediction_type="v_prediction", rescale_betas_zero_snr=True,
                                                   snr_shift_scale=1.0)),
     "wan": {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "flow_shift": 3.0},
+    "2d": config_from_schedule(STABLE_DIFFUSION),
 }
 
 
@@ -83,6 +86,7 @@ RECIPES = {
     "vae_wan": Recipe(steps=4000, batch=4, lr=5e-4),  # at three times the rate it does not settle
     "prior": Recipe(steps=1500, batch=16, lr=1e-3),
     "one_step": Recipe(steps=9000, batch=16, lr=1e-3),
+    "one_step_2d": Recipe(steps=9000, batch=8, lr=1e-3),
 }
 
 
@@ -176,8 +180,16 @@ def one_step_loss(model: CogVideoXDiT | WanDiT, batch, draws: Generator, alpha_b
     return loss, {"z": loss}
 
 
+def one_step_2d_loss(model: UNet2D, batch, draws: Generator, alpha_bars: Tensor):
+    """z_GT from z_NI in one call, each frame alone."""
+    z_ni, z_gt = (rearrange(z, "b c t h w -> (b t) c h w") for z in batch)
+    z_dr = denoise_epsilon(model, z_ni, T_MIRAGE, empty_prompt(z_ni), alpha_bars)
+    loss = nnf.mse_loss(z_dr.float(), z_gt)
+    return loss, {"z": loss}
+
+
 def empty_prompt(z: Tensor) -> Tensor:
-    """The embedding [B, 1, D] that both small transformers get with latents z [B, C, F, h, w]."""
+    """The embedding [B, 1, D] that all small networks get with latents z [B, C, ...]."""
     return torch.zeros(z.shape[0], 1, small_base.DIT.text_embed_dim, device=z.device)
 
 
@@ -223,6 +235,11 @@ def build(args, recipe: Recipe) -> Stage:
             model = small_base.new_vae(args.family, recipe.width, recipe.norm_groups)
             loss, out = vae_loss, base / "vae"
         return Stage(model, data, partial(loss, lpips_distance=lpips), out, files, lpips)
+    if args.stage == "one_step_2d":
+        vae = EachFrame(AutoencoderKL.from_pretrained(args.out, "vae_2d", device=args.device))
+        data = Latents(pairs, vae, recipe, args.run.parent / "latents_2d.safetensors")
+        loss = partial(one_step_2d_loss, alpha_bars=alpha_bar(zero_terminal_snr=False).to(args.device))
+        return Stage(small_base.new_unet(), data, loss, args.out / "base_2d" / "unet", pairs.paths())
     out, alpha_bars = base / "transformer", None if wan else alpha_bar().to(args.device)
     if args.stage == "prior":
         model, loss = small_base.new_transformer(args.family), prior_loss
@@ -270,14 +287,15 @@ def main(args, recipe: Recipe) -> None:
 
 
 def save(args, recipe: Recipe, stage: Stage) -> None:
-    """Write the network as the published ones are; the VAE with its latents' scale, the prior with its schedule."""
+    """Write the network as the published ones are; a VAE with its latents' scale, what predicts with its schedule."""
     if args.stage == "vae":
         normalise_latents(stage.model, stage.data, recipe)
-    if args.stage == "prior":
+    if args.stage in ("prior", "one_step_2d"):
+        schedule = SCHEDULERS["2d" if args.stage == "one_step_2d" else args.family]
         folder = stage.out.parent / "scheduler"
         folder.mkdir(parents=True, exist_ok=True)
         with weights.whole_file(folder / "scheduler_config.json") as file:
-            file.write_text(json.dumps(SCHEDULERS[args.family], indent=2) + "\n")
+            file.write_text(json.dumps(schedule, indent=2) + "\n")
     stage.model.save_pretrained(stage.out)
 
 
@@ -299,7 +317,8 @@ def normalise_latents(model: CogVideoXVAE | WanVAE, data: Crops, recipe: Recipe,
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=desk.first_line(__doc__))
-    parser.add_argument("stage", choices=["vae_2d", "vae", "prior", "one_step"], help="what is trained, in this order")
+    parser.add_argument("stage", choices=["vae_2d", "vae", "prior", "one_step", "one_step_2d"],
+                        help="what is trained, in this order")
     parser.add_argument("--family", choices=["cogvideox", "wan"], default="cogvideox",
                         help="whose classes the 3D VAE and the transformer are (default cogvideox)")
     parser.add_argument("--data", type=Path, default=Path("data/toy"), help="folder of pairs (default data/toy)")
@@ -315,7 +334,7 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="default: cuda if there is one, else cpu")
     args = parser.parse_args()
-    own = f"{args.stage}_wan" if args.family == "wan" and args.stage != "vae_2d" else args.stage
+    own = f"{args.stage}_wan" if args.family == "wan" and not args.stage.endswith("_2d") else args.stage
     args.run, args.recipe = args.runs / own, own if own in RECIPES else args.stage
     del args.runs  # only where things lie
     run.launch(main, args, RECIPES)

@@ -7,11 +7,17 @@ Trained: all of the UNet, the skips, and a LoRA on the decoder, which is merged 
 R3D2 has λ_mse = 0. It does not say what it trains, at which t, nor for how many steps: these are Difix's.
 
     python train_r3d2.py --data data/toy --perceptual DIR                           # the small one, from random weights
+    python train_r3d2.py --base runs/base/weights/base_2d --vae weights/vae_2d ...  # from train_base.py one_step_2d
     python encode_prompt.py --base stabilityai/sd-turbo --out prompt.safetensors
     torchrun --nproc-per-node=8 train_r3d2.py --recipe r3d2-big --prompt prompt.safetensors --data ... --perceptual DIR
 
 --base may also be a trained system's folder, from which training continues.
 """
+
+if __name__ == "__main__":
+    from mirage_min.data import desk
+
+    desk.open_up()  # before the imports that take seconds
 
 import math
 from collections import defaultdict
@@ -19,10 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 
+from mirage_min.data import desk
 from mirage_min.method import lora
 from mirage_min.method.one_step import T_MIRAGE, alpha_bar
 from mirage_min.method.perceptual import Lpips, lpips_and_gram
@@ -63,9 +70,9 @@ RECIPES = {
     "r3d2-big": Recipe(),
     "difix": Recipe(height=576, width=1024, lr=2e-5, lambda_gram=1.0, lambda_mse=1.0, gram_from=2_000,
                     skip_start=PUBLISHED_START),
-    # DEVIATION: as in stage H's recipe `small`, no full VGG-16, and an MSE term, for this UNet starts from nothing.
-    "small": Recipe(steps=3_000, batch=8, height=96, width=144, lr=2e-3, warmup=50, cosine=True, lambda_mse=2.0,
-                    lpips="squeeze", rank=16, alpha=16.0, real=0.1, half=True),
+    # DEVIATION: as in stage H's recipe `small`, LPIPS on SqueezeNet and an MSE term, for its UNet has no strong prior.
+    "small": Recipe(steps=3_000, batch=8, height=96, width=144, lr=1e-3, warmup=50, cosine=True, gram_from=600,
+                    lambda_mse=2.0, lpips="squeeze", rank=16, alpha=16.0, real=0.1, half=True),
 }
 BASES = {  # --base and --vae where they are not given; None: the small untrained UNet, and the base's own VAE
     "r3d2": ("stabilityai/sd-turbo", "madebyollin/taesd"),
@@ -125,7 +132,7 @@ def forward_and_backward(models: nn.ModuleList, recipe: Recipe, x_ni: Tensor, x_
         # L = λ_lpips · L_lpips + λ_gram · L_gram                                           R3D2 A.2
         loss = recipe.lambda_lpips * lpips + recipe.lambda_gram * gram
         if recipe.lambda_mse:
-            found["mse"] = F.mse_loss(x, y)
+            found["mse"] = nnf.mse_loss(x, y)
             # L = ... + λ_mse · L_mse                                                       Difix
             loss = loss + recipe.lambda_mse * found["mse"]
     share = len(x_gt) / recipe.batch  # of the clips of the whole batch
@@ -176,7 +183,7 @@ def main(args, recipe: Recipe) -> None:
     if processes.rank() == 0:
         lora.merge(r3d2.vae.decoder, DECODER)
         (r3d2.half() if recipe.half else r3d2).save_pretrained(args.out, run.about(recipe))
-        print(f"R3D2: {recipe.steps} steps -> {args.out}")
+        desk.say(f"R3D2: {recipe.steps} steps -> {args.out}")
 
 
 if __name__ == "__main__":

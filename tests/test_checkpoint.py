@@ -78,10 +78,11 @@ def test_of_a_recipe_what_is_marked_may_change_and_steps_may_under_a_constant_ra
     assert differences(one, falling) == {"steps", "cosine"}
 
 
-def test_what_may_change_in_the_recipes_of_both_stages_is_this_and_no_more():
+def test_what_may_change_in_the_recipes_is_this_and_no_more():
     import train_harmonize
+    import train_r3d2
     import train_vae
-    for script, wanted in ((train_vae, {"checkpoint_decoder"}),
+    for script, wanted in ((train_vae, {"checkpoint_decoder"}), (train_r3d2, {"checkpoint_unet", "half"}),
                            (train_harmonize, {"checkpoint_decoder", "checkpoint_dit", "shard"})):
         for name, recipe in script.RECIPES.items():
             kept = identify(recipe=recipe).keys()

@@ -14,10 +14,12 @@ from mirage_min.data.real_clips import RealClips
 from mirage_min.method import perceptual
 from mirage_min.networks import imagenet, small_base, weights
 from mirage_min.networks.dit_cogvideox import CogVideoXDiTConfig
+from mirage_min.networks.unet_2d import UNet2DConfig
 from mirage_min.networks.vae_2d import AutoencoderKL
 from mirage_min.networks.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
 from mirage_min.networks.vae_wan import WanVAE, WanVAEConfig
 from mirage_min.systems.mirage import Mirage
+from mirage_min.systems.r3d2 import R3D2
 from mirage_min.training import checkpoint, run
 from mirage_min.training.latents import Latents
 
@@ -26,6 +28,8 @@ SMALL_DIT = CogVideoXDiTConfig(num_attention_heads=1, num_layers=2, time_embed_d
                                max_text_seq_length=1, sample_height=4, sample_width=6,
                                use_rotary_positional_embeddings=True)
 
+SMALL_UNET = UNet2DConfig(block_out_channels=(4, 4, 4, 4), attention_head_dim=1, layers_per_block=1, norm_num_groups=4,
+                          cross_attention_dim=16)
 SMALL_VAE_WAN = WanVAEConfig(base_dim=4, num_res_blocks=1, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16)
 
 
@@ -43,6 +47,7 @@ def folder(tmp_path_factory):
         patch.setattr(small_base, "VAE", SMALL_VAE)
         patch.setattr(small_base, "DIT", SMALL_DIT)
         patch.setattr(small_base, "VAE_WAN", SMALL_VAE_WAN)
+        patch.setattr(small_base, "UNET", SMALL_UNET)
         for stage in ("vae", "vae_2d", "prior", "one_step"):
             train(folder, stage, steps=2)
             (folder / stage).mkdir()
@@ -50,6 +55,7 @@ def folder(tmp_path_factory):
                 (folder / stage / file.parent.name).write_bytes(file.read_bytes())
         for stage in ("vae", "prior", "one_step"):
             train(folder, stage, family="wan", steps=2)
+        train(folder, "one_step_2d", steps=2)
     return folder
 
 
@@ -90,6 +96,24 @@ def test_the_base_loads_as_published_ones_do_and_mirage_stands_on_it(folder):
     assert mirage(torch.zeros(1, 3, 9, 32, 48)).shape == (1, 3, 9, 32, 48)
     config = json.loads((folder / "out" / "base" / "scheduler" / "scheduler_config.json").read_text())
     assert config["prediction_type"] == "v_prediction" and abs(float(mirage.alpha_bar[199]) - 0.7387) < 1e-4
+
+
+def test_r3d2_stands_on_the_unet_of_one_step_2d_which_learns_z_gt_from_z_ni_of_single_frames(folder):
+    vae = AutoencoderKL.from_pretrained(folder / "out" / "vae_2d")
+    r3d2 = R3D2.from_base(folder / "out" / "base_2d", folder / "out" / "vae_2d")
+    assert r3d2.unet.conv_out.weight.abs().max() > 0, "two steps of training"
+    file = folder / "runs" / "latents_2d.safetensors"
+    z, (x, y) = weights.load_tensors(file)[0]["z"], Pairs(folder / "pairs", 9).read(2, lambda n: 0)
+    with torch.no_grad():
+        for i, side in enumerate((x, y)):
+            for mirrored in (0, 1):
+                wanted = vae.encode((side.flip(-1) if mirrored else side).transpose(0, 1)).transpose(0, 1)
+                difference = (z[4 + mirrored, i] - wanted).abs().max()
+                assert difference < 1e-3 * wanted.abs().max(), f"{i} {mirrored}: {difference:.1e}"
+        batch = z[:2].float().unbind(1)
+        loss, terms = train_base.one_step_2d_loss(r3d2.unet, batch, None, r3d2.alpha_bar)
+        z_dr = torch.stack([r3d2.denoise(frame) for frame in batch[0].unbind(2)], dim=2)
+    assert loss.item() == terms["z"].item() == pytest.approx((z_dr - batch[1]).square().mean().item(), rel=1e-5)
 
 
 def test_a_base_of_wans_classes_loads_too_and_its_latents_are_normalised(folder):

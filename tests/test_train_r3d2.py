@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional as nnf
 
 import train_r3d2
 from mirage_min.method import lora, perceptual
@@ -97,7 +97,7 @@ def test_a_step_is_the_equation_written_out(backbones, kl, step, gram, mse):
         wanted["gram"] = perceptual.gram_loss(texture(x), texture(y)).mean() / 2
         loss = loss + 0.2 * wanted["gram"]
     if mse:
-        wanted["mse"] = F.mse_loss(x_dr, x_gt) / 2
+        wanted["mse"] = nnf.mse_loss(x_dr, x_gt) / 2
         loss = loss + mse * wanted["mse"]
     assert terms.keys() == wanted.keys()
     for name, value in wanted.items():

@@ -86,6 +86,7 @@ class ClippingEpsilon(Epsilon):
     clip_sample: Literal[False] = dataclasses.field()  # without a default
 
 
+STABLE_DIFFUSION = Epsilon(beta_start=BETA_START, beta_end=BETA_END, beta_schedule="scaled_linear")
 SCHEDULERS = {
     "CogVideoXDDIMScheduler": VPrediction,
     "UniPCMultistepScheduler": Flow,

@@ -37,8 +37,8 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from ..method import lora
-from ..method.one_step import BETA_END, BETA_START, STEPS, T_MIRAGE, denoise_epsilon
-from ..method.schedules import Epsilon, config_from_schedule, schedule_from_config
+from ..method.one_step import STEPS, T_MIRAGE, denoise_epsilon
+from ..method.schedules import STABLE_DIFFUSION, Epsilon, config_from_schedule, schedule_from_config
 from ..method.skips import Skips
 from ..networks import checked, weights
 from ..networks.unet_2d import UNet2D
@@ -199,11 +199,10 @@ class R3D2(nn.Module):
         skips = {f"decoder.{key}": tensor for key, tensor in self.skips.state_dict().items()}
         save_json(path / "vae" / weights.CONFIG, weights.config_fields(vae))
         weights.save_tensors(path / "vae" / weights.WEIGHTS, vae.state_dict() | skips, {"format": "pt"})
-        schedule = Epsilon(beta_start=BETA_START, beta_end=BETA_END, beta_schedule="scaled_linear")
-        save_json(path / "scheduler" / SCHEDULER, config_from_schedule(schedule))
+        schedule = config_from_schedule(STABLE_DIFFUSION)
+        save_json(path / "scheduler" / SCHEDULER, schedule)
         weights.save_tensors(path / PROMPT, {"text": self.text})
-        classes = {"unet": UNet2D.CLASS_NAME, "vae": vae.CLASS_NAME,
-                   "scheduler": config_from_schedule(schedule)["_class_name"]}
+        classes = {"unet": UNet2D.CLASS_NAME, "vae": vae.CLASS_NAME, "scheduler": schedule["_class_name"]}
         parts = {part: ["diffusers", name] for part, name in classes.items()}
         save_json(path / INDEX, {"_class_name": CLASS_NAME, "t": self.t} | parts | (about or {}))
 

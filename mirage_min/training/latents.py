@@ -1,4 +1,4 @@
-"""Pairs as latents: what the transformer of a small base trains on, encoded once and kept in a file.
+"""Pairs as latents: what the transformer or UNet of a small base trains on, encoded once and kept in a file.
 
     python -m mirage_min.training.latents
 """
@@ -6,15 +6,30 @@
 from pathlib import Path
 
 import torch
-from torch import Generator, Tensor
+from einops import rearrange
+from torch import Generator, Tensor, nn
 
 from ..data import desk
 from ..data.pairs import Pairs
 from ..networks import weights
+from ..networks.vae_2d import AutoencoderKL
 from ..networks.vae_cogvideox import CogVideoXVAE
 from ..networks.vae_wan import WanVAE
 from .checkpoint import digest_of_files, digest_of_frozen
 from .run import Optimisation, autocast
+
+
+class EachFrame(nn.Module):
+    """An image VAE that encodes videos, each frame alone."""
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__()
+        self.vae = vae
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x [B, 3, T, H, W] in [-1, 1] -> z [B, 4, T, h, w]"""
+        z = self.vae.encode(rearrange(x, "b c t h w -> (b t) c h w"))
+        return rearrange(z, "(b t) c h w -> b c t h w", b=len(x))
 
 
 class Latents:
@@ -23,7 +38,7 @@ class Latents:
     ValueError if the file is there and holds those of other pairs or of another VAE.
     """
 
-    def __init__(self, pairs: Pairs, vae: CogVideoXVAE | WanVAE, recipe: Optimisation, file: Path):
+    def __init__(self, pairs: Pairs, vae: CogVideoXVAE | WanVAE | EachFrame, recipe: Optimisation, file: Path):
         about = {"pairs": digest_of_files(pairs.paths()), "vae": digest_of_frozen(vae, {})}
         if not file.exists():
             z = self.encode(pairs, vae, recipe)
@@ -32,17 +47,17 @@ class Latents:
         tensors, found = weights.load_tensors(file)
         if found != about:
             raise ValueError(f"{file}: wanted latents of {about}, got {found}: remove it, or name another --runs")
-        self.z = tensors["z"]                                                            # [2 N, 2, 16, F, h, w]
+        self.z = tensors["z"]                                                            # [2 N, 2, C, F, h, w]
 
     @staticmethod
     @torch.no_grad()
-    def encode(pairs: Pairs, vae: CogVideoXVAE | WanVAE, recipe: Optimisation) -> Tensor:
-        """All pairs -> latents [2 N, 2, 16, F, h, w] in float16: of every pair as it is, then mirrored."""
+    def encode(pairs: Pairs, vae: CogVideoXVAE | WanVAE | EachFrame, recipe: Optimisation) -> Tensor:
+        """All pairs -> latents [2 N, 2, C, F, h, w] in float16: of every pair as it is, then mirrored."""
         z, device = None, next(vae.parameters()).device
         for i in desk.bar(range(len(pairs)), desc="encoding", unit="clip"):
             x = torch.stack(pairs.read(i, lambda n: 0)).to(device)                       # [NI and GT, 3, T, H, W]
             with autocast(recipe, device):
-                both = torch.stack([vae.encode(x), vae.encode(x.flip(-1))]).half().cpu()  # [2, 2, 16, F, h, w]
+                both = torch.stack([vae.encode(x), vae.encode(x.flip(-1))]).half().cpu()  # [2, 2, C, F, h, w]
             if z is None:  # one tensor from the start: many small ones, kept between large ones, hold the heap open
                 z = both.new_empty(2 * len(pairs), *both.shape[1:])
             if both.shape[1:] != z.shape[1:]:
@@ -52,7 +67,7 @@ class Latents:
         return z
 
     def batch(self, n: int, draws: Generator) -> tuple[Tensor, Tensor]:
-        """n pairs of latents: z_NI, z_GT [n, 16, F, h, w]."""
+        """n pairs of latents: z_NI, z_GT [n, C, F, h, w]."""
         z = self.z[torch.randint(len(self.z), (n,), generator=draws)].float()
         return z[:, 0], z[:, 1]
 
