@@ -29,8 +29,10 @@ import argparse
 import json
 import re
 import sys
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import av
 import torch
@@ -44,9 +46,28 @@ from mirage_min.data.scene import SceneFolder, moved, on, read_scene
 from mirage_min.data.splat import load_ply, render
 from mirage_min.data.video import Video, to_bytes
 from mirage_min.method.metrics import actor_crops, cropped, psnr
-from mirage_min.networks import weights
+from mirage_min.networks import checked, weights
 
 STAGES = "none", "coarse", "full"  # how far the asset is aligned: by position alone, in 3D, and in 2D too
+TENSORS = {"x_ni", "x_gt", "actor", "boxes", "boxes_gt", "naive"}
+
+
+@dataclass
+class Clip:
+    """A pair's figures, in the manifest and in its file."""
+
+    file: str
+    first_frame: int
+    box_iou: dict[str, float]
+    crop_psnr: dict[str, Any]  # inf where the two are equal
+
+
+@dataclass
+class Entry:
+    """What is read again of a scene's entry in the manifest."""
+
+    settings: dict[str, Any]
+    clips: list[Clip]
 
 
 def choose_actor(folder: Path, scene: SceneFolder, frames: range, wanted: int | None) -> int:
@@ -82,6 +103,8 @@ def build(folder: Path, args: argparse.Namespace, settings: dict) -> dict:
         raise ValueError(f"{scene.video}: {len(scene.cameras)} frames, wanted {start}:{stop} in clips of {N}")
     actor = choose_actor(folder, scene, range(start, stop), args.actor)
     asset, boxes_gt = on(load_ply(folder / "asset.ply"), args.device), scene.tracks[actor].box.float()
+    if not len(asset) or not (asset.means.amax(0) > asset.means.amin(0)).all():
+        raise ValueError(f"{folder / 'asset.ply'}: wanted Gaussians that span a space, got {len(asset)} that do not")
     clips, left_out, at = [], [], 0
     with desk.bar(total=2 * (stop - start), desc=name, unit="frame") as bar, \
             Video(scene.video) as video:
@@ -128,6 +151,8 @@ def make_pair(scene: SceneFolder, insertions: dict[str, Insertion], actor: int, 
 
 def settings_of(folder: Path, args: argparse.Namespace) -> dict:
     """What a scene's pairs depend on: flags, and sizes and times of its files. Another value makes them anew."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
     files = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(folder.glob("*"))}
     flags = {key: getattr(args, key) for key in ("align", "frames", "range", "actor", "min_iou")}
     flags["asset_axes"] = args.asset_axes.tolist()
@@ -138,8 +163,10 @@ def made_before(path: Path, settings: dict) -> dict | None:
     """The manifest's entry of a clip that an earlier run wrote with the same settings."""
     if not path.exists():
         return None
-    about = weights.load_tensors(path)[1]
-    return json.loads(about["clip"]) if about.get("settings") == json.dumps(settings) else None
+    tensors, about = weights.load_tensors(path)
+    if about.get("settings") != json.dumps(settings) or not TENSORS <= tensors.keys():
+        return None
+    return asdict(checked.record(Clip, checked.parse(about.get("clip", "")), path, "clip"))
 
 
 def contact_sheet(out: Path, name: str, clips: list[dict]) -> None:
@@ -177,12 +204,14 @@ def main(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     path, broken = args.out / "manifest.json", 0
     manifest = weights.read_json(path) if path.exists() else {}
+    made = checked.value(dict[str, Entry], manifest, path, "")
     for folder in args.scenes:
-        name, settings, old = folder.resolve().name, settings_of(folder, args), manifest.get(folder.resolve().name)
-        if old and old["settings"] == settings and all((args.out / clip["file"]).exists() for clip in old["clips"]):
-            desk.say(f"{name}: kept, {len(old['clips'])} pairs")
-            continue
+        name, old = folder.resolve().name, made.get(folder.resolve().name)
         try:
+            settings = settings_of(folder, args)
+            if old and old.settings == settings and all((args.out / clip.file).exists() for clip in old.clips):
+                desk.say(f"{name}: kept, {len(old.clips)} pairs")
+                continue
             manifest[name] = build(folder, args, settings)
         except (ValueError, OSError, av.FFmpegError) as error:
             where = "" if str(folder) in str(error) else f"{folder}: "

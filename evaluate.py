@@ -15,7 +15,8 @@ it with the truth's own, which has a row.
               frames are warped, and the pixels inside the crop count
     flow      of the truth: OpenCV's DIS, or a folder of NAME.safetensors with exact `flow` and `visible`
     vFID      of clips of 16 frames one after another, the rest of a video being a clip, too (below 10 frames it is
-              played to and fro); the network is TorchScript: videos [B, 3, T, H, W] in [-1, 1] -> features [B, d]
+              played to and fro); the network is TorchScript: videos [B, 3, T, H, W] in [-1, 1] -> features [B, d].
+              TorchScript is code that runs here: take it from whom you trust
     frames/s  as infer.py printed them, where a *.log beside the results has kept that
 
 A metric that lacks its weights is left out and the reason given. Status 2: one line says what is wrong.
@@ -43,8 +44,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mirage_min.data import desk
-from mirage_min.data.video import Video, from_bytes
+from mirage_min.data import desk, results
 from mirage_min.method import metrics, optical_flow
 from mirage_min.method.perceptual import Dists, Features, Lpips
 from mirage_min.networks import weights
@@ -53,43 +53,14 @@ COLUMNS = {"PSNR": ("↑", 2), "SSIM": ("↑", 3), "LPIPS": ("↓", 3), "DISTS":
            "E*warp": ("↓", 3), "vFID": ("↓", 3), "frames/s": ("↑", 2)}
 CROPS, FULL = "actor-centric crops", "full frame"
 NAIVE, TRUTH = "naive insertion", "ground truth"
-VIDEOS = {".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".safetensors", ".webm"}
 CLIP = 16  # frames in a clip of vFID
 
 
 # ---- what is compared ------------------------------------------------------------------------------------------------
 
-def videos(folder: Path) -> dict[str, Path]:
-    """{name without suffix: path} of the videos, clips and folders of images in a folder."""
-    found = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() or path.suffix.lower() in VIDEOS:
-            other = found.setdefault(path.name if path.is_dir() else path.stem, path)
-            if other != path:
-                raise ValueError(f"{folder}: {other.name} and {path.name} have the same name")
-    if not found:
-        raise ValueError(f"{folder}: holds no videos, clips or folders of images")
-    return found
-
-
 def frames(path: Path, method: str) -> Iterator[Tensor]:
-    """The frames [1, 3, 1, H, W] in [-1, 1] of a video, one after another."""
-    if path.suffix == ".safetensors":
-        x = tensor(path, {NAIVE: "x_ni", TRUTH: "x_gt"}.get(method, "x_dr"), 3, None, None, None)
-        if x.dtype != torch.uint8:
-            raise ValueError(f"{path}: wanted a video in uint8, got {x.dtype}")
-        yield from (from_bytes(x[None, :, t : t + 1]) for t in range(x.shape[1]))
-    else:
-        with Video(path) as video:
-            yield from (x[None, :, None] for x in video)
-
-
-def tensor(path: Path, key: str, *shape: int | None) -> Tensor:
-    """One tensor of a safetensors file; ValueError where it is missing or has another shape (None: any size)."""
-    x = weights.load_tensors(path)[0].get(key)
-    if x is None or x.ndim != len(shape) or any(wanted not in (None, n) for wanted, n in zip(shape, x.shape)):
-        raise ValueError(f"{path}: wanted {key} {list(shape)}, got {'none' if x is None else list(x.shape)}")
-    return x
+    """The frames [1, 3, 1, H, W] in [-1, 1] of a method's video, one after another."""
+    return results.frames(path, {NAIVE: "x_ni", TRUTH: "x_gt"}.get(method, "x_dr"))
 
 
 def check(methods: dict[str, dict[str, Path]]) -> dict[str, tuple[int, int, int]]:
@@ -114,16 +85,6 @@ def check(methods: dict[str, dict[str, Path]]) -> dict[str, tuple[int, int, int]
     return shapes
 
 
-def read_boxes(source: Path, name: str, T: int) -> Tensor:
-    """[T, 4] x0, y0, x1, y1 of the actor in pixels; zeros where it is hidden."""
-    if source.is_dir():
-        return tensor(source / f"{name}.safetensors", "boxes", T, 4)
-    try:
-        return torch.tensor([row or [0, 0, 0, 0] for row in weights.read_json(source)[name]]).view(T, 4)
-    except (KeyError, TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{source}: wanted for {name} [x0, y0, x1, y1] or null for each of {T} frames") from None
-
-
 # ---- scores ----------------------------------------------------------------------------------------------------------
 
 def load_networks(args) -> tuple[dict[str, Callable], Callable | None, dict[str, str]]:
@@ -143,15 +104,36 @@ def load_networks(args) -> tuple[dict[str, Callable], Callable | None, dict[str,
         absent["E*warp"] = "no exact flow given (--flow DIR), and no OpenCV (pip install opencv-python-headless)"
     if not args.vfid:
         return distances, None, absent | {"vFID": "no feature network given (--vfid FILE)"}
+    return distances, load_features(args.vfid, args.device), absent
+
+
+def load_features(path: Path, device: str) -> Callable[[Tensor], Tensor]:
+    """vFID's network: videos [B, 3, T, H, W] in [-1, 1] -> features [B, d]; ValueError where it is or gives another.
+
+    DEVIATION from safetensors only: I3D is passed round as TorchScript. That is code, and can write files.
+    """
     try:
-        # DEVIATION from safetensors only: I3D is passed round as TorchScript, which runs in an interpreter of its own.
-        network = torch.jit.load(args.vfid, map_location=args.device).eval()
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{args.vfid}: not a TorchScript network: {str(error).splitlines()[0]}") from None
+        network = torch.jit.load(path, map_location=device).eval()
+        known = {argument.name for argument in network.forward.schema.arguments}
+    except (RuntimeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: not a TorchScript network: {str(error).splitlines()[0]}") from None
     # StyleGAN-V's i3d_torchscript.pt wants 224 x 224 pixels and gives class scores unless it is told otherwise.
     told = {"rescale": False, "resize": True, "return_features": True}
-    told = told if told.keys() <= {a.name for a in network.forward.schema.arguments} else {}
-    return distances, lambda x: network(x, **told), absent
+    told = told if told.keys() <= known else {}
+
+    def features(x: Tensor) -> Tensor:
+        try:
+            y = network(x, **told)
+        except torch.OutOfMemoryError:
+            raise
+        except (torch.jit.Error, RuntimeError, TypeError) as error:
+            reason = (str(error).strip().splitlines() or [""])[-1]
+            raise ValueError(f"{path}: cannot compute features of a video {list(x.shape)}: {reason}") from None
+        if not isinstance(y, Tensor) or not y.isfinite().all():
+            raise ValueError(f"{path}: wanted features of finite numbers, got {y!r:.60}")
+        return y
+
+    return features
 
 
 def dis(y: Tensor, t: int) -> tuple[Tensor, Tensor]:
@@ -162,8 +144,8 @@ def dis(y: Tensor, t: int) -> tuple[Tensor, Tensor]:
 
 def exact(path: Path, T: int, H: int, W: int) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
     """The same from a file, for frames t and t + 1."""
-    w, seen = (tensor(path, key, c, T - 1, H, W)[None] for key, c in (("flow", 2), ("visible", 1)))
-    return lambda y, t: (w[:, :, t : t + 1].to(y.device), seen[:, :, t : t + 1].to(y.device).bool())
+    w, seen = results.exact_flow(path, T, H, W)
+    return lambda y, t: (w[:, :, t : t + 1].to(y.device), seen[:, :, t : t + 1].to(y.device))
 
 
 @torch.no_grad()
@@ -206,8 +188,8 @@ def mean(values) -> float:
 
 def logged_speed(folder: Path) -> dict[str, float]:
     """{name: frames a second} that infer.py printed, from the *.log files of a folder."""
-    text = "\n".join(log.read_text() for log in sorted(folder.glob("*.log")))
-    return {Path(m[1]).stem: float(m[2]) for m in re.finditer(r"(?m)^(.+): \d+ frames, ([\d.]+) frames/s", text)}
+    text = "\n".join(log.read_text(errors="replace") for log in sorted(folder.glob("[!.]*.log")) if log.is_file())
+    return {Path(m[1]).stem: float(m[2]) for m in re.finditer(r"(?m)^(.+): \d+ frames, (\d+\.\d+) frames/s", text)}
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -269,15 +251,16 @@ def add_vfid(means: dict, features: dict[tuple[str, str], list[Tensor]]) -> dict
 
 def main(args) -> None:
     args.device = desk.choose_device(args.device)
-    methods, speeds = {TRUTH: videos(args.gt)} | ({NAIVE: videos(args.ni)} if args.ni else {}), {}
-    for label, folder in args.pred:
+    methods, speeds, left = {}, {}, {}
+    for label, folder in [(TRUTH, args.gt), *([(NAIVE, args.ni)] if args.ni else []), *args.pred]:
         if label in methods:
             raise ValueError(f"--pred {folder}: the name {label!r} is taken (--pred NAME=DIR)")
-        methods[label], speeds[label] = videos(folder), logged_speed(folder)
+        methods[label], left[str(folder)] = results.videos(folder)
+        speeds[label] = logged_speed(folder)
     distances, network, absent = load_networks(args)
     shapes, crops, flows = check(methods), {}, {}
     for name, (T, H, W) in shapes.items():
-        crops[name] = metrics.actor_crops(read_boxes(args.boxes, name, T), H, W) if args.boxes else [None] * T
+        crops[name] = metrics.actor_crops(results.read_boxes(args.boxes, name, T), H, W) if args.boxes else [None] * T
         flows[name] = exact(args.flow / f"{name}.safetensors", T, H, W) if args.flow and T > 1 else dis
 
     scores, features = {CROPS: defaultdict(dict), FULL: defaultdict(dict)}, defaultdict(list)
@@ -301,6 +284,7 @@ def main(args) -> None:
     remarks = {"scored": f"{len(shapes)} videos, {frames} frames" + f", {shown} of them with crops" * bool(args.boxes),
                "LPIPS": args.lpips, "E*warp": f"×10³, along the truth's flow: {args.flow or 'OpenCV DIS'}",
                "vFID": str(args.vfid)}
+    remarks |= {f"passed over in {folder}": ", ".join(names) for folder, names in left.items() if names}
     remarks |= {metric: f"absent: {why}" for metric, why in absent.items()} | add_vfid(means, features)
     remarks |= {f"PSNR, {region}, {method}": f"inf in {n} frames, which equal the truth"
                 for (region, method), n in equal.items() if n}

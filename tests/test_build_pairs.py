@@ -450,12 +450,53 @@ def test_a_broken_scene_is_one_line_that_names_the_file_and_the_field(copy, tmp_
     assert not list((tmp_path / "out").glob("*"))
 
 
-def test_after_a_broken_scene_the_others_are_made(single, copy, tmp_path, capsys):
-    (copy / "asset.ply").unlink()
-    assert build_pairs.cli([str(copy), *single[1], "--out", str(tmp_path / "out"), "--range", "1:2"]) == 1
-    assert list(json.loads((tmp_path / "out" / "manifest.json").read_text())) == ["s0"]
-    assert (tmp_path / "out" / "s0_000001.safetensors").exists()
-    assert "asset.ply" in capsys.readouterr().err
+def without_extent(folder):
+    g = splat.load_ply(folder / "asset.ply")
+    g.means[:] = g.means[:1].clone()
+    splat.save_ply(folder / "asset.ply", g)
+
+
+FAULTS = {
+    "no asset": (lambda f: (f / "asset.ply").unlink(), r"asset\.ply: no such file"),
+    "empty asset": (lambda f: splat.save_ply(f / "asset.ply", splat.load_ply(f / "asset.ply").select(torch.arange(0))),
+                    r"asset\.ply: wanted Gaussians that span a space, got 0"),
+    "one point": (without_extent, r"asset\.ply: wanted Gaussians that span a space"),
+    "no angle": (lambda f: change(f / "transforms.json", lambda c: c.update(camera_angle_x=0)),
+                 "camera_angle_x: wanted"),
+    "a link to nothing": (lambda f: (f / "gone").symlink_to("nowhere"), "gone"),
+    "no folder": (shutil.rmtree, "no such folder")}
+
+
+def test_after_broken_scenes_the_others_are_made(scenes, single, tmp_path, capsys):
+    for fault, (spoil, _) in FAULTS.items():
+        spoil(shutil.copytree(scenes / "s0", tmp_path / fault))
+    out = tmp_path / "out"
+    broken = [str(tmp_path / fault) for fault in FAULTS]
+    assert build_pairs.cli([*broken, *single[1], "--out", str(out), "--range", "1:2"]) == 1
+    assert list(json.loads((out / "manifest.json").read_text())) == ["s0"] and (out / "s0_000001.safetensors").exists()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(FAULTS)
+    for line, fault, (_, wanted) in zip(lines, FAULTS, FAULTS.values()):
+        assert re.search(f"build_pairs.py: .*{fault}.*{wanted}", line), line
+
+
+@pytest.mark.parametrize("content, wanted", [
+    ({"s0": 7}, "s0: wanted an object, got 7"), ({"s0": {"settings": {}, "clips": 3}}, r"s0.clips: wanted a list"),
+    ({"s0": {"settings": {}, "clips": [{"file": 1}]}}, r"s0.clips\[0\].file: wanted text, got 1")])
+def test_a_manifest_of_another_kind_is_one_line(scenes, tmp_path, capsys, content, wanted):
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    assert build_pairs.cli([str(scenes / "s0"), "--out", str(tmp_path)]) == 2
+    assert re.fullmatch(rf"build_pairs.py: .*manifest.json: {wanted}.*\n", capsys.readouterr().err)
+
+
+def test_a_pair_that_lacks_a_tensor_is_made_anew(single, tmp_path):
+    out = shutil.copytree(single[0], tmp_path / "out")
+    (out / "manifest.json").unlink()
+    file = out / "s0_000001.safetensors"
+    tensors, about = weights.load_tensors(file)
+    weights.save_tensors(file, {k: v for k, v in tensors.items() if k != "boxes_gt"}, about)
+    assert build_pairs.cli([*single[1], "--out", str(out)]) == 0
+    assert weights.load_tensors(file)[0].keys() == tensors.keys()
 
 
 @pytest.mark.parametrize("flags", [["--frames", "0"], ["--asset-axes", "RUF"], ["--asset-axes", "X"], ["--range", "3"]])

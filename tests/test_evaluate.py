@@ -8,6 +8,7 @@ import weakref
 from importlib.util import find_spec
 from pathlib import Path
 
+import av
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import evaluate
 import infer
+from mirage_min.data import results
 from mirage_min.data.video import read_clip, write_clip
 from mirage_min.method import metrics, optical_flow
 from mirage_min.method.perceptual import Dists, Features, Lpips
@@ -75,7 +77,7 @@ def clip(work: Path, method: str, name: str) -> Tensor:
     """[1, 3, T, H, W] in [-1, 1]"""
     key = {"gt": "x_gt", "ni": "x_ni"}.get(method, "x_dr")
     path = work / ("gt" if method == "ni" else method) / f"{name}.safetensors"
-    return evaluate.tensor(path, key, 3, None, None, None)[None].float() / 127.5 - 1
+    return results.tensor(path, key, 3, None, None, None)[None].float() / 127.5 - 1
 
 
 def run(capsys, *argv) -> tuple[int, str, str]:
@@ -104,7 +106,7 @@ def test_the_full_frame_has_the_numbers_of_the_metrics_themselves(work, scores):
         found = {metric: [] for metric in (*distances, "E*warp")}
         for name in NAMES:
             x, y = clip(work, method, name), clip(work, "gt", name)
-            flow, visible = (evaluate.tensor(work / "gt" / f"{name}.safetensors", key, c, T - 1, H, W)[None]
+            flow, visible = (results.tensor(work / "gt" / f"{name}.safetensors", key, c, T - 1, H, W)[None]
                              for key, c in (("flow", 2), ("visible", 1)))
             for metric, distance in distances.items():
                 found[metric].append(distance(x, y).item())
@@ -123,7 +125,7 @@ def test_the_crops_follow_the_actor_and_leave_out_the_frames_without_it(work, sc
         got = scores["videos"][evaluate.CROPS]["good"][name]
         close(got["PSNR"], metrics.psnr(x, y).item(), f"PSNR, {name}")
         close(got["SSIM"], metrics.ssim(x, y).item(), f"SSIM, {name}")
-        flow, visible = (evaluate.tensor(work / "gt" / f"{name}.safetensors", key, c, T - 1, H, W)[None]
+        flow, visible = (results.tensor(work / "gt" / f"{name}.safetensors", key, c, T - 1, H, W)[None]
                          for key, c in (("flow", 2), ("visible", 1)))
         inside = torch.zeros_like(visible)
         for t in shown:
@@ -309,7 +311,8 @@ def test_what_is_missing_or_does_not_fit_is_named_in_one_line(work, tmp_path, ca
     cases = [
         (broken(lambda copy: (copy / "good" / "one.safetensors").unlink()), "1 are in one alone, one (ground truth)"),
         (broken(put("good/three.safetensors", x_dr=x)), "three (good)"),
-        (broken(lambda copy: (copy / "good" / "one").mkdir()), "one and one.safetensors have the same name"),
+        (broken(lambda copy: write_clip(copy / "good" / "one", x[:, :1].float())),
+         "one and one.safetensors have the same name"),
         (broken(lambda copy: shutil.rmtree(copy / "good")), "copy/good"),
         (broken(lambda copy: [p.unlink() for p in (copy / "good").iterdir()]), "holds no videos"),
         (broken(put("good/two.safetensors", x_dr=x[:, :, :-1])), "two.safetensors: 18 frames of 39x48"),
@@ -322,10 +325,20 @@ def test_what_is_missing_or_does_not_fit_is_named_in_one_line(work, tmp_path, ca
         (broken(lambda copy: (copy / "good" / "two.safetensors").rename(copy / "good" / "two.mp4")), "two.mp4"),
         (broken(lambda copy: [put(f"{f}/{n}.safetensors", x_dr=x[..., :31], x_gt=x[..., :31])(copy)
                               for f in ("gt", "good") for n in NAMES]), "one.safetensors: 18 frames of 40x31"),
-        (broken(boxes(one=BOXES["one"][1:]), *of_boxes), "wanted for one [x0, y0, x1, y1] or null for each of 18"),
-        (broken(boxes(one=[[1, 2, 3]] * T), *of_boxes), "boxes.json: wanted for one"),
-        (broken(boxes(one=[[1, 2, 3, "x"]] * T), *of_boxes), "boxes.json: wanted for one"),
-        (broken(lambda copy: (copy / "boxes.json").write_text("{}"), *of_boxes), "boxes.json: wanted for one"),
+        (broken(boxes(one=BOXES["one"][1:]), *of_boxes), "one: wanted [x0, y0, x1, y1] or null for each of 18 frames"),
+        (broken(boxes(one=[[1, 2, 3]] * T), *of_boxes), "boxes.json: one[0]: wanted 4 finite numbers"),
+        (broken(boxes(one=[[1, 2, 3, "x"]] * T), *of_boxes), "boxes.json: one[0]: wanted 4 finite numbers"),
+        (broken(boxes(one=[None, [1, 2, 3, math.nan]] * 9), *of_boxes), "boxes.json: one[1]: wanted 4 finite numbers"),
+        (broken(boxes(one=[[9, 2, 3, 4]] * T), *of_boxes), "boxes.json: one: wanted x0 <= x1 and y0 <= y1, got [9.0"),
+        (broken(boxes(one=7), *of_boxes), "one: wanted [x0, y0, x1, y1] or null for each of 18 frames, got 7"),
+        (broken(lambda copy: (copy / "boxes.json").write_text("{}"), *of_boxes), "boxes.json: one: wanted"),
+        (broken(lambda copy: (copy / "boxes.json").write_text("[]"), *of_boxes), "boxes.json: wanted a JSON object"),
+        (broken(put("gt/one.safetensors", x_gt=x, boxes=torch.full((T, 4), math.inf)), "--boxes", "@/gt"),
+         "one.safetensors: boxes: wanted finite real numbers"),
+        (broken(put("gt/one.safetensors", x_gt=x, flow=torch.full((2, T - 1, H, W), math.nan)), *of_flow),
+         "one.safetensors: flow: wanted finite real numbers"),
+        (broken(put("gt/one.safetensors", x_gt=x, flow=torch.zeros(2, T - 1, H, W, dtype=torch.complex64)), *of_flow),
+         "one.safetensors: flow: wanted finite real numbers"),
         (broken(lambda copy: (copy / "boxes.json").write_text("{"), *of_boxes), "boxes.json"),
         (broken(nothing, "--boxes", "@/nowhere.json"), "nowhere.json"),
         (broken(nothing, "--boxes", "@/good"), "one.safetensors: wanted boxes [18, 4], got none"),
@@ -339,6 +352,73 @@ def test_what_is_missing_or_does_not_fit_is_named_in_one_line(work, tmp_path, ca
     ]
     for got, wanted in cases:
         assert wanted in got, f"wanted {wanted!r} in {got!r}"
+
+
+def test_hidden_entries_are_no_videos_and_others_that_are_none_are_named(work, tmp_path, capsys):
+    x = clip(work, "gt", "one")[0, :, :2]
+    for folder in ("pred", "gt"):
+        (tmp_path / folder).mkdir()
+        write_clip(tmp_path / folder / "a.mp4", x)
+        shutil.copy(tmp_path / folder / "a.mp4", tmp_path / folder / "b.ts.mp4")
+        with av.open(str(tmp_path / folder / "a.mp4")) as source, av.open(str(tmp_path / folder / "c.ts"), "w") as out:
+            stream = out.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.size:
+                    packet.stream = stream
+                    out.mux(packet)
+    (tmp_path / "gt" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "gt" / "@eaDir").mkdir()
+    (tmp_path / "gt" / "empty").mkdir()
+    (tmp_path / "gt" / "._a.mp4").write_bytes(b"\0\5\x16\7Mac OS X")
+    (tmp_path / "pred" / "notes.txt").write_text("a clip of my own")
+    status, out, err = run(capsys, "--pred", tmp_path / "pred", "--gt", tmp_path / "gt")
+    assert status == 0 and "scored: 3 videos, 6 frames" in out, (out, err)
+    assert f"passed over in {tmp_path / 'pred'}: notes.txt\n" in out
+    assert f"passed over in {tmp_path / 'gt'}: empty\n" in out
+
+
+def test_a_log_of_another_kind_does_not_stop_the_scores(tmp_path):
+    (tmp_path / "a.log").write_bytes(b"caf\xe9.mp4: 3 frames, 1.2.3 frames/s\nb.mp4: 3 frames, 4.50 frames/s\n")
+    (tmp_path / "._b.log").write_bytes(b"\0")
+    (tmp_path / "folder.log").mkdir()
+    assert evaluate.logged_speed(tmp_path) == {"b": 4.5}
+
+
+class Wrong(nn.Module):
+    """A feature network with the wrong result, by its number."""
+
+    def __init__(self, kind: int):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == 0:
+            raise ValueError("no such video")
+        if self.kind == 1:
+            return x.mean(dim=(1, 2, 3, 4)) * float("nan")
+        return x.mean(dim=(2, 3, 4)) @ torch.zeros(5, 5)
+
+
+class Two(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+
+@pytest.mark.parametrize("network, said", [
+    (Wrong(0), "cannot compute features of a video"), (Wrong(1), "wanted features of finite numbers"),
+    (Wrong(2), "cannot compute features"), (Two(), "cannot compute features")])
+def test_a_feature_network_of_another_kind_is_one_line(tmp_path, network, said):
+    torch.jit.script(network).save(tmp_path / "net.pt")
+    features = evaluate.load_features(tmp_path / "net.pt", "cpu")
+    with pytest.raises(ValueError, match=f"net.pt: {said}"):
+        features(torch.zeros(1, 3, 10, 4, 4))
+
+
+def test_one_feature_has_a_distance_too():
+    """d² = (μ1 − μ2)² + (σ1 − σ2)² of two numbers' Gaussians."""
+    a, b = torch.tensor([[0.0], [2.0]]), torch.tensor([[5.0], [5.0], [11.0]])
+    wanted = (a.mean() - b.mean()) ** 2 + (a.std() - b.std()) ** 2
+    assert metrics.vfid(a, b) == pytest.approx(float(wanted))
 
 
 def test_a_truncated_file_is_named_before_anything_is_scored(work, tmp_path, capsys):

@@ -168,6 +168,9 @@ def coarse_3d(asset: Gaussians, obj: Gaussians, heading=None, up=(0, -1, 0), ass
     A, B = axes(asset_up, asset_front), axes(up, any_level(up) if heading is None else heading)
     src, _ = points(asset, A)
     dst, w = points(obj, B)
+    for name, x in (("asset", src), ("object", dst)):
+        if not (middle(x)[1] > 0).all():
+            raise ValueError(f"asset and object cannot be aligned: the {name} has no length, width or height")
     # robust moments; the extent is that of the height, which is whole where one side is missing
     src_middle, src_size = middle(src)
     s = middle(dst)[1][2] / src_size[2]

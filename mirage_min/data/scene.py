@@ -3,8 +3,9 @@
     scene.ply        Gaussians in INRIA's layout, in world coordinates; those of a moving object stand as at one frame
     asset.ply        the generated asset, in the same layout, upright in its own frame
     transforms.json  cameras as nerfstudio and instant-ngp write them: frames[].transform_matrix, camera to world with
-                     OpenGL's axes; fl_x, fl_y, cx, cy, w, h of the file or of a frame; or camera_angle_x for fl_x.
-                     Without w, h, cx, cy: the video's size and its middle. Frames go by file_path, numbers by value
+                     OpenGL's axes; fl_x, fl_y, cx, cy, w, h of the file or of a frame; or camera_angle_x (_y) for
+                     fl_x (_y). Without w, h, cx, cy: the video's size and its middle. Frames go by file_path: the
+                     picture of that name, and of a video.mp4 numbers by value
     tracks.json      {"objects": [{"id": 7, "category": "car", "reference": 0, "frames": [{"frame": 0,
                      "pose": 4x4, "size": [length, width, height], "box": [x0, y0, x1, y1], "visible": true}, ...]}]}
     video.mp4        what was filmed, one frame to each camera; or images/, a folder
@@ -13,7 +14,8 @@
 have it; `box` is in pixels. Objects move rigidly with their track: `reference` (if not given, the first of its frames)
 is the frame at which scene.ply shows the object. A Gaussian belongs to the object whose id is its integer property
 `object_id`; in a file without that property, to the object in whose 3D box it lies at the object's reference frame.
-All other Gaussians stand still. Lens distortion is not modelled: undistort the images first.
+All other Gaussians stand still. Cameras are pinholes: a distorting lens, a fisheye or a panorama is refused by name, so
+undistort the images first.
 
     python -m mirage_min.data.scene
 """
@@ -21,17 +23,26 @@ All other Gaussians stand still. Lens distortion is not modelled: undistort the 
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
+from ..networks import checked
+from ..networks.checked import Within
 from ..networks.weights import read_json
-from .pictures import natural_order
+from .pictures import natural_order, pictures_of
 from .splat import Camera, Gaussians, load_ply
 from .video import Video
 
 OPENGL_TO_OPENCV = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64))  # y up, z back: both turned
-DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
+# Fields that say in which way an image is not a pinhole's, and those that say that the camera is of another kind
+DISTORTION = {*(f"k{i}" for i in range(1, 9)), *(f"p{i}" for i in range(1, 5)), "b1", "b2", "distortion_params",
+              "rolling_shutter"}
+OTHER_LENSES = ("is_fisheye", "fisheye_crop_radius", "equirectangular", "latlong", "orthographic", "ftheta_p0")
+Length = Annotated[float, Within(2**-20, 2**20)]     # in pixels
+Pixels = Annotated[float, Within(-(2**20), 2**20)]
+Angle = Annotated[float, Within(2**-20, 3.14)]       # in radians
 
 
 @dataclass
@@ -84,7 +95,8 @@ def read_scene(folder: str | Path, device: str = "cpu") -> SceneFolder:
         raise ValueError(f"{folder}: holds neither video.mp4 nor images/")
     with Video(path) as video:
         count, width, height = sum(1 for _ in video), video.format.width, video.format.height
-    cameras = read_cameras(folder / "transforms.json", width, height)
+    pictures = pictures_of(path) if path.is_dir() else []
+    cameras = read_cameras(folder / "transforms.json", width, height, pictures)
     if len(cameras) != count:
         raise ValueError(f"{path}: {count} frames, but {folder / 'transforms.json'}: frames has {len(cameras)}")
     tracks = read_tracks(folder / "tracks.json", len(cameras))
@@ -107,86 +119,158 @@ def split(scene: Gaussians, tracks: dict[int, Track]) -> tuple[Gaussians, dict[i
     return scene.select(free), objects
 
 
-# ---- the two JSON files ----------------------------------------------------------------------------------------------
+# ---- cameras ---------------------------------------------------------------------------------------------------------
 
-def read_cameras(path: Path, width: int, height: int) -> list[Camera]:
-    """transforms.json -> the camera of every frame of a video of this size, with OpenCV's axes."""
-    about, cameras = read_json(path), []
+@dataclass
+class View:
+    """What is read of a frame of transforms.json and, where the frame does not say it, of the file."""
 
-    numbered = enumerate(entries(about, "frames", str(path)))
-    for i, frame in sorted(numbered, key=lambda pair: natural_order(str(pair[1].get("file_path", "")))):
-        where, here = f"{path}: frames[{i}]", about | frame            # a frame's own intrinsics come first
+    transform_matrix: Annotated[Tensor, (4, 4)]
+    file_path: str = ""
+    camera_model: Literal["OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "RADIAL", "SIMPLE_RADIAL"] = "PINHOLE"
+    fl_x: Length | None = None
+    fl_y: Length | None = None
+    camera_angle_x: Angle | None = None
+    camera_angle_y: Angle | None = None
+    cx: Pixels | None = None
+    cy: Pixels | None = None
+    w: Pixels | None = None
+    h: Pixels | None = None
 
-        def number(name: str, default: float | None = None) -> float:
-            return float(numbers(here.get(name, default), (), f"{where}.{name}"))
 
-        if bent := [name for name in DISTORTION if number(name, 0.0)]:
-            raise ValueError(f"{where}.{bent[0]}: wanted images without lens distortion, got {here[bent[0]]}")
-        if (w := number("w", width), h := number("h", height)) != (width, height):
-            raise ValueError(f"{where}: w, h: wanted the video's {width}x{height}, got {w:g}x{h:g}")
-        if "fl_x" not in here and "camera_angle_x" not in here:
-            raise ValueError(f"{where}: no intrinsics: neither fl_x nor camera_angle_x")
-        fx = number("fl_x") if "fl_x" in here else w / 2 / math.tan(number("camera_angle_x") / 2)
-        fy = number("fl_y", fx)
-        if min(fx, fy) <= 0:
-            raise ValueError(f"{where}: fl_x, fl_y: wanted focal lengths above 0, got {fx:g}, {fy:g}")
-        K = torch.tensor([[fx, 0, number("cx", w / 2)], [0, fy, number("cy", h / 2)], [0, 0, 1]])
-        camera_to_world = rigid(frame.get("transform_matrix"), f"{where}.transform_matrix") @ OPENGL_TO_OPENCV
-        cameras.append(Camera(K, torch.linalg.inv(camera_to_world).float(), width, height))
-    return cameras
+def read_cameras(path: Path, width: int, height: int, pictures: list[Path] = []) -> list[Camera]:
+    """transforms.json -> the camera of every frame of a video of this size, with OpenCV's axes.
+
+    pictures: those that the video consists of, in order; without them frames are ordered by file_path.
+    """
+    about = read_json(path)
+    frames = about.get("frames")
+    if not isinstance(frames, list) or not frames:
+        raise ValueError(f"{path}: frames: wanted a list of objects, got {str(frames)[:40]}")
+    views = []
+    for i, frame in enumerate(frames):
+        frame = checked.value(dict[str, Any], frame, path, f"frames[{i}]")
+        here = about | frame                                           # a frame's own intrinsics come first
+        refuse_lenses(here, path, f"frames[{i}]")
+        view = checked.record(View, here, path, f"frames[{i}]")
+        views.append((view, camera(view, f"{path}: frames[{i}]", width, height)))
+    order = ordered([view.file_path for view, _ in views], pictures, path)
+    return [views[i][1] for i in order]
+
+
+def refuse_lenses(here: dict, path: Path, field: str) -> None:
+    """ValueError for a frame of transforms.json whose camera is more than a pinhole."""
+    if other := [name for name in OTHER_LENSES if here.get(name)]:
+        raise ValueError(f"{path}: {field}.{other[0]}: wanted a pinhole camera, got {str(here[other[0]])[:40]}")
+    for name in DISTORTION & here.keys():
+        bent = checked.value(float | list[float], here[name], path, f"{field}.{name}")
+        if any(bent if isinstance(bent, list) else [bent]):
+            raise ValueError(f"{path}: {field}.{name}: wanted images without lens distortion, got {here[name]}")
+
+
+def camera(view: View, where: str, width: int, height: int) -> Camera:
+    """A pinhole camera for frames of this size."""
+    w, h = view.w or width, view.h or height
+    if (w, h) != (width, height):
+        raise ValueError(f"{where}: w, h: wanted the video's {width}x{height}, got {w:g}x{h:g}")
+    if view.fl_x is None and view.camera_angle_x is None:
+        raise ValueError(f"{where}: no intrinsics: neither fl_x nor camera_angle_x")
+    fx = view.fl_x or focal_length(w, view.camera_angle_x)
+    fy = view.fl_y or (focal_length(h, view.camera_angle_y) if view.camera_angle_y else fx)
+    cx = w / 2 if view.cx is None else view.cx
+    cy = h / 2 if view.cy is None else view.cy
+    K = torch.tensor([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
+    camera_to_world = rigid(view.transform_matrix, f"{where}.transform_matrix") @ OPENGL_TO_OPENCV
+    return Camera(K, torch.linalg.inv(camera_to_world).float(), width, height)
+
+
+def focal_length(size: float, angle: float) -> float:
+    """Of a camera that sees `size` pixels in an angle of so many radians."""
+    return size / 2 / math.tan(angle / 2)
+
+
+def ordered(names: list[str], pictures: list[Path], path: Path) -> list[int]:
+    """The numbers of the frames of these names (file_path) in the order of the pictures, each of which has one.
+
+    Without pictures or names they go by their names, numbers by value.
+    """
+    if not pictures or not all(names):
+        return sorted(range(len(names)), key=lambda i: natural_order(names[i]))
+    places = {picture.stem: k for k, picture in enumerate(pictures)} | {p.name: k for k, p in enumerate(pictures)}
+    found: dict[int, int] = {}
+    for i, name in enumerate(names):
+        last = name.replace("\\", "/").rpartition("/")[2]
+        place = places.get(last, places.get(Path(last).stem))          # the file may lack the ending, or name another
+        if place is None or place in found:
+            what = "there is no such picture" if place is None else "is another frame's picture"
+            raise ValueError(f"{path}: frames[{i}].file_path: {what} in {pictures[0].parent}: {name}")
+        found[place] = i
+    return [found[place] for place in sorted(found)]
+
+
+# ---- tracks ----------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Sight:
+    """An object in one frame, in tracks.json."""
+
+    frame: int
+    pose: Annotated[Tensor, (4, 4)]
+    size: Annotated[Tensor, (3,)]
+    box: Annotated[Tensor, (4,)]
+    visible: bool = True
+
+
+@dataclass
+class Tracked:
+    """An object of tracks.json."""
+
+    id: int
+    frames: tuple[Sight, ...]
+    category: str | int = ""
+    reference: int | None = None
+
+
+@dataclass
+class Tracks:
+    """tracks.json."""
+
+    objects: tuple[Tracked, ...]
 
 
 def read_tracks(path: Path, T: int) -> dict[int, Track]:
     """tracks.json of a scene of T frames -> {id: Track}."""
     tracks = {}
-    for n, item in enumerate(entries(read_json(path), "objects", str(path))):
+    for n, item in enumerate(checked.record(Tracks, read_json(path), path).objects):
         where = f"{path}: objects[{n}]"
-        id = int(numbers(item.get("id"), (), f"{where}.id"))
-        if id in tracks:
-            raise ValueError(f"{where}.id: {id} is taken by an object before it")
-        track = Track(id, str(item.get("category", "")), -1, *(torch.full((T, *shape), torch.nan, dtype=torch.float64)
+        if item.id in tracks:
+            raise ValueError(f"{where}.id: {item.id} is taken by an object before it")
+        track = Track(item.id, str(item.category), -1, *(torch.full((T, *shape), torch.nan, dtype=torch.float64)
                       for shape in ((4, 4), (3,), (4,))), torch.zeros(T, dtype=torch.bool))
-        for k, entry in enumerate(entries(item, "frames", where)):
-            here = f"{where}.frames[{k}]"
-            t = int(numbers(entry.get("frame"), (), f"{here}.frame"))
+        for k, sight in enumerate(item.frames):
+            t, here = sight.frame, f"{where}.frames[{k}]"
             if not 0 <= t < T or track.pose[t].isfinite().all():
                 raise ValueError(f"{here}.frame: wanted each of 0 to {T - 1} at most once, got {t}")
-            track.pose[t] = rigid(entry.get("pose"), f"{here}.pose")
-            track.size[t], track.box[t] = (numbers(entry.get(name), (n,), f"{here}.{name}")
-                                           for name, n in (("size", 3), ("box", 4)))
-            track.visible[t] = bool(entry.get("visible", True))
-        there = track.pose.isfinite().all(dim=(1, 2)).nonzero().flatten().tolist()
-        track.reference = int(numbers(item.get("reference", there[0] if there else None), (), f"{where}.reference"))
+            if sight.size.min() <= 0:
+                raise ValueError(f"{here}.size: wanted a length, width and height above 0, got {sight.size.tolist()}")
+            if (sight.box[:2] > sight.box[2:]).any():
+                raise ValueError(f"{here}.box: wanted x0, y0, x1, y1 with x0 <= x1 and y0 <= y1, got "
+                                 f"{sight.box.tolist()}")
+            track.pose[t] = rigid(sight.pose, f"{here}.pose")
+            track.size[t], track.box[t], track.visible[t] = sight.size, sight.box, sight.visible
+        there = [sight.frame for sight in item.frames]
+        track.reference = min(there) if item.reference is None else item.reference
         if track.reference not in there:
             raise ValueError(f"{where}.reference: wanted a frame of this track, got {track.reference}")
-        tracks[id] = track
+        tracks[item.id] = track
     return tracks
 
 
-def entries(item: dict, name: str, where: str) -> list[dict]:
-    """item[name], which must be a list of JSON objects, and not empty."""
-    found = item.get(name)
-    if not isinstance(found, list) or not found or not all(isinstance(e, dict) for e in found):
-        raise ValueError(f"{where}: {name}: wanted a list of objects, got {str(found)[:40]}")
-    return found
-
-
-def numbers(value, shape: tuple, where: str) -> Tensor:
-    """A JSON value as a finite float64 tensor of a shape."""
-    try:
-        tensor = torch.tensor(value, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError):
-        tensor = None
-    if tensor is None or tensor.shape != shape or not tensor.isfinite().all():
-        raise ValueError(f"{where}: wanted {'x'.join(map(str, shape)) or 'one'} finite numbers, got {str(value)[:60]}")
-    return tensor
-
-
-def rigid(value, where: str) -> Tensor:
-    """A JSON value as a rotation and a translation [4, 4]."""
-    pose = numbers(value, (4, 4), where)
+def rigid(pose: Tensor, where: str) -> Tensor:
+    """A matrix [4, 4] that is a rotation and a translation; ValueError otherwise."""
     R = pose[:3, :3]
-    if (R @ R.T - torch.eye(3)).abs().max() > 1e-3 or torch.linalg.det(R) < 0 or pose[3].tolist() != [0, 0, 0, 1]:
+    turns = (R @ R.T - torch.eye(3)).abs().max() <= 1e-3 and torch.linalg.det(R) > 0
+    if not turns or pose[3].tolist() != [0, 0, 0, 1]:
         raise ValueError(f"{where}: wanted a rotation and a translation over 0 0 0 1, got a matrix of determinant "
                          f"{torch.linalg.det(R):.3g}: {R.tolist()}")
     return pose

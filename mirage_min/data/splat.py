@@ -12,9 +12,10 @@ of the size Gaussians × pixels is ever held. Left out: CUDA kernels and the opt
     python -m mirage_min.data.splat              # a sphere of Gaussians: written, read, rendered to splat.png
 """
 
-import re
+import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -121,41 +122,78 @@ def sh_basis(d: Tensor, K: int) -> Tensor:
 
 KINDS = dict(char="i1", uchar="u1", short="<i2", ushort="<u2", int="<i4", uint="<u4", float="<f4", double="<f8")
 KINDS |= {np.dtype(kind).name: kind for kind in KINDS.values()}  # int8, uint8, ..., float64
-HEADER = re.compile(rb"ply\nformat binary_little_endian 1\.0\n(?:comment.*\n)*element vertex (\d+)\n"
-                    rb"((?:property (?:%s) \w+\n)+)(?:element .*\n(?:property .*\n)*)*end_header\n"
-                    % "|".join(KINDS).encode())
-
-
 def columns(K: int) -> list[str]:
     """INRIA's properties in order, the normals left out, for K spherical harmonics."""
     return [*"xyz", *(f"f_dc_{i}" for i in range(3)), *(f"f_rest_{i}" for i in range(3 * K - 3)), "opacity",
             *(f"scale_{i}" for i in range(3)), *(f"rot_{i}" for i in range(4))]
 
 
+def read_header(file: BinaryIO, path: str | Path) -> tuple[int, list[str], np.dtype, int]:
+    """The header of a PLY -> how many vertices it has, their properties, the bytes of one, and where the first begins.
+
+    ValueError that names the line which is not understood.
+    """
+    elements: list[tuple[str, int, list[tuple[str, str]]]] = []
+    for number in range(2**20):
+        line = file.readline(2**12)
+        words = line.decode("ascii", "replace").split()
+        match words:
+            case ["ply"] if number == 0:
+                continue
+            case ["format", "binary_little_endian", "1.0"] | ["comment" | "obj_info", *_] if number > 0:
+                continue
+            case ["element", name, count] if number > 0 and count.isdecimal() and len(count) < 19:
+                elements.append((name, int(count), []))
+            case ["property", kind, name] if elements and kind in KINDS:
+                elements[-1][2].append((kind, name))
+            case ["property", "list", _, _, name] if elements and elements[-1][0] != "vertex":
+                elements[-1][2].append(("list", name))
+            case ["end_header"] if elements:
+                break
+            case _:
+                raise ValueError(f"{path}: wanted a PLY header: format binary_little_endian 1.0, element vertex, "
+                                 f"properties of one number each; its line {number + 1} is {line[:60]!r}")
+    start = file.tell()
+    for name, count, properties in elements:
+        dtype = np.dtype([(str(i), KINDS.get(kind, "V0")) for i, (kind, _) in enumerate(properties)])
+        if name == "vertex" and properties:
+            return count, [name for _, name in properties], dtype, start
+        if any(kind == "list" for kind, _ in properties) or name == "chunk":
+            break
+        start += count * dtype.itemsize
+    raise ValueError(f"{path}: wanted a PLY header with vertices first, or after elements of one size (a compressed "
+                     f"one has chunks), got {', '.join(name for name, _, _ in elements)[:60]}")
+
+
 def load_ply(path: str | Path) -> Gaussians:
     """Gaussians in float32 from a PLY in INRIA's layout; ids are its property `object_id`, None if there is none.
 
-    Properties may have any order and number type, and there may be others. ValueError with file and field otherwise.
+    Properties may have any order and number type, and there may be others; only the header and the vertices are read.
+    ValueError with file and field otherwise.
     """
     with one_line(Path(path)):
-        data = Path(path).read_bytes()
-    header = HEADER.match(data)
-    if not header:
-        raise ValueError(f"{path}: wanted a PLY header: format binary_little_endian 1.0, element vertex, properties")
-    N, body = int(header[1]), len(data) - header.end()
-    kinds, names = zip(*(line.split()[1:] for line in header[2].decode().splitlines()))
-    dtype = np.dtype([(str(i), KINDS[kind]) for i, kind in enumerate(kinds)])
-    if body < N * dtype.itemsize:
-        raise ValueError(f"{path}: truncated: {N} vertices take {N * dtype.itemsize} bytes, got {body}")
-    table = np.frombuffer(data, dtype, N, header.end())
+        file = open(path, "rb")
+    with file:
+        N, names, dtype, start = read_header(file, path)
+        body = max(0, os.fstat(file.fileno()).st_size - start)
+        if body < N * dtype.itemsize:
+            raise ValueError(f"{path}: truncated: {N} vertices take {N * dtype.itemsize} bytes, got {body}")
+        file.seek(start)
+        table = np.fromfile(file, dtype, N)
 
     def column(name: str) -> Tensor:
         if names.count(name) != 1:
             raise ValueError(f"{path}: wanted one property {name}, got {names.count(name)}")
         values = table[str(names.index(name))]
-        if not np.isfinite(values).all():
-            raise ValueError(f"{path}: property {name} is not finite at vertex {np.isfinite(values).argmin()}")
-        return torch.from_numpy(values.astype(np.int64 if name == "object_id" else np.float32))
+        with np.errstate(over="ignore", invalid="ignore"):
+            as_kept = values.astype(np.int64 if name == "object_id" else np.float32)
+        # an opacity of 1 or 0 has no finite logit
+        good = as_kept == values if name == "object_id" else np.isfinite(as_kept)
+        good = ~np.isnan(values) if name == "opacity" else good
+        if not good.all():
+            what = "no integer" if name == "object_id" else "not finite"
+            raise ValueError(f"{path}: property {name} is {what} at vertex {good.argmin()}: {values[good.argmin()]}")
+        return torch.from_numpy(as_kept)
 
     rest = sum(name.startswith("f_rest_") for name in names)
     K = next((k for k in (1, 4, 9) if 3 * k - 3 >= rest), 16)

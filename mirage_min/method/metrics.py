@@ -169,7 +169,7 @@ def vfid(a: Tensor, b: Tensor) -> float:
         warnings.warn(f"vFID of {d} features from {n} clips: the covariance has rank {n - 1} at most; compare only "
                       f"with figures from as many clips", stacklevel=2)
     a, b = a.double(), b.double()
-    return frechet(a.mean(dim=0), a.T.cov(), b.mean(dim=0), b.T.cov())
+    return frechet(a.mean(dim=0), a.T.cov().view(d, d), b.mean(dim=0), b.T.cov().view(d, d))
 
 
 @torch.no_grad()

@@ -9,9 +9,9 @@
     record(Track, {"id": 1.5, "size": [1, 2, 3]}, "tracks.json")
     # ValueError: tracks.json: id: wanted an integer, got 1.5
 
-A field may be an int, float, bool, str, Literal, Tensor, another dataclass, list[X], tuple[X, ...], dict[str, X], or a
-union of them. Numbers are finite, a tuple holds at least one element, and nothing is converted except an int to the
-float that it equals. Left out: dates, sets, tuples of different types.
+A field may be an int, float, bool, str, Literal, Any, Tensor, another dataclass, list[X], tuple[X, ...], dict[str, X],
+or a union of them. Numbers are finite, a tuple holds at least one element, and nothing is converted except an int to
+the float that it equals. Left out: dates, sets, tuples of different types.
 
     python -m mirage_min.networks.checked         # what is refused, and how
 """
@@ -51,12 +51,15 @@ def record(cls: type, given: Any, file, field: str = "", integers: Within = INT6
     kinds, values = get_type_hints(cls, include_extras=True), {}
     for known in dataclasses.fields(cls):
         if known.name in given:
-            inside = f"{field}.{known.name}" if field else known.name
-            values[known.name] = value(kinds[known.name], given[known.name], file, inside, integers)
+            values[known.name] = value(kinds[known.name], given[known.name], file, within(field, known.name), integers)
         elif known.default is dataclasses.MISSING and known.default_factory is dataclasses.MISSING:
-            inside = f"{field}.{known.name}" if field else known.name
-            raise ValueError(f"{file}: {inside}: wanted {describe(kinds[known.name])}, got nothing")
+            raise ValueError(f"{file}: {within(field, known.name)}: wanted {describe(kinds[known.name])}, got nothing")
     return cls(**values)
+
+
+def within(field: str, name: str) -> str:
+    """How a field inside another one is called, or inside the file."""
+    return f"{field}.{name}" if field else name
 
 
 def metadata(cls: type, texts: dict[str, str], file):
@@ -81,6 +84,8 @@ def value(kind, given: Any, file, field: str, integers: Within = INT64) -> Any:
     if get_origin(kind) is Annotated:
         kind, limit = get_args(kind)[:2]
     origin, args = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return given
     if kind is Tensor:
         return numbers(given, limit, file, field)
     if dataclasses.is_dataclass(kind):
@@ -90,7 +95,7 @@ def value(kind, given: Any, file, field: str, integers: Within = INT64) -> Any:
     if origin in (list, tuple) and isinstance(given, (list, tuple)) and (given or origin is list):
         return origin(value(args[0], each, file, f"{field}[{i}]", integers) for i, each in enumerate(given))
     if origin is dict and isinstance(given, dict):
-        return {name: value(args[1], each, file, f"{field}.{name}", integers) for name, each in given.items()}
+        return {name: value(args[1], each, file, within(field, name), integers) for name, each in given.items()}
     if origin is Literal and any(given == each and type(given) is type(each) for each in args):
         return given
     if kind in (bool, str, type(None)) and type(given) is kind:
@@ -116,12 +121,14 @@ def alternative(kind, given: Any, file, field: str, integers: Within) -> Any:
 
 
 def numbers(given: Any, shape: tuple[int, ...], file, field: str) -> Tensor:
-    """A JSON list of lists -> a float64 tensor of this shape, its elements finite; ValueError of one line otherwise."""
+    """A JSON list of lists -> a float64 tensor of this shape, its elements finite in float32 too, which is what is
+    computed in; ValueError of one line otherwise.
+    """
     try:
         tensor = torch.tensor(given, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         tensor = None
-    if tensor is None or tensor.shape != shape or not tensor.isfinite().all():
+    if tensor is None or tensor.shape != shape or not tensor.float().isfinite().all():
         raise refusal(Annotated[Tensor, shape], given, file, field)
     return tensor
 
