@@ -1,4 +1,4 @@
-"""README's table "From the papers to the code": whole, its names exist, and their source carries the tags."""
+"""docs/equations.md, "From the papers to the code": whole, its names exist, and their source carries the tags."""
 
 import ast
 import re
@@ -14,8 +14,8 @@ NUMBERED = [*(f"Mirage Eq. {n}" for n in range(1, 5)), *(f"ChopGrad Eq. {n}" for
 
 def rows() -> list[tuple[str, str]]:
     """(paper, where) of every row."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## From the papers to the code")[2]
-    lines = [line.strip("|").split("|") for line in section.partition("\n## ")[0].splitlines() if line.startswith("|")]
+    text = (ROOT / "docs" / "equations.md").read_text(encoding="utf-8")
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
     return [(cells[0].strip(), cells[-1].strip()) for cells in lines[2:]]
 
 
