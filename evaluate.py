@@ -310,7 +310,7 @@ def cli(argv: list[str] | None = None) -> int:
     parser.add_argument("--ni", type=Path, metavar="DIR", help="the naive insertions, scored as a method, too")
     parser.add_argument("--boxes", type=Path, metavar="PATH", help="the actor's boxes, for crops (see above)")
     parser.add_argument("--flow", type=Path, metavar="DIR", help="exact flow (default: OpenCV's DIS on the truth)")
-    parser.add_argument("--perceptual", type=Path, metavar="DIR", help="backbones of LPIPS and DISTS (docs/training.md)")
+    parser.add_argument("--perceptual", type=Path, metavar="DIR", help="backbones of metrics (docs/training.md)")
     parser.add_argument("--lpips", choices=["alex", "vgg", "squeeze"], default="alex", help="(default alex)")
     parser.add_argument("--vfid", type=Path, metavar="FILE", help="feature network of vFID, TorchScript")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write scores.json, scores.csv and scores.md there")

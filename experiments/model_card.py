@@ -175,7 +175,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--clips", type=int, default=64, help="held-out toy clips (default 64)")
     parser.add_argument("--frames", type=int, default=9, help="frames of each (default 9)")
     parser.add_argument("--perceptual", type=Path, help="folder with alexnet_features.safetensors, for LPIPS")
-    parser.add_argument("--real", type=Path, help="the real video that weights/README.md names, or another of 221 frames")
+    parser.add_argument("--real", type=Path, help="the real video of weights/README.md, or another of 221 frames")
     return parser
 
 
