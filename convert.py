@@ -198,12 +198,7 @@ def checked_part(part: Part, where: str) -> Part:
     """The part, if its tensors are just those that its config asks for; ValueError otherwise."""
     with torch.device("meta"):
         wanted = part.network(part.config).state_dict()
-    given = {name: tuple(v.shape) for name, v in part.state.items()}
-    try:
-        weights.check_match({name: tuple(v.shape) for name, v in wanted.items()}, given, where,
-                            Path("the shape of its first layers"))
-    except ValueError as error:
-        raise ValueError(" ".join(str(error).split())) from None
+    weights.check_match(wanted, part.state, where, "the model that its first layers describe")
     return part
 
 

@@ -21,16 +21,20 @@ MISTAKES = {
         ("self.scale *", "self.A.shape[0] / self.alpha *"),                         # upside down
         ("self.B.flatten(1) @ self.A.flatten(1)", "(self.B.flatten(1) @ self.A.flatten(1)).flip(1)"),
     ],
-    "_forward": [
+    "AdaptedLinear.forward": [
         ("lora.scale *", ""),
         ("y = y + lora.scale", "y = lora.scale"),                                   # W x forgotten
-        ("W = layer.weight + sum", "W = layer.weight - sum"),
-        ("layer._conv_forward(x, W, layer.bias)", "layer._conv_forward(x, W, None)"),
+        ("self.lora.values()", "list(self.lora.values())[:1]"),                     # one adapter alone
+    ],
+    "adapted_kernel": [
+        ("layer.weight + sum", "layer.weight - sum"),
+        ("layer.weight + sum", "sum"),                                              # W forgotten
+        ("layer.lora.values()", "list(layer.lora.values())[:1]"),
     ],
     "merge": [
         ("+= lora.delta()", "-= lora.delta()"),
         ("+= lora.delta()", "= lora.delta()"),
-        ("del layer.lora, layer.forward", "pass"),
+        ("layer.__class__ = PLAIN[type(layer)]", "pass"),
     ],
     "CrossModalFusionBlock.forward": [
         ("h + s_h * rearrange", "s_h * rearrange"),                                 # the residual forgotten

@@ -135,8 +135,8 @@ def test_a_lora_without_metadata_is_on_our_layers_with_alpha_equal_to_its_rank(b
 @pytest.mark.parametrize("options, message", [
     ({"use_rslora": True}, "one scale, alpha / rank"),
     ({"alpha_pattern": {"net.2": 5}}, "one scale, alpha / rank"),
-    ({"rank_pattern": {"net.2": 5}}, "0 missing .* 0 unexpected .* 2 of another shape"),
-    ({"use_dora": True}, "unexpected .*lora_magnitude_vector")])
+    ({"rank_pattern": {"net.2": 5}}, "tensors\\): 2 wrongly shaped: "),
+    ({"use_dora": True}, "unexpected: .*lora_magnitude_vector")])
 def test_a_lora_that_is_more_than_one_scale_and_two_matrices_is_refused(base, tmp_path, options, message):
     kind, folder = base
     transformer = their_transformer(kind, folder)
@@ -150,7 +150,7 @@ def test_tensors_of_nothing_that_mirage_has_are_refused(base, tmp_path):
     kind, folder = base
     save_ours(our_mirage(kind, folder), tmp_path / "stage_h.safetensors", {})
     tensors, about = weights.load_tensors(tmp_path / "stage_h.safetensors")
-    with pytest.raises(ValueError, match=r"1 unexpected \['text_encoder.q.lora_A.weight'\]"):
+    with pytest.raises(ValueError, match=r"1 unexpected: text_encoder.q.lora_A.weight"):
         our_mirage(kind, folder).load_stage(tensors | {"text_encoder.q.lora_A.weight": torch.zeros(RANK, 1)}, about)
 
 

@@ -215,7 +215,7 @@ def test_another_run_is_refused_and_what_differs_is_named(tmp_path):
                                          r"then 0.1, now 0.2 \(--run-folder"):
         resumed(tmp_path, other)
     w = nn.Parameter(torch.ones(4))
-    with pytest.raises(ValueError, match=r"2 things differ: scale: wanted None, given \[\]; w: wanted \[4\], given"):
+    with pytest.raises(ValueError, match=r"2 things differ: 1 unexpected: scale; 1 wrongly shaped: w \(wanted \[4\], "):
         checkpoint.resume(tmp_path, {"w": w}, torch.optim.AdamW([w]), identify())
 
 

@@ -84,6 +84,30 @@ def test_merged_equals_unmerged_and_leaves_no_trace(net, x):
     difference = (net(x) - before).abs().max()
     assert difference < 1e-12, f"largest difference {difference:.1e}, allowed 1e-12"
     assert set(net.state_dict()) == keys and not any("lora" in n for n, _ in net.named_modules())
+    assert type(net.conv3d) is CausalConv3d and type(net.linear) is nn.Linear
+
+
+def test_print_shows_the_adapters_and_a_copy_has_its_own(net, x):
+    lora.add(net, "a", rank=3, alpha=6)
+    text = str(net)
+    for line in ("(conv3d): AdaptedCausalConv3d(", "(thin): AdaptedConv3d(", "(conv2d): AdaptedConv2d(",
+                 "(linear): AdaptedLinear(", "(a): LoRA(rank=3, alpha=6)"):
+        assert line in text, f"{line} is not in {text}"
+    before, other = net(x), copy.deepcopy(net)
+    fill(other, "a")
+    assert torch.equal(net(x), before) and not torch.allclose(other(x), before)
+    lora.merge(other, "a")
+    assert type(other.conv3d) is CausalConv3d and type(net.conv3d) is lora.AdaptedCausalConv3d
+
+
+def test_a_layer_with_a_forward_of_its_own_is_refused():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+    net = nn.Sequential(nn.Linear(2, 2), Doubled(2, 2))
+    with pytest.raises(ValueError, match="wanted 1 to be one of Linear, Conv2d, Conv3d, CausalConv3d, got Doubled"):
+        lora.add(net, "a", rank=1, alpha=1)
+    assert type(net[0]) is nn.Linear, "a refusal must leave the other layers alone"
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv2d", "conv3d"])
@@ -155,8 +179,8 @@ def test_state_dict_and_load_are_inverse_in_peft_names_and_shapes(net, x):
 
 def test_a_state_that_does_not_fit_is_refused_by_name(net):
     lora.add(net, "a", rank=2, alpha=4, targets=["linear"])
-    message = (r"1 missing \['linear.lora_A.weight'\].*1 unexpected \['x'\].*"
-               r"1 of another shape .*wanted \[5, 2\], given \[5, 3\]")
+    message = (r"LoRA 'a' \(2 tensors\) does not fit that of Net \(2 tensors\): 1 missing: linear.lora_A.weight; "
+               r"1 unexpected: x; 1 wrongly shaped: linear.lora_B.weight \(wanted \[5, 2\], got \[5, 3\]\)")
     with pytest.raises(ValueError, match=message):
         lora.load(net, "a", {"x": torch.zeros(1), "linear.lora_B.weight": torch.zeros(5, 3)})
 
@@ -167,7 +191,8 @@ def test_targets_are_endings_of_dotted_names(net):
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda net: lora.add(net, "a", rank=0, alpha=1), "at least 1, got 0"),
+    (lambda net: lora.add(net, "a", rank=0, alpha=1), "at least 1, a whole number, got 0"),
+    (lambda net: lora.add(net, "a", rank=1.5, alpha=1), "at least 1, a whole number, got 1.5"),
     (lambda net: lora.add(net, "a", rank=1, alpha=1, targets=["nowhere"]), "ends in ..nowhere"),
     (lambda net: [lora.add(net, "a", rank=1, alpha=1) for _ in range(2)], "already has a LoRA called 'a'")])
 def test_bad_calls_are_refused(net, call, message):

@@ -21,10 +21,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from .lora import Beside
+from ..networks import weights
+from .lora import OutsideStateDict
 
 
-class CrossModalFusionBlock(Beside):
+class CrossModalFusionBlock(OutsideStateDict):
     """CMFB: concatenate and merge. h [B, C, T, H, W], f [B, Cf, T, H, W] -> [B, C, T, H, W], frame by frame."""
 
     def __init__(self, c: int, c_f: int):
@@ -80,11 +81,7 @@ def state_dict(vae: nn.Module) -> dict[str, Tensor]:
 def load(vae: nn.Module, state: dict[str, Tensor]) -> None:
     """Fill the blocks from a state_dict; ValueError naming the keys or shapes that do not fit."""
     mine = state_dict(vae)
-    wrong = sorted(mine.keys() ^ state.keys()) + [
-        f"{k}: wanted {list(mine[k].shape)}, given {list(state[k].shape)}"
-        for k in mine.keys() & state.keys() if mine[k].shape != state[k].shape]
-    if wrong:
-        raise ValueError(f"the fusion blocks do not fit this decoder: {len(wrong)} keys or shapes differ: {wrong[:5]}")
+    weights.check_match(mine, state, "the file's fusion blocks", "those of this decoder")
     for key, value in mine.items():
         value.copy_(state[key])
 

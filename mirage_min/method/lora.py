@@ -7,27 +7,29 @@ convolutions of the 3D decoder, and one on the transformer's attention (Mirage �
 the layer's kernel and its B is 1 x 1 x 1: "2D LoRA with 2D convolutions replaced by causal 3D ones", and since padding
 in time belongs to the layer, the adapted layer is as causal as it was.
 
-An adapter lives beside its layer: it trains, moves and copies with the module, but the module's state_dict knows
-nothing of it, so that strict loading and save_pretrained work the same before and after `add`.
+An adapted layer is an AdaptedLinear, AdaptedConv2d, AdaptedConv3d or AdaptedCausalConv3d, with its adapters in `.lora`:
+`print(model)` shows them, and a debugger steps into their forward. They train, move and copy with the module, but the
+module's state_dict does not contain them: strict loading and save_pretrained work the same before and after `add`.
 
     python -m mirage_min.method.lora
 """
 
 import json
 import re
-import types
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-LAYERS = (nn.Linear, nn.Conv2d, nn.Conv3d)
+from ..networks import weights
+from ..networks.causal_conv import Cache, CausalConv3d
+
 PEFT_ALPHA = 8.0  # PEFT's default, which is what a checkpoint means that names none: img2img-turbo's, Difix's
 METADATA = "lora_adapter_metadata"  # where diffusers looks for alpha in a file's metadata; without, it takes the rank
 
 
-class Beside(nn.Module):
+class OutsideStateDict(nn.Module):
     """A leaf whose parameters stay out of the state_dict of whatever module it is put into."""
 
     def _save_to_state_dict(self, *args, **kwargs):
@@ -37,7 +39,7 @@ class Beside(nn.Module):
         pass
 
 
-class LoRA(Beside):
+class LoRA(OutsideStateDict):
     """One adapter of one layer. A [r, in] or [r, in, *kernel]; B [out, r] or [out, r, 1, ..., 1], as in PEFT."""
 
     def __init__(self, layer: nn.Module, rank: int, alpha: float):
@@ -48,47 +50,84 @@ class LoRA(Beside):
         self.B = nn.Parameter(torch.zeros(W.shape[0], rank, *[1] * (W.dim() - 2), device=W.device, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.A, a=5**0.5)
 
+    def extra_repr(self) -> str:
+        return f"rank={self.A.shape[0]}, alpha={self.alpha:g}"
+
     def delta(self) -> Tensor:
         """ΔW = s · B A, in the shape of the layer's weight."""
         return self.scale * (self.B.flatten(1) @ self.A.flatten(1)).view(self.B.shape[0], *self.A.shape[1:])
 
 
-def _forward(layer: nn.Module, x: Tensor) -> Tensor:
-    """y = W x + bias + Σ s · B A x over the adapters in layer.lora: a Linear adds s · B (A x), a convolution runs once
-    with W + Σ delta(). x and y in the layer's own layout."""
-    if isinstance(layer, nn.Linear):
-        y = nnf.linear(x, layer.weight, layer.bias)
-        for lora in layer.lora.values():
+class AdaptedLinear(nn.Linear):
+    """A Linear and its adapters, .lora = {name: LoRA}."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]"""
+        y = nnf.linear(x, self.weight, self.bias)
+        for lora in self.lora.values():
             # h = W x + s · B A x
             y = y + lora.scale * nnf.linear(nnf.linear(x, lora.A.to(x.dtype)), lora.B.to(x.dtype))
         return y
-    # W' = W + s · B A: a kernel is small beside its activations, so one convolution with the sum is the cheaper way.
-    W = layer.weight + sum(lora.delta() for lora in layer.lora.values()).to(layer.weight.dtype)
-    return layer._conv_forward(x, W, layer.bias)
 
 
-def _causal_forward(layer: nn.Module, x: Tensor, old: dict | None, new: dict) -> Tensor:
-    return _forward(layer, layer.with_past(x, old, new))
+def adapted_kernel(layer: nn.Conv2d | nn.Conv3d) -> Tensor:
+    """W' of a convolution with adapters: a kernel is small next to the activations, so adding to it is cheapest."""
+    # W' = W + s · B A, added up over the adapters
+    return layer.weight + sum(lora.delta() for lora in layer.lora.values()).to(layer.weight.dtype)
+
+
+class AdaptedConv2d(nn.Conv2d):
+    """A Conv2d and its adapters, .lora = {name: LoRA}."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, in, H, W] -> [B, out, H', W']"""
+        return self._conv_forward(x, adapted_kernel(self), self.bias)
+
+
+class AdaptedConv3d(nn.Conv3d):
+    """A Conv3d and its adapters, .lora = {name: LoRA}."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, in, T, H, W] -> [B, out, T', H', W']"""
+        return self._conv_forward(x, adapted_kernel(self), self.bias)
+
+
+class AdaptedCausalConv3d(CausalConv3d):
+    """A CausalConv3d and its adapters, .lora = {name: LoRA}."""
+
+    def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
+        """As CausalConv3d.forward: x [B, in, T, H, W], the frames after those in `old`; writes its tail to `new`."""
+        return self._conv_forward(self.with_past(x, old, new), adapted_kernel(self), self.bias)
+
+
+ADAPTED = {nn.Linear: AdaptedLinear, nn.Conv2d: AdaptedConv2d, nn.Conv3d: AdaptedConv3d,
+           CausalConv3d: AdaptedCausalConv3d}
+PLAIN = {adapted: plain for plain, adapted in ADAPTED.items()}
 
 
 def add(module: nn.Module, name: str, rank: int, alpha: float, targets: Sequence[str] | None = None) -> list[str]:
     """Give every targeted layer of `module` an adapter called `name`; returns the layers' names.
 
     `targets` are endings of dotted layer names ("to_q", "to_out.0", "conv1.conv"); None is every Linear, Conv2d and
-    Conv3d. ValueError if nothing is targeted, a name is taken, or the rank is no positive integer.
+    Conv3d. ValueError if nothing is targeted, a name is taken, a layer is of a class of its own (a subclass, whose
+    forward would be lost), or the rank is no positive integer.
     """
-    if rank < 1:
-        raise ValueError(f"a LoRA needs a rank of at least 1, got {rank}")
-    found = [(n, m) for n, m in module.named_modules() if isinstance(m, LAYERS)
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"a LoRA needs a rank of at least 1, a whole number, got {rank!r}")
+    found = [(n, m) for n, m in module.named_modules() if isinstance(m, tuple(ADAPTED))
              and (targets is None or any(n == t or n.endswith("." + t) for t in targets))]
     if not found:
         raise ValueError(f"LoRA {name!r}: no Linear, Conv2d or Conv3d of {type(module).__name__} ends in {targets}")
-    if taken := [layer_name for layer_name, layer in found if name in getattr(layer, "lora", {})]:
-        raise ValueError(f"{taken[0]} already has a LoRA called {name!r}")
     for layer_name, layer in found:
-        if not hasattr(layer, "lora"):
+        if type(layer) not in ADAPTED | PLAIN:
+            raise ValueError(f"LoRA {name!r}: wanted {layer_name} to be one of "
+                             f"{', '.join(kind.__name__ for kind in ADAPTED)}, got {type(layer).__name__}")
+        if type(layer) in PLAIN and name in layer.lora:
+            raise ValueError(f"{layer_name} already has a LoRA called {name!r}")
+    for _, layer in found:
+        if type(layer) in ADAPTED:
+            layer.__class__ = ADAPTED[type(layer)]
             layer.lora = nn.ModuleDict()
-            layer.forward = types.MethodType(_causal_forward if hasattr(layer, "with_past") else _forward, layer)
         layer.lora[name] = LoRA(layer, rank, alpha)
     return [layer_name for layer_name, _ in found]
 
@@ -96,7 +135,7 @@ def add(module: nn.Module, name: str, rank: int, alpha: float, targets: Sequence
 def adapters(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, LoRA]]:
     """(layer name, layer, adapter) for each layer of `module` that has an adapter called `name`."""
     for layer_name, layer in module.named_modules():
-        if isinstance(layer, LAYERS) and name in getattr(layer, "lora", {}):
+        if type(layer) in PLAIN and name in layer.lora:
             yield layer_name, layer, layer.lora[name]
 
 
@@ -107,12 +146,13 @@ def parameters(module: nn.Module, name: str) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def merge(module: nn.Module, name: str) -> None:
-    """W <- W + s · B A, for good, and take the adapter away; the last one takes layer.lora and layer.forward along."""
+    """Fold W <- W + s · B A permanently and remove the adapter; after the last, the layer is an ordinary one again."""
     for _, layer, lora in list(adapters(module, name)):
         layer.weight += lora.delta().to(layer.weight.dtype)
         del layer.lora[name]
-        if not layer.lora:  # as if nothing had been added
-            del layer.lora, layer.forward
+        if not layer.lora:
+            del layer.lora
+            layer.__class__ = PLAIN[type(layer)]
 
 
 def state_dict(module: nn.Module, name: str) -> dict[str, Tensor]:
@@ -123,22 +163,17 @@ def state_dict(module: nn.Module, name: str) -> dict[str, Tensor]:
 
 def peft_config(module: nn.Module, name: str) -> str:
     """One adapter as PEFT's LoraConfig describes it, in the JSON that diffusers reads from a file's METADATA."""
-    layers, _, (lora, *_) = zip(*adapters(module, name))
+    found = list(adapters(module, name))
+    _, _, lora = found[0]
     return json.dumps({f"{name}.r": lora.A.shape[0], f"{name}.lora_alpha": lora.alpha,
-                       f"{name}.target_modules": layers})
+                       f"{name}.target_modules": [layer_name for layer_name, _, _ in found]})
 
 
 @torch.no_grad()
 def load(module: nn.Module, name: str, state: dict[str, Tensor]) -> None:
     """Fill the adapter `name` from a state_dict; ValueError naming the first keys or shapes that do not fit."""
     mine = state_dict(module, name)
-    missing, unexpected = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
-    shapes = [f"{k}: wanted {list(mine[k].shape)}, given {list(state[k].shape)}"
-              for k in mine.keys() & state.keys() if mine[k].shape != state[k].shape]
-    if missing or unexpected or shapes:
-        raise ValueError(f"LoRA {name!r} of {type(module).__name__} does not fit: "
-                         f"{len(missing)} missing {missing[:5]}, {len(unexpected)} unexpected {unexpected[:5]}, "
-                         f"{len(shapes)} of another shape {shapes[:5]}")
+    weights.check_match(mine, state, f"the file's LoRA {name!r}", f"that of {type(module).__name__}")
     for key, p in mine.items():
         p.copy_(state[key])
 
@@ -177,7 +212,7 @@ if __name__ == "__main__":
     plain = net(x)
     layers = add(net, "harmonisation", rank=4, alpha=4)
     count = sum(p.numel() for p in parameters(net, "harmonisation"))
-    print(f"adapted layers {layers}: {count} parameters beside {sum(p.numel() for p in net.parameters()) - count}")
+    print(f"adapted layers {layers}: {count} parameters next to {sum(p.numel() for p in net.parameters()) - count}")
     print(f"B = 0:   largest change {(net(x) - plain).abs().max():.1e}")
     for p in parameters(net, "harmonisation"):
         nn.init.normal_(p, std=0.1)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from .weights import load_tensors, save_tensors
+from .weights import check_match, load_tensors, save_tensors
 
 FILES = {"vgg": "vgg16_features", "alex": "alexnet_features", "squeeze": "squeezenet1_1_features"}
 TAPS = {  # {tap: its index in torchvision's `features`}
@@ -148,11 +148,7 @@ def _load(net: str, file: Path) -> tuple[list[str], nn.Sequential]:
     if not taps:
         raise ValueError(f"{file}: no weights of {net} up to its first tap, got the keys {sorted(state)[:4]}")
     layers = layers[: TAPS[net][taps[-1]] + 1]
-    wanted = {key: list(value.shape) for key, value in layers.state_dict().items()}
-    wrong = [f"{key} {list(value.shape)} (wanted {wanted.get(key, 'no such key')})"
-             for key, value in sorted(state.items()) if list(value.shape) != wanted.get(key)]
-    if wrong:
-        raise ValueError(f"{file}: not the weights of {net}: {', '.join(wrong[:3])}")
+    check_match(layers.state_dict(), state, str(file), f"{net} up to {taps[-1]}")
     layers.load_state_dict(state, assign=True)
     return taps, layers
 

@@ -27,6 +27,7 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 
 from . import checked
 
+Named = Mapping[str, Tensor | Sequence[int]]  # tensors, or no more than their shapes, by name
 CONFIG, WEIGHTS, INDEX = "config.json", "diffusion_pytorch_model.safetensors", "*.safetensors.index.json"
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 
@@ -54,9 +56,8 @@ def from_pretrained(cls, path: str | Path, subfolder: str | None = None, dtype: 
     model = without_weights(cls, read_json(folder / CONFIG), folder / CONFIG)
 
     source = find_tensors(cls, files)
-    given = {key: tuple(file.get_slice(name).get_shape()) for key, (file, name) in source.items()}
-    wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    check_match(wanted, given, " + ".join(map(str, files)), folder / CONFIG)
+    given = {key: file.get_slice(name).get_shape() for key, (file, name) in source.items()}
+    check_match(model.state_dict(), given, " + ".join(map(str, files)), f"the model that {folder / CONFIG} describes")
 
     state = {}
     for key, (file, name) in source.items():
@@ -242,17 +243,28 @@ def find_tensors(cls, files: list[Path]) -> dict[str, tuple[safe_open, str]]:
     return source
 
 
-def check_match(wanted: dict[str, tuple], given: dict[str, tuple], file: str, config: Path) -> None:
-    """Raise unless the file has just the names and shapes that the model, built from the config, wants."""
-    shapes = [key for key in wanted if key in given and wanted[key] != given[key]]
+def check_match(wanted: Named, given: Named, source: str, target: str) -> None:
+    """ValueError of one line unless tensors fit: `given`, from `source`, has just the names and shapes of `wanted`,
+    which are those of `target`."""
+    if found := mismatches(wanted, given):
+        raise ValueError(f"{source} ({len(given)} tensors) does not fit {target} ({len(wanted)} tensors): "
+                         f"{'; '.join(found)}")
+
+
+def mismatches(wanted: Named, given: Named) -> list[str]:
+    """What differs in names and shapes: how many are missing, unexpected, wrongly shaped; of each the first five."""
+    wanted, given = shapes(wanted), shapes(given)
     found = {"missing": [key for key in wanted if key not in given],
              "unexpected": [key for key in given if key not in wanted],
-             "wrongly shaped": [f"{key} (wanted {list(wanted[key])}, got {list(given[key])})" for key in shapes]}
-    if any(found.values()):
-        raise ValueError("\n  ".join(
-            [f"{file} ({len(given)} tensors) does not fit the model that {config} describes ({len(wanted)} tensors)"]
-            + [f"{len(keys)} {what}: {', '.join(keys[:5])}{', ...' * (len(keys) > 5)}"
-               for what, keys in found.items() if keys]))
+             "wrongly shaped": [f"{key} (wanted {wanted[key]}, got {given[key]})" for key in wanted
+                                if key in given and wanted[key] != given[key]]}
+    return [f"{len(keys)} {kind}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}"
+            for kind, keys in found.items() if keys]
+
+
+def shapes(named: Named) -> dict[str, list[int]]:
+    """{name: shape} of named tensors, or of named shapes."""
+    return {key: list(value.shape if isinstance(value, Tensor) else value) for key, value in named.items()}
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

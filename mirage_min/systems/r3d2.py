@@ -261,9 +261,7 @@ def read_vae(path: str | Path, subfolder: str | None, start: float | None) -> tu
 
 def fill(network: nn.Module, state: dict[str, Tensor], file: str, config: Path) -> None:
     """Give a network the tensors of a file, strictly."""
-    wanted, given = ({key: tuple(tensor.shape) for key, tensor in each.items()}
-                     for each in (network.state_dict(), state))
-    weights.check_match(wanted, given, file, config)
+    weights.check_match(network.state_dict(), state, file, f"the model that {config} describes")
     network.load_state_dict(state, assign=True)
 
 

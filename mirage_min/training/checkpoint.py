@@ -154,10 +154,8 @@ def resume(folder: Path, trained: dict[str, Tensor], optimizer: torch.optim.Opti
         raise ValueError(f"{error}; {way_out(path)}") from error
     changed = [f"{key}: then {then.get(key)}, now {identity.get(key)}" for key in sorted(then.keys() | identity.keys())
                if then.get(key) != identity.get(key)]
-    wanted = {name: list(tensor.shape) for name, tensor in trained.items()}
-    given = {key.removeprefix("param/"): list(t.shape) for key, t in tensors.items() if key.startswith("param/")}
-    changed += [f"{name}: wanted {wanted.get(name)}, given {given.get(name)}"
-                for name in sorted(wanted.keys() | given.keys()) if wanted.get(name) != given.get(name)]
+    given = {key.removeprefix("param/"): t for key, t in tensors.items() if key.startswith("param/")}
+    changed += weights.mismatches(trained, given)
     if changed:
         raise ValueError(f"{path} belongs to another run, {len(changed)} things differ: {'; '.join(changed[:5])} "
                          f"(--run-folder FOLDER starts a new one)")
