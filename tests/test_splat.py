@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional as nnf
 
 from mirage_min.data import splat
-from mirage_min.data.splat import Camera, Gaussians, load_ply, render, save_ply
+from mirage_min.data.splat import Gaussians, load_ply, render, save_ply
+from mirage_min.method.camera import Camera
 
 
 def camera(width=27, height=19, focal=22.0):

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..method.camera import Camera
 from . import align
 from .scene import SceneFolder, moved
-from .splat import Camera, Gaussians, render
+from .splat import Gaussians, render
 
 
 @dataclass

@@ -17,8 +17,9 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as nnf
 
+from ..method.camera import Camera
 from .photometric import integer
-from .splat import Camera, Gaussians, render
+from .splat import Gaussians, render
 
 RATES = {"means": 0.01, "log_scales": 0.02, "quats": 0.01, "logit_opacities": 0.05, "sh": 0.02}  # of Adam, a step
 C0 = 0.28209479177387814   # the constant spherical harmonic

@@ -28,11 +28,12 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
+from ..method.camera import Camera
 from ..networks import checked
 from ..networks.checked import Within
 from ..networks.weights import read_json
 from .pictures import natural_order, pictures_of
-from .splat import Camera, Gaussians, load_ply
+from .splat import Gaussians, load_ply
 from .video import Video
 
 OPENGL_TO_OPENCV = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64))  # y up, z back: both turned

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 from torch.utils.checkpoint import checkpoint
 
+from ..method.camera import Camera
 from ..networks.weights import one_line, whole_file
 
 NEAR, LOW_PASS, MAX_ALPHA, MIN_ALPHA = 0.2, 0.3, 0.99, 1 / 255  # 3DGS's: world units, square pixels
@@ -76,16 +77,6 @@ class Gaussians:
         turn = torch.linalg.lstsq(sh_basis(d, K), sh_basis(d @ R.double().cpu(), K)).solution
         return replace(self, means=s * self.means @ R.T + t, log_scales=self.log_scales + s.log(),
                        quats=quaternions(R @ rotations(self.quats)), sh=turn.to(self.sh) @ self.sh)
-
-
-@dataclass
-class Camera:
-    """A pinhole camera with OpenCV's axes: x right, y down, z forward. Centres of pixels are at half-integers."""
-
-    K: Tensor                # [3, 3] intrinsics in pixels
-    world_to_camera: Tensor  # [4, 4]
-    width: int
-    height: int
 
 
 def rotations(quats: Tensor) -> Tensor:
