@@ -2,10 +2,12 @@
 
     python infer.py in.mp4 out.mp4
     python infer.py frames/ out.mp4 --set fps=10
+    python infer.py in.mp4 out.mp4 --model my_r3d2 --set batch=4 --set keep=boxes.json
 
-Reads whatever PyAV decodes, or a folder of images; writes an mp4, or a folder of PNGs if the output does not end in
-.mp4. Size, number, order and times of the frames stay, and the sound. The video streams through the model, so a long
-one takes time but no more memory; the output appears when it is complete, or never.
+Reads whatever PyAV decodes, a folder of images, or a pair's NAME.safetensors; writes an mp4, NAME.safetensors, or a
+folder of PNGs if the output ends in neither. Size, number, order and times of the frames stay, and the sound. The video
+streams through the model, so a long one takes time but no more memory; the output appears when it is complete, or
+never. Which system the model's folder holds, and so what else --set takes, is read from the folder (systems/load.py).
 
 Exit status: 0 done; 2 the input, the model or a flag is wrong, and one line says how; 128 and its number: a signal.
 """
@@ -22,7 +24,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, make_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -32,29 +34,32 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from mirage_min.data import desk, place
+from mirage_min.data.keep import keep, read_boxes
 from mirage_min.data.video import Video, is_mp4, writing
-from mirage_min.networks.checked import COUNT, Within
-from mirage_min.systems.mirage import Mirage
+from mirage_min.networks.checked import Within
+from mirage_min.systems.load import system_in
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
 class Settings:
-    """What is rarely changed, by --set key=value."""
+    """What is rarely changed, by --set key=value; what the system takes is added to it."""
 
     crf: Annotated[int, Within(0, 51)] = 16  # quality of the mp4: 0 is lossless, 51 the worst
     preset: str = "fast"                     # of x264: slower ones make smaller files
     fps: float = 25.0                        # frames a second of a folder of images
     at_height: int = 0                       # harmonise at this height, and add what changed, enlarged; 0: as is
-    tiles: Annotated[int, COUNT] = 1         # rows and columns into which large frames are cut for the VAEs
-    margin: Annotated[int, Within(0)] = 8    # latent cells around each of them
+    keep: str = ""                           # a file of boxes (data/keep.py): outside of them nothing changes
+    edge: Annotated[float, Within(0)] = 8.0  # pixels over which the change rises inside a box's border
 
 
-def main(args: argparse.Namespace, settings: Settings) -> None:
+def main(args: argparse.Namespace) -> None:
     place.check_output(args.input, args.output, args.overwrite)
     device = desk.choose_device(args.device)
     dtype = DTYPES.get(args.dtype, torch.bfloat16 if device == "cuda" else torch.float32)
+    System = system_in(args.model)
+    settings, options = choose(System, args)
     with Video(args.input, settings.fps, args.skip_broken) as video:
         output = video.format
         if min(output.width, output.height) < 16:
@@ -66,15 +71,18 @@ def main(args: argparse.Namespace, settings: Settings) -> None:
                                "shows")
         for note in video.notes:
             desk.say_error(f"note: {note}")
-        mirage = Mirage.from_pretrained(args.model, base=args.base, vae2d=args.vae2d, device=device, dtype=dtype)
+        boxes = read_boxes(settings.keep, args.input.stem) if settings.keep else None
+        harmonise = System.from_pretrained(args.model, device=device, dtype=dtype, **options).stream
+        if settings.at_height:
+            harmonise = partial(at_height, settings.at_height, harmonise)
+        if boxes is not None:
+            harmonise = partial(keep, harmonise, boxes=boxes, edge=settings.edge)
 
         start, count = time.time(), 0
-        harmonise = partial(mirage.stream, window=args.window, tiles=settings.tiles, margin=settings.margin)
         with (writing(args.output, output, settings.crf, settings.preset, args.input, args.overwrite) as out,
               ThreadPoolExecutor(1) as writer):
             originals = deque()  # frames that the model was given and has not yet given back
-            frames = remember(video, originals) if args.compare else video
-            stream = at_height(settings.at_height, harmonise, frames) if settings.at_height else harmonise(frames)
+            stream = harmonise(remember(video, originals) if args.compare else video)
             writes = deque()     # they go on while the model works
             for x_dr in desk.bar(stream, total=video.count, unit="frame"):
                 if args.compare:
@@ -90,6 +98,14 @@ def main(args: argparse.Namespace, settings: Settings) -> None:
         desk.say_error(f"note: {len(video.broken)} frames did not decode and repeat the one before: "
                        f"{', '.join(map(str, video.broken[:8]))}{', ...' * (len(video.broken) > 8)}")
     desk.say(f"{args.output}: {count} frames, {count / (time.time() - start):.2f} frames/s, {desk.peak_memory()}")
+
+
+def choose(System: type, args: argparse.Namespace) -> tuple[Settings, dict]:
+    """All settings, and of them those for System.from_pretrained; --base, --vae2d and --window are settings too."""
+    given = [f"{name}={value}" for name in ("base", "vae2d", "window") if (value := getattr(args, name)) is not None]
+    both = make_dataclass("Both", [], bases=(System.Options, Settings))
+    settings = desk.override(both(), given + args.set)
+    return settings, {field.name: getattr(settings, field.name) for field in fields(System.Options)}
 
 
 def remember(frames: Iterable[Tensor], kept: deque[Tensor]) -> Iterator[Tensor]:
@@ -124,35 +140,31 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         return argparse.HelpFormatter(prog, max_help_position=30, width=120)
 
     parser = argparse.ArgumentParser(description=desk.first_line(__doc__), formatter_class=one_line_each)
-    parser.add_argument("input", type=Path, help="a video that PyAV decodes, or a folder of images")
-    parser.add_argument("output", type=Path, help="NAME.mp4, or a folder for PNGs")
+    parser.add_argument("input", type=Path, help="a video that PyAV decodes, a folder of images, or a pair's file")
+    parser.add_argument("output", type=Path, help="NAME.mp4, NAME.safetensors, or a folder for PNGs")
     parser.add_argument("--model", type=Path, metavar="DIR", default=Path(__file__).parent / "weights",
-                        help="folder with the trained adapters (default: the small model in weights/)")
+                        help="folder or hub id of a trained system (default: the small Mirage in weights/)")
     parser.add_argument("--base", metavar="ID",
-                        help="folder or hub id of what they were trained on (default: as they say)")
-    parser.add_argument("--vae2d", metavar="ID", help="folder or hub id of the AutoencoderKL (default: as they say)")
+                        help="folder or hub id of what a Mirage was trained on (default: as it says)")
+    parser.add_argument("--vae2d", metavar="ID", help="folder or hub id of its AutoencoderKL (default: as it says)")
     parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", metavar="NAME",
                         help="cuda, mps, cpu or auto (default: auto, the first of them that is there)")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", metavar="TYPE",
                         help=f"{', '.join(DTYPES)} or auto (default: auto, bfloat16 on cuda and float32 elsewhere)")
     parser.add_argument("--window", type=int, metavar="N",
-                        help="latents that the transformer sees at once (default: the model's own)")
+                        help="latents that its transformer sees at once (default: its own)")
     parser.add_argument("--compare", action="store_true", help="write input and result side by side")
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     parser.add_argument("--skip-broken", action="store_true",
                         help="where a frame does not decode, repeat the one before instead of giving up")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
-                        help="crf=16 and preset=fast (x264), fps=25 (of images), at_height=0 (off), tiles=1, margin=8")
+                        help="crf=16, preset=fast, fps=25, at_height=0, keep=BOXES.json, edge=8, what the model takes")
     return parser.parse_args(argv)
 
 
 def cli(argv: list[str] | None = None) -> int:
     """Run; on an error say it in one line. Returns the exit status."""
-    def run() -> None:
-        args = parse(argv)
-        main(args, desk.override(Settings(), args.set))
-
-    return desk.serve("infer.py", run, memory="--set tiles=2 takes less")
+    return desk.serve("infer.py", lambda: main(parse(argv)), memory="--set tiles=2 takes less")
 
 
 if __name__ == "__main__":

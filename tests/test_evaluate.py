@@ -7,6 +7,7 @@ import shutil
 import weakref
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import pytest
@@ -21,6 +22,7 @@ from mirage_min.data.video import read_clip, write_clip
 from mirage_min.method import metrics, optical_flow
 from mirage_min.method.perceptual import Dists, Features, Lpips
 from mirage_min.networks.imagenet import alexnet, vgg16
+from mirage_min.systems.mirage import Mirage
 
 T, H, W = 18, 40, 48
 NAMES = ("one", "two")
@@ -254,11 +256,8 @@ def test_dis_is_the_flow_where_no_other_is_given_and_is_named(work, tmp_path, ca
 
 
 def test_frames_per_second_are_those_that_infer_printed(work, tmp_path, capsys, monkeypatch):
-    class StandIn:
-        def stream(self, frames, **settings):
-            yield from frames
-
-    monkeypatch.setattr(infer.Mirage, "from_pretrained", lambda *path, **settings: StandIn())
+    model = SimpleNamespace(stream=iter, Options=Mirage.Options, from_pretrained=lambda path, **options: model)
+    monkeypatch.setattr(infer, "system_in", lambda path: model)
     (tmp_path / "pred").mkdir()
     for name in NAMES:
         write_clip(tmp_path / f"{name}.mp4", clip(work, "gt", name)[0])

@@ -3,6 +3,7 @@
 The model is no part of most of this: a stand-in that gives back what it gets, some frames later, takes its place.
 """
 
+import json
 import os
 import re
 import signal
@@ -23,6 +24,8 @@ from PIL import Image
 import infer
 from mirage_min.data import desk, video
 from mirage_min.data.video import Video, read_clip, write_clip
+from mirage_min.networks.weights import load_tensors, save_tensors
+from mirage_min.systems.mirage import Mirage
 from tests import small
 from tests.media import HEIGHT, RATE, WIDTH, break_frame, encode, packets_of, picture, pictures
 
@@ -37,7 +40,7 @@ class StandIn:
     def __init__(self, at=None):
         self.at = at or {}
 
-    def stream(self, frames, **settings):
+    def stream(self, frames):
         held = []
         for number, frame in enumerate(frames):
             if number in self.at:
@@ -48,11 +51,17 @@ class StandIn:
         yield from held
 
 
+def put(monkeypatch, from_pretrained):
+    """Whatever folder is named, it holds what from_pretrained returns, with the options of a Mirage."""
+    system = SimpleNamespace(Options=Mirage.Options, from_pretrained=from_pretrained)
+    monkeypatch.setattr(infer, "system_in", lambda path: system)
+
+
 @pytest.fixture
 def stand_in(monkeypatch):
     """Puts the stand-in in the model's place; the test may give it something to do at a frame."""
     model = StandIn()
-    monkeypatch.setattr(infer.Mirage, "from_pretrained", lambda *path, **settings: model)
+    put(monkeypatch, lambda *path, **settings: model)
     return model
 
 
@@ -107,7 +116,7 @@ def test_size_number_order_and_colours_of_the_frames_stay(tmp_path, capsys, stan
 
 @pytest.mark.parametrize("T", [1, 2, 5, 8, 9, 10, 17, 33])
 def test_a_real_stream_gives_back_as_many_frames_at_the_same_times(tmp_path, capsys, monkeypatch, T):
-    monkeypatch.setattr(infer.Mirage, "from_pretrained", lambda *path, **settings: small.mirage(window=3))
+    put(monkeypatch, lambda *path, **settings: small.mirage(window=3))
     source, target = encode(tmp_path / "in.mp4", pictures(T, 16, 18)), tmp_path / "out.mp4"
     succeed(capsys, source, target)
     assert shape_of(target) == shape_of(source) == (T, [Fraction(t, RATE) for t in range(T)], 16, 18)
@@ -142,8 +151,8 @@ def test_a_folder_of_images_becomes_a_folder_without_loss_or_an_mp4_of_its_own_r
 
 def test_compare_puts_the_input_beside_the_result(tmp_path, capsys, monkeypatch):
     model = StandIn()
-    model.stream = lambda frames, **settings: (-frame for frame in StandIn().stream(frames))
-    monkeypatch.setattr(infer.Mirage, "from_pretrained", lambda *path, **settings: model)
+    model.stream = lambda frames: (-frame for frame in StandIn().stream(frames))
+    put(monkeypatch, lambda *path, **settings: model)
     source, target = encode(tmp_path / "in.mp4", pictures(12)), tmp_path / "out.mp4"
     succeed(capsys, source, target, "--compare")
     x, y = read_clip(source), read_clip(target)
@@ -156,32 +165,29 @@ def test_the_flags_reach_the_model(tmp_path, capsys, monkeypatch):
 
     def from_pretrained(path, **settings):
         seen.update(settings, path=path)
-        model = StandIn()
-        model.stream = lambda frames, window, tiles, margin: seen.update(
-            window=window, tiles=(tiles, margin)) or iter(frames)
-        return model
+        return StandIn()
 
-    monkeypatch.setattr(infer.Mirage, "from_pretrained", from_pretrained)
+    put(monkeypatch, from_pretrained)
     source = encode(tmp_path / "in.mp4", pictures(2))
     succeed(capsys, source, tmp_path / "a.mp4", "--device", "cpu")
-    assert seen == dict(path=ROOT / "weights", base=None, vae2d=None, device="cpu", dtype=torch.float32, window=None,
-                        tiles=(1, 8))
+    assert seen == dict(path=ROOT / "weights", base="", vae2d="", device="cpu", dtype=torch.float32, window=0, tiles=1,
+                        margin=8)
     succeed(capsys, source, tmp_path / "b.mp4", "--model", "m", "--base", "b", "--vae2d", "v", "--dtype", "bfloat16",
             "--window", "5", "--device", "cpu", "--set", "tiles=2", "--set", "margin=4")
-    assert seen == dict(path=Path("m"), base="b", vae2d="v", device="cpu", dtype=torch.bfloat16, window=5,
-                        tiles=(2, 4))
+    assert seen == dict(path=Path("m"), base="b", vae2d="v", device="cpu", dtype=torch.bfloat16, window=5, tiles=2,
+                        margin=4)
 
 
 def test_at_a_height_of_its_own_the_change_is_enlarged_and_the_detail_stays(tmp_path, capsys, monkeypatch):
     """The model darkens the left half: so must the frames, and what it never saw, their fine grain, must survive."""
     shapes = []
 
-    def darken(frames, **settings):
+    def darken(frames):
         for x in StandIn().stream(frames):
             shapes.append(tuple(x.shape[1:]))
             yield x - 0.4 * (torch.arange(x.shape[2]) < x.shape[2] // 2)
 
-    monkeypatch.setattr(infer.Mirage, "from_pretrained", lambda *path, **settings: SimpleNamespace(stream=darken))
+    put(monkeypatch, lambda *path, **settings: SimpleNamespace(stream=darken))
     grain = np.random.default_rng(0).integers(100, 156, (12, HEIGHT, WIDTH, 3), np.uint8)
     write_clip(tmp_path / "in", torch.from_numpy(grain).permute(3, 0, 1, 2) / 127.5 - 1)
     succeed(capsys, tmp_path / "in", tmp_path / "out", "--set", "at_height=16")
@@ -189,6 +195,63 @@ def test_at_a_height_of_its_own_the_change_is_enlarged_and_the_detail_stays(tmp_
     change = read_clip(tmp_path / "out") - read_clip(tmp_path / "in")
     left, right = WIDTH // 2 - 4, WIDTH // 2 + 4                      # between them the change is smooth
     assert (change[..., :left] + 0.4).abs().max() < 0.01 and change[..., right:].abs().max() < 0.01
+
+
+def test_a_change_is_kept_inside_the_boxes_of_its_video_and_nowhere_else(tmp_path, capsys, monkeypatch):
+    """With --compare, at a height of its own, and for a system that gives frames back late."""
+    put(monkeypatch, lambda *path, **settings: SimpleNamespace(
+        stream=lambda frames: (x - 0.4 for x in StandIn().stream(frames))))
+    grain = np.random.default_rng(0).integers(120, 136, (12, HEIGHT, WIDTH, 3), np.uint8)
+    write_clip(tmp_path / "in", torch.from_numpy(grain).permute(3, 0, 1, 2) / 127.5 - 1)
+    boxes = {"in": [None] * 6 + [[10, 5, 50, 40]] * 6, "other": []}
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    x, keep = read_clip(tmp_path / "in"), ["--set", f"keep={tmp_path / 'boxes.json'}"]
+    succeed(capsys, tmp_path / "in", tmp_path / "a", *keep)
+    succeed(capsys, tmp_path / "in", tmp_path / "b", "--set", "edge=0", "--set", "at_height=32", "--compare", *keep)
+    a, b = read_clip(tmp_path / "a"), read_clip(tmp_path / "b")[..., WIDTH:]
+    for y in (a, b):
+        assert torch.equal(y[:, :6], x[:, :6])
+        outside = torch.ones(HEIGHT, WIDTH, dtype=torch.bool)
+        outside[5:40, 10:50] = False
+        assert torch.equal(y[..., outside], x[..., outside])
+        assert (y[:, 6:, 20:25, 25:35] - x[:, 6:, 20:25, 25:35] + 0.4).abs().max() < 0.02
+    assert (b[:, 6:, 5, 10] - x[:, 6:, 5, 10] + 0.4).abs().max() < 0.02, "without an edge at once"
+    assert (a[:, 6:, 5, 10] - x[:, 6:, 5, 10]).abs().max() < 0.1, "with one from nothing on"
+    (tmp_path / "boxes.json").write_text(json.dumps({"other": [None] * 12}))
+    fail(capsys, "boxes.json: has no boxes for 'in', but for 'other'", tmp_path / "in", tmp_path / "c", *keep)
+    (tmp_path / "boxes.json").write_text("[null]")
+    fail(capsys, "there are boxes for 1 frames, and the video has more", tmp_path / "in", tmp_path / "c", *keep)
+
+
+def test_a_pairs_file_is_a_video_too_and_its_result_may_be_one(tmp_path, capsys, stand_in):
+    levels = torch.randint(0, 256, (3, 9, 16, 24), dtype=torch.uint8)
+    save_tensors(tmp_path / "pair.safetensors", {"x_ni": levels, "x_gt": 255 - levels})
+    succeed(capsys, tmp_path / "pair.safetensors", tmp_path / "out.safetensors")
+    succeed(capsys, tmp_path / "pair.safetensors", tmp_path / "out")
+    (name, x_dr), = load_tensors(tmp_path / "out.safetensors")[0].items()
+    assert name == "x_dr" and torch.equal(x_dr, levels)
+    assert difference(read_clip(tmp_path / "out"), levels / 127.5 - 1) < 1e-3
+    save_tensors(tmp_path / "truth.safetensors", {"x_gt": levels})
+    fail(capsys, "truth.safetensors: wanted x_ni, uint8", tmp_path / "truth.safetensors", tmp_path / "b.mp4")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["out.mp4", "out"])
+def test_a_result_that_is_not_finite_is_one_line_with_its_frame_and_no_output(tmp_path, capsys, monkeypatch, value,
+                                                                               name):
+    model = small.mirage(window=3)
+    decode = model.vae.decode_group
+
+    def overflowing(z, cache=None, inject=None):
+        y, new = decode(z, cache, inject)
+        if cache:  # the second group, frames 9 and on
+            y[:, :, 3] = value
+        return y, new
+    model.vae.decode_group = overflowing
+    put(monkeypatch, lambda *path, **settings: model)
+    fail(capsys, r"^infer.py: frame 12 \(counted from 0\): .* not finite", encode(tmp_path / "in.mp4", pictures(17)),
+         tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]
 
 
 @pytest.mark.parametrize("height", [15, 65, -1])
@@ -279,7 +342,10 @@ def test_bad_paths_are_one_line_and_status_2(tmp_path, capsys, monkeypatch, stan
 
 def test_bad_settings_are_one_line_and_status_2(tmp_path, capsys, stand_in):
     clip, out = encode(tmp_path / "clip.mp4", pictures(2)), tmp_path / "out.mp4"
-    fail(capsys, "unknown key 'quality'", clip, out, "--set", "quality=3")
+    fail(capsys, "unknown key 'quality', there are crf, preset, fps, at_height, keep, edge, base, .*, tiles, margin$",
+         clip, out, "--set", "quality=3")
+    fail(capsys, "tiles: wanted an integer from 1 to", clip, out, "--set", "tiles=0")
+    fail(capsys, "no such file", clip, out, "--set", "keep=nowhere.json")
     fail(capsys, "crf must be int, got 'best'", clip, out, "--set", "crf=best")
     fail(capsys, "x264 takes no such settings: .*preset=quick", clip, out, "--set", "preset=quick")
     write_clip(tmp_path / "images", torch.zeros(3, 2, 16, 16))
@@ -290,7 +356,7 @@ def test_bad_settings_are_one_line_and_status_2(tmp_path, capsys, stand_in):
 
 def test_a_model_that_does_not_fit_is_one_line_and_status_2(tmp_path, capsys, monkeypatch):
     clip, out = encode(tmp_path / "clip.mp4", pictures(2)), tmp_path / "out.mp4"
-    fail(capsys, "no such file", clip, out, "--model", tmp_path / "nowhere")
+    fail(capsys, "nowhere: no such folder, and not a hub id", clip, out, "--model", tmp_path / "nowhere")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "stage_a.safetensors").write_bytes(b"junk" * 9)
     fail(capsys, "stage_a.safetensors: truncated or corrupt", clip, out, "--model", tmp_path / "model")
@@ -298,7 +364,7 @@ def test_a_model_that_does_not_fit_is_one_line_and_status_2(tmp_path, capsys, mo
     def from_pretrained(*path, **settings):
         raise ValueError("vae.safetensors does not fit the model\n  1 missing: decoder.conv_in.weight\n  1 more: a")
 
-    monkeypatch.setattr(infer.Mirage, "from_pretrained", from_pretrained)
+    put(monkeypatch, from_pretrained)
     fail(capsys, "does not fit the model 1 missing: decoder.conv_in.weight", clip, out)
 
 
@@ -378,15 +444,18 @@ def test_a_signal_ends_the_run_and_leaves_nothing(tmp_path, capsys, stand_in, na
 def test_a_signal_to_the_process_ends_it_with_128_and_its_number_and_leaves_nothing(tmp_path):
     source = encode(tmp_path / "in.mp4", pictures(150))
     script = ("import runpy, sys, time, types\n"
+              "from mirage_min.systems import load\n"
               "from mirage_min.systems.mirage import Mirage\n"
-              "def stream(frames, **settings):\n"
+              "def stream(frames):\n"
               "    for number, frame in enumerate(frames):\n"
               "        if number == 120:\n"
               "            print('frame 120', flush=True)\n"
               "            for _ in range(6000):\n"
               "                time.sleep(0.1)\n"
               "        yield frame\n"
-              "Mirage.from_pretrained = lambda *path, **settings: types.SimpleNamespace(stream=stream)\n"
+              "model = types.SimpleNamespace(stream=stream, Options=Mirage.Options)\n"
+              "model.from_pretrained = lambda *path, **settings: model\n"
+              "load.system_in = lambda path: model\n"
               "sys.argv = ['infer.py', *sys.argv[1:]]\n"
               "runpy.run_path('infer.py', run_name='__main__')\n")
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -401,7 +401,7 @@ def test_a_pickle_is_refused_and_convert_named_as_is_what_is_no_folder(tmp_path)
 
 def test_frames_and_references_of_another_size_are_refused_by_their_shapes():
     system, frames = small.r3d2(), [torch.zeros(3, 16, 16), torch.zeros(3, 16, 16), torch.zeros(3, 16, 24)]
-    with pytest.raises(ValueError, match=r"frame 2: wanted \[3, 16, 16\] as the first, got \[3, 16, 24\]"):
+    with pytest.raises(ValueError, match=r"frame 2: wanted \[3, 16, 16\] as the frames before it, got \[3, 16, 24\]"):
         list(system.stream(frames, batch=2))
     with pytest.raises(ValueError, match=r"reference .* frames' shape \[3, 16, 16\], got \[3, 24, 16\]"):
         list(system.stream(frames[:1], reference=torch.zeros(3, 24, 16)))

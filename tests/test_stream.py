@@ -140,9 +140,13 @@ def test_a_stream_of_nothing_is_nothing_and_a_stream_of_many_reads_few_ahead(kin
     assert max(held) <= 19, f"{held}: two groups and the next frame"
 
 
+def test_a_mirage_streams_no_frame_that_its_forward_refuses(mirage):
+    with pytest.raises(ValueError, match=r"frame 0: wanted \[3, H, W\], H and W at least 16, got \[3, 8, 8\]"):
+        list(mirage.stream([torch.zeros(3, 8, 8)]))
+
+
 @KINDS
 @pytest.mark.parametrize("shapes, said", [
-    ([(3, 8, 8)], r"frame 0: wanted \[3, H, W\], H and W at least 16, got \[3, 8, 8\]"),
     ([(1, 16, 16)], r"frame 0: wanted .* got \[1, 16, 16\]"), ([(16, 16)], "frame 0: wanted "),
     ([(3, 16, 16)] * 12 + [(3, 16, 24)], r"frame 12: wanted \[3, 16, 16\] as the frames before it, got \[3, 16, 24\]")])
 def test_frames_that_are_none_and_frames_of_another_size_are_named(kind, shapes, said):

@@ -38,7 +38,7 @@ from ..networks.weights import save_tensors
 from .clips import Clip
 from .colour import BT709, EXACTLY, FULL, LIMITED, UNKNOWN, swscale_matrix
 from .decode import File
-from .pictures import Animation, Folder, animates
+from .pictures import Animation, Folder, animates, read_picture
 from .place import is_clip, is_mp4, taking_place
 from .sound import copy_sound
 
@@ -177,6 +177,14 @@ def open_source(path: Path, fps: Fraction) -> File | Folder | Animation | Clip:
 def may_sound(path: Path) -> bool:
     """Whether a video may have sound: pictures and clips have none."""
     return not (path.is_dir() or is_clip(path) or animates(path))
+
+
+def read_image(path: str | Path) -> Tensor:
+    """A picture file -> [3, H, W] in [-1, 1]; ValueError if it is none."""
+    pixels = read_picture(Path(path))
+    if pixels is None:
+        raise ValueError(f"{path}: {'cannot be read as a picture' if Path(path).exists() else 'no such file'}")
+    return to_float(pixels)
 
 
 def read_clip(path: str | Path, frames: int | None = None) -> Tensor:

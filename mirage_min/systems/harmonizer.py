@@ -36,6 +36,7 @@ from ..data.video import from_bytes, to_bytes
 from ..networks import checked, frugal, weights
 from ..networks.dit_cosmos import CosmosDiT
 from ..networks.vae_wan import WanVAE
+from .stream import alike, finished
 
 INDEX, CLASS_NAME = "model_index.json", "Harmonizer"
 CELL = 16  # pixels: frames are padded to whole patches of 2 x 2 latents
@@ -55,8 +56,22 @@ class Settings:
                              "frame and then four at a time")
 
 
+@dataclass
+class Options:
+    """What can be chosen when a trained Harmonizer is loaded."""
+
+    wiring: Literal["", "release", "paper"] = ""     # "": as its model_index.json says
+
+
+def describes(index: dict) -> bool:
+    """Whether the content of a model_index.json is that of a Harmonizer."""
+    return index.get("_class_name") == CLASS_NAME
+
+
 class Harmonizer(nn.Module):
     """A VAE, a transformer and how they are wired. `past` below: what `remember` keeps of the outputs, newest first."""
+
+    Options = Options
 
     def __init__(self, vae: WanVAE, dit: CosmosDiT, settings: Settings = Settings()):
         super().__init__()
@@ -148,20 +163,17 @@ class Harmonizer(nn.Module):
 
     @torch.no_grad()
     def stream(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Frames [3, H, W] in [-1, 1] -> as many, clamped, in memory independent of their number.
+        """Frames [3, H, W] in [-1, 1] -> as many, clamped, in memory independent of their number (stream.py).
 
-        The only state is `past`, the last K outputs. A frame of another size than the first is a ValueError.
+        The only state is `past`, the last K outputs.
         """
-        like, past, constants, first = next(self.vae.parameters()), [], None, None
-        for t, frame in enumerate(frames):
-            first = frame.shape if first is None else first
-            if frame.shape != first:
-                raise ValueError(f"frame {t}: wanted {list(first)} as the frames before it, got {list(frame.shape)}")
+        like, past, constants = next(self.vae.parameters()), [], None
+        for number, frame in enumerate(alike(frames)):
             frame = frame[None].to(like.device, like.dtype)
             constants = self.constants(frame) if constants is None else constants
             y = self.enhance(frame, past, constants)
+            yield from finished(y, number)
             past = self.remember(y, past)
-            yield y[0].clamp(-1, 1).float().cpu()
 
     # ---- files ---------------------------------------------------------------------------------------------------
 
@@ -177,16 +189,17 @@ class Harmonizer(nn.Module):
         return cls(frugal.apply(vae), dit, Settings(**settings)).requires_grad_(False).eval()
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device=None, dtype=None, **settings) -> "Harmonizer":
-        """A trained Harmonizer from its folder; `settings` replace what its model_index.json says."""
+    def from_pretrained(cls, path: str | Path, device=None, dtype=None, wiring: str = "", **settings) -> "Harmonizer":
+        """A trained Harmonizer from its folder; `wiring`, if given, and `settings` replace what the folder says."""
         path = Path(path)
         index = weights.read_json(path / INDEX)
-        if index.get("_class_name") != CLASS_NAME:
+        if not describes(index):
             raise ValueError(f"{path / INDEX}: wanted _class_name {CLASS_NAME!r}, got {index.get('_class_name')!r}")
-        about = asdict(checked.record(Settings, index, path / INDEX))
+        settings |= {"wiring": wiring} if wiring else {}
+        about = asdict(checked.record(Settings, index | settings, path / INDEX))
         vae = checked.value(str, index.get("vae", "vae"), path / INDEX, "vae")
         vae = path / vae if (path / vae).is_dir() else vae
-        return cls.from_base(path / "transformer", vae, device, dtype, **about | settings)
+        return cls.from_base(path / "transformer", vae, device, dtype, **about)
 
     def save_pretrained(self, path: str | Path, vae: str | None = None) -> None:
         """Write the folder that from_pretrained reads. vae: where the VAE is, relative to the folder or a hub id; None:

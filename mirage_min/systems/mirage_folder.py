@@ -23,7 +23,7 @@ from ..method import injection, lora
 from ..method.one_step import STEPS, T_MIRAGE, T_WAN
 from ..method.schedules import schedule_from_config
 from ..networks import checked, frugal, weights
-from ..networks.checked import Within
+from ..networks.checked import COUNT, Within
 from ..networks.dit_cogvideox import CogVideoXDiT
 from ..networks.dit_wan import WanDiT
 from ..networks.vae_2d import AutoencoderKL
@@ -43,11 +43,11 @@ Alpha = Annotated[float, Within(1e-6, 1e4)]
 class Options:
     """What can be chosen when a trained Mirage is loaded."""
 
-    base: str = ""      # folder or hub id of what it was trained on; "": as its stage A says
-    vae2d: str = ""     # the same of the AutoencoderKL
-    window: int = 0     # latents that the transformer sees at once in a stream; 0: as its stage H says
-    tiles: int = 1      # rows and columns into which large frames are cut for the VAEs
-    margin: int = 8     # latent cells around each of them
+    base: str = ""                           # folder or hub id of what it was trained on; "": as its stage A says
+    vae2d: str = ""                          # the same of the AutoencoderKL
+    window: Annotated[int, Within(0)] = 0    # latents that the transformer sees at once; 0: as its stage H says
+    tiles: Annotated[int, COUNT] = 1         # rows and columns into which large frames are cut for the VAEs
+    margin: Annotated[int, Within(0)] = 8    # latent cells around each of them
 
 
 @dataclass

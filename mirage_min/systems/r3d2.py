@@ -27,7 +27,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +36,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
+from ..data.video import read_image
 from ..method import lora
 from ..method.one_step import STEPS, T_MIRAGE, denoise_epsilon
 from ..method.schedules import STABLE_DIFFUSION, Epsilon, config_from_schedule, schedule_from_config
@@ -44,6 +45,7 @@ from ..networks import checked, weights
 from ..networks.unet_2d import UNet2D
 from ..networks.vae_2d import AutoencoderKL
 from ..networks.vae_tiny import AutoencoderTiny
+from .stream import stream_images
 
 INDEX, SCHEDULER, PROMPT = "model_index.json", "scheduler_config.json", "prompt.safetensors"
 CLASS_NAME = "R3D2"
@@ -64,6 +66,16 @@ class Index:
     t: Annotated[int, checked.Within(0, STEPS - 1)] | None = None
 
 
+@dataclass
+class Options:
+    """What can be chosen when a trained system is loaded."""
+
+    batch: Annotated[int, checked.COUNT] = 1                 # frames at once
+    reference: str = ""                                      # a picture that is shown with every frame (Difix)
+    prompt: str = ""                                         # file with the text embedding; "": the folder's own
+    t: Annotated[int, checked.Within(-1, STEPS - 1)] = -1    # the timestep; -1: as model_index.json says
+
+
 def describes(index: dict) -> bool:
     """Whether the content of a model_index.json is that of such a system, for infer.py: it names a UNet and a VAE."""
     return {"unet", "vae"} <= index.keys()
@@ -72,8 +84,13 @@ def describes(index: dict) -> bool:
 class R3D2(nn.Module):
     """A UNet that predicts ε, an image VAE, the skips between its encoder and its decoder, and a fixed prompt."""
 
+    Options = Options
+
     def __init__(self, unet: UNet2D, vae: nn.Module, skips: Skips, text: Tensor, alpha_bar: Tensor, t: int = T_MIRAGE):
-        """text [1, L, D]; alpha_bar [1000], without zero terminal SNR. ValueError unless UNet, VAE and text fit."""
+        """text [1, L, D]; alpha_bar [1000], without zero terminal SNR. ValueError unless UNet, VAE and text fit.
+
+        A stream that is told nothing else takes `batch` frames at once, and shows `reference` [3, H, W] with each.
+        """
         super().__init__()
         latents, config = vae.config.latent_channels, unet.config
         if (config.in_channels, config.out_channels) != (latents, latents):
@@ -84,6 +101,8 @@ class R3D2(nn.Module):
                              f"got {list(text.shape)} (encode_prompt.py)")
         self.unet, self.vae, self.skips = unet, vae, skips
         self.alpha_bar, self.t = alpha_bar, t
+        self.batch: int = 1
+        self.reference: Tensor | None = None
         self.register_buffer("text", text)
 
     # ---- the method --------------------------------------------------------------------------------------------------
@@ -130,24 +149,21 @@ class R3D2(nn.Module):
         return self.vae.encode(pad(reference[None].to(frames)))
 
     @torch.no_grad()
-    def stream(self, frames: Iterable[Tensor], batch: int = 1, reference: Tensor | None = None) -> Iterator[Tensor]:
+    def stream(self, frames: Iterable[Tensor], batch: int | None = None, reference: Tensor | None = None
+               ) -> Iterator[Tensor]:
         """Frames [3, H, W] in [-1, 1] -> as many, clamped, `batch` at a time, in memory independent of their number.
 
-        ValueError for a frame of another size than the first, and for a reference of another.
+        ValueError for a reference that is not as large as the frames, and for what stream.py refuses.
         """
-        if batch < 1:
-            raise ValueError(f"batch must be at least 1, got {batch}")
-        like, frames, first, z_ref, count = next(self.vae.parameters()), iter(frames), None, None, 0
-        while group := list(islice(frames, batch)):
-            first = group[0] if first is None else first
-            for t, frame in enumerate(group, start=count):
-                if frame.shape != first.shape:
-                    raise ValueError(f"frame {t}: wanted {list(first.shape)} as the first, got {list(frame.shape)}")
-            x = torch.stack(group).to(like.device, like.dtype)                             # [batch, 3, H, W]
-            if reference is not None and z_ref is None:
-                z_ref = self.encode_reference(reference, x)
-            yield from self.enhance(x, z_ref).clamp(-1, 1).float().cpu()
-            count += len(group)
+        batch = self.batch if batch is None else batch
+        reference = self.reference if reference is None else reference
+        like, frames = next(self.vae.parameters()), iter(frames)
+        z_ref = None
+        if reference is not None:
+            first = list(islice(frames, 1))
+            z_ref = self.encode_reference(reference, torch.stack(first).to(like)) if first else None
+            frames = chain(first, frames)
+        yield from stream_images(frames, partial(self.enhance, z_ref=z_ref), batch, like)
 
     # ---- files -------------------------------------------------------------------------------------------------------
 
@@ -170,17 +186,19 @@ class R3D2(nn.Module):
         return cls(unet, network.to(**place), skips.to(**place), text.to(**place), alpha_bar, t).eval()
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, prompt: str | Path | None = None, t: int | None = None, device=None,
-                        dtype=None) -> "R3D2":
+    def from_pretrained(cls, path: str | Path, prompt: str | Path | None = None, t: int = -1, device=None, dtype=None,
+                        batch: int = 1, reference: str | Path | None = None) -> "R3D2":
         """A trained system from its folder or hub id.
 
-        prompt  file with the text embedding (encode_prompt.py); None: the folder's own prompt.safetensors
-        t       the timestep; None: as model_index.json says
+        prompt     file with the text embedding (encode_prompt.py); None or "": the folder's own prompt.safetensors
+        t          the timestep; -1: as model_index.json says
+        reference  a picture file, shown with every frame; None or "": none
+        batch      frames that a stream takes at once
         ValueError of one line that names the file, what was wanted and what was found.
         """
         folder = weights.locate(UNet2D, path, None, INDEX)
         index = read_index(folder / INDEX)
-        t = index.t if t is None else t
+        t = index.t if t < 0 else t
         if t is None:
             raise ValueError(f"{folder / INDEX}: says no timestep t, and that of a {index._class_name} is not known: "
                              "give it (Difix was trained at 199, img2img-turbo at 999)")
@@ -190,7 +208,11 @@ class R3D2(nn.Module):
         text = weights.load_tensors(file)[0].get("text")
         if text is None:
             raise ValueError(f"{file}: wanted a tensor `text` (encode_prompt.py)")
-        return cls.from_base(path, None, text, t, None, device, dtype).requires_grad_(False)
+        if not text.isfinite().all():
+            raise ValueError(f"{file}: text is not finite (NaN or inf)")
+        system = cls.from_base(path, None, text, t, None, device, dtype).requires_grad_(False)
+        system.batch, system.reference = batch, read_image(reference) if reference else None
+        return system
 
     def save_pretrained(self, path: str | Path, about: dict | None = None) -> None:
         """Write the folder that from_pretrained reads; a LoRA has to be merged before. about: more for its index."""

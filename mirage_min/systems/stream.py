@@ -27,12 +27,12 @@ LEAST = 16   # pixels along the shorter side of a frame: a transformer's patch i
 
 # ---- what every stream refuses ---------------------------------------------------------------------------------------
 
-def alike(frames: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Frames as they are; ValueError naming the first that is not [3, H, W] of 16 x 16 or more, or unlike the first."""
+def alike(frames: Iterable[Tensor], least: int = LEAST) -> Iterator[Tensor]:
+    """Frames as they are; ValueError naming the first that is not [3, H, W], is too small, or is unlike frame 0."""
     first = None
     for number, frame in enumerate(frames):
-        if frame.ndim != 3 or frame.shape[0] != 3 or min(frame.shape[1:]) < LEAST:
-            raise ValueError(f"frame {number}: wanted [3, H, W], H and W at least {LEAST}, got {list(frame.shape)}")
+        if frame.ndim != 3 or frame.shape[0] != 3 or min(frame.shape[1:]) < least:
+            raise ValueError(f"frame {number}: wanted [3, H, W], H and W at least {least}, got {list(frame.shape)}")
         if first is None:
             first = frame.shape
         if frame.shape != first:
@@ -58,14 +58,14 @@ def finished(x: Tensor, number: int) -> Iterator[Tensor]:
 @torch.no_grad()
 def stream_images(frames: Iterable[Tensor], harmonise: Callable[[Tensor], Tensor], batch: int, like: Tensor
                   ) -> Iterator[Tensor]:
-    """A stream of frames that know nothing of each other.
+    """A stream of frames of any size that know nothing of each other.
 
     harmonise  x [N, 3, H, W] in [-1, 1], N <= batch -> like x
     like       a tensor of the dtype that harmonise takes, on its device: one of the system's parameters
     """
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
-    frames, number = alike(frames), 0
+    frames, number = alike(frames, least=1), 0
     while images := list(islice(frames, batch)):
         x = torch.stack(images).to(like.device, like.dtype)
         yield from finished(harmonise(x), number)
