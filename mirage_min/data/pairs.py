@@ -71,21 +71,36 @@ class Pairs:
               varied: float = 0.0) -> tuple[Tensor, Tensor, list[str]]:
         """A sample for each generator: x_ni, x_gt [n, 3, frames, h, w] in [-1, 1], names; a share of `real` ones, and a
         share `varied` in other tones, both sides of a pair alike (photometric.py)."""
-        x_ni, x_gt, names = zip(*(self._sample(generator, real, varied) for generator in draws))
-        return torch.stack(x_ni), torch.stack(x_gt), list(names)
+        samples, names = zip(*(self._sample(generator, real, varied, moving=False) for generator in draws))
+        x_ni, x_gt = map(torch.stack, zip(*samples))
+        return x_ni, x_gt, list(names)
 
-    def _sample(self, draws: torch.Generator, real: float, varied: float) -> tuple[Tensor, Tensor, str]:
-        x, y, name = self._draw(draws, real)
+    def moving_batch(self, draws: list[torch.Generator], real: float = 0.0, varied: float = 0.0
+                     ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
+        """The same samples, and how the truth moves in them: x_ni, x_gt, flow [n, 2, frames - 1, h, w] in pixels (dx,
+        dy) from each frame to the next, visible [n, 1, frames - 1, h, w], 1 where it is still seen there, names.
+
+        Where a clip does not hold them, flow is nan and visible 0.
+        """
+        samples, names = zip(*(self._sample(generator, real, varied, moving=True) for generator in draws))
+        x_ni, x_gt, flow, visible = map(torch.stack, zip(*samples))
+        return x_ni, x_gt, flow, visible, list(names)
+
+    def _sample(self, draws: torch.Generator, real: float, varied: float, moving: bool) -> tuple[list[Tensor], str]:
+        """x_ni, x_gt and, moving, flow and visible; the clip's name."""
+        (x, y, *motion), name = self._draw(draws, real, moving)
         if int(torch.randint(2, (), generator=draws)):
-            x, y = x.flip(-1), y.flip(-1)
+            x, y, *motion = (v.flip(-1) for v in (x, y, *motion))
+            if moving:
+                motion[0] = motion[0] * torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1)  # what went right goes left
         if varied and torch.rand((), generator=draws) < varied:
             same = draws.get_state()
             x = vary(x, draws)
             draws.set_state(same)
             y = vary(y, draws)
-        return x, y, name
+        return [x, y, *motion], name
 
-    def _draw(self, draws: torch.Generator, real: float) -> tuple[Tensor, Tensor, str]:
+    def _draw(self, draws: torch.Generator, real: float, moving: bool) -> tuple[list[Tensor], str]:
         """A crop of a pair, or of the real clips."""
         def integer(high: int) -> int:
             return int(torch.randint(high, (), generator=draws))
@@ -93,13 +108,13 @@ class Pairs:
         if self.real_paths and torch.rand((), generator=draws) < real:
             if self.real_clips is not None:
                 x, name = self.real_clips.crop(self.size or (96, 144), draws)
-                return x, x, name
-            x = self._real_crop(draws)
-            return x, x, "the real video"
+            else:
+                x, name = self._real_crop(draws), "the real video"
+            return [x, x, *(unknown_motion(x) if moving else [])], name
         for _ in range(100):
             i = integer(len(self))
             try:
-                return *self.read(i, integer), self.names[i]
+                return self._read(i, integer, moving), self.names[i]
             except ValueError as error:
                 warnings.warn(f"left out, another is drawn: {error}")
         raise ValueError(f"{self.folder}: a hundred pairs in a row cannot be read")
@@ -109,20 +124,29 @@ class Pairs:
 
         ValueError if the clip is broken.
         """
+        x_ni, x_gt = self._read(i, integer, moving=False)
+        return x_ni, x_gt
+
+    def _read(self, i: int, integer, moving: bool) -> list[Tensor]:
+        """`read`, and then, moving, flow and visible of the same piece."""
         clip = self.folder / self.names[i]
         try:
             if clip.suffix == ".safetensors":
                 with safe_open(clip, framework="pt") as file:  # reads only what the crop needs
                     x, y = file.get_slice("x_ni"), file.get_slice("x_gt")
                     t, h, w = self._cut(x.get_shape(), integer)
-                    return from_bytes(x[:, t, h, w]), from_bytes(y[:, t, h, w])
+                    found = [from_bytes(x[:, t, h, w]), from_bytes(y[:, t, h, w])]
+                    if moving and "flow" in file.keys():
+                        between = slice(t.start, t.stop - 1)
+                        return found + [file.get_slice(key)[:, between, h, w].float() for key in ("flow", "visible")]
+                    return found + (unknown_motion(found[0]) if moving else [])
             x, y = (read_clip(self.folder / side / clip.name) for side in ("ni", "gt"))
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{clip}: cannot be read: {error}") from None
         if x.shape != y.shape or x.shape[1] < self.frames:
             raise ValueError(f"{clip.name}: ni decodes to {list(x.shape)}, gt to {list(y.shape)}")
         t, h, w = self._cut(x.shape, integer)
-        return x[:, t, h, w], y[:, t, h, w]
+        return [x[:, t, h, w], y[:, t, h, w], *(unknown_motion(x[:, t, h, w]) if moving else [])]
 
     def crops(self, i: int) -> list[tuple[slice, slice] | None] | None:
         """metrics.actor_crops of the clip's first frames; None if its boxes are not known, or show no actor there.
@@ -172,6 +196,11 @@ class Pairs:
                     boxes, T = file.get_slice("boxes"), both[0].get_shape()[1]
                     if boxes.get_dtype()[0] not in "FBIU" or boxes.get_shape() != [T, 4]:
                         raise ValueError(f"wanted boxes [{T}, 4], got {boxes.get_dtype()} {boxes.get_shape()}")
+                T, H, W = both[1].get_shape()[1:]
+                for key, C in (("flow", 2), ("visible", 1)) if "flow" in file.keys() else ():
+                    given = file.get_slice(key).get_shape() if key in file.keys() else "none"
+                    if given != [C, T - 1, H, W]:
+                        raise ValueError(f"wanted {key} {[C, T - 1, H, W]}, got {given}")
                 return [x.get_shape()[1:] for x in both]
         shapes = []
         for side in ("ni", "gt"):
@@ -199,6 +228,12 @@ class Pairs:
         t, y, x = (int(torch.randint(n, (), generator=draws)) for n in (T - self.frames + 1, H - ch + 1, W - cw + 1))
         crop = from_bytes(self.real[:, t : t + self.frames, y : y + ch, x : x + cw]).transpose(0, 1)
         return nnf.interpolate(crop, size=(h, w), mode="bilinear", antialias=True).transpose(0, 1)
+
+
+def unknown_motion(x: Tensor) -> list[Tensor]:
+    """Flow and visible of a clip [3, T, H, W] of which they are not known: nan, and 0."""
+    C, T, H, W = x.shape
+    return [torch.full((2, T - 1, H, W), torch.nan), torch.zeros(1, T - 1, H, W)]
 
 
 if __name__ == "__main__":

@@ -75,6 +75,11 @@ def to_bytes(x: Tensor) -> Tensor:
     return ((x + 1) * 127.5).round().clamp(0, 255).byte()
 
 
+def in_eight_bits(x: Tensor) -> Tensor:
+    """[-1, 1] as a file of 8 bits gives it back, like x; NaN stays NaN."""
+    return (((x.float() + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1).to(x)
+
+
 def to_float(pixels: np.ndarray) -> Tensor:
     """uint8 [H, W, 3] -> [3, H, W] in [-1, 1]."""
     return from_bytes(torch.from_numpy(pixels).permute(2, 0, 1).contiguous())

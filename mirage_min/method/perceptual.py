@@ -134,14 +134,14 @@ def lpips_and_gram(lpips: Lpips, texture: Features, x: Tensor, y: Tensor) -> tup
 
 # ---- patches ---------------------------------------------------------------------------------------------------------
 
-def patch_loss(vgg: Features, x: Tensor, y: Tensor, draws: torch.Generator) -> Tensor:
+def patch_loss(vgg: Features, x: Tensor, y: Tensor, draws: torch.Generator | None) -> Tensor:
     """Squared difference of VGG's features on one random square of frames x, y [N, 3, H, W] -> [N].
 
     DiffusionHarmonizer Eq. 4. Every call draws another square (`random_square`), the same one for all N frames; the
     mean over squares comes with the training steps. The paper does not give its λ_l: here each layer counts alike on
     photos (PATCH_WEIGHTS). Fewer than five taps use the first weights.
 
-    draws  a generator on the CPU
+    draws  a generator on the CPU; None: the largest square, in the middle (what a step costs at most)
     ValueError if x and y differ in shape or are too small for VGG.
     """
     if x.shape != y.shape:
@@ -157,14 +157,18 @@ def patch_loss(vgg: Features, x: Tensor, y: Tensor, draws: torch.Generator) -> T
     return total / len(taps_x)
 
 
-def random_square(H: int, W: int, least: int, draws: torch.Generator) -> tuple[slice, slice]:
+def random_square(H: int, W: int, least: int, draws: torch.Generator | None) -> tuple[slice, slice]:
     """Rows and columns of a square in a frame of H × W pixels: side and place uniform, over all that fit.
 
     The side is 128 to 512 pixels, as in the paper, whose frames are 576 high. Where the frame's shorter side is smaller
     than that, both bounds shrink with it; the square is never smaller than `least`, and never larger than the frame.
+    Without draws it is the largest, in the middle.
     """
     s = min(1.0, min(H, W) / PATCH_HEIGHT)
     low, high = (min(max(round(side * s), least), H, W) for side in PATCH_SIDES)
+    if draws is None:
+        top, left = (H - high) // 2, (W - high) // 2
+        return slice(top, top + high), slice(left, left + high)
     side = int(torch.randint(low, high + 1, (), generator=draws))
     top = int(torch.randint(H - side + 1, (), generator=draws))
     left = int(torch.randint(W - side + 1, (), generator=draws))

@@ -1,5 +1,5 @@
-"""The small networks that stand in for published weights: the classes of CogVideoX, Wan and Stable Diffusion with small
-numbers, untrained. train_base.py trains them, and train_r3d2.py the UNet.
+"""The small networks that stand in for published weights: the classes of CogVideoX, Wan, Cosmos and Stable Diffusion
+with small numbers, untrained. train_base.py trains them; train_r3d2.py the UNet, train_online.py Cosmos' transformer.
 
     python -m mirage_min.networks.small_base         # how many numbers each has
 """
@@ -9,6 +9,7 @@ import copy
 import torch
 
 from .dit_cogvideox import CogVideoXDiT, CogVideoXDiTConfig
+from .dit_cosmos import CosmosDiT, CosmosDiTConfig
 from .dit_wan import WanDiT, WanDiTConfig
 from .unet_2d import UNet2D, UNet2DConfig
 from .vae_2d import AutoencoderKL, AutoencoderKLConfig
@@ -27,6 +28,8 @@ DIT_WAN = WanDiTConfig(num_attention_heads=3, attention_head_dim=64, text_dim=16
 
 UNET = UNet2DConfig(block_out_channels=(32, 64, 96, 96), attention_head_dim=(1, 2, 3, 3), layers_per_block=1,
                     norm_num_groups=8, cross_attention_dim=16, use_linear_projection=True)
+DIT_COSMOS = CosmosDiTConfig(num_attention_heads=3, num_layers=6, text_embed_dim=16, adaln_lora_dim=32,
+                             rope_scale=(1.0, 1.0, 1.0), cross_attention=False)
 
 
 def new_vae_2d(width: float = 1.0) -> AutoencoderKL:
@@ -57,8 +60,15 @@ def quiet(vae: AutoencoderKL | CogVideoXVAE | WanVAE) -> AutoencoderKL | CogVide
 
 
 @torch.no_grad()
-def new_transformer(family: str = "cogvideox") -> CogVideoXDiT | WanDiT:
+def new_transformer(family: str = "cogvideox") -> CogVideoXDiT | WanDiT | CosmosDiT:
     """A transformer that predicts zeros: every block's gates and the output are zero (adaLN-zero, DiT)."""
+    if family == "cosmos":
+        model = CosmosDiT(DIT_COSMOS)
+        layers = [norm.linear_2 for block in model.transformer_blocks for norm in (block.norm1, block.norm3)]
+        for layer in (*layers, model.time_embed.t_embedder["linear_2"]):
+            layer.weight.chunk(3)[2].zero_()  # of shift, scale, gate
+        model.proj_out.weight.zero_()
+        return model
     if family == "wan":
         model = WanDiT(DIT_WAN)
         time_proj = model.condition_embedder.time_proj
@@ -94,6 +104,7 @@ def new_unet() -> UNet2D:
 if __name__ == "__main__":
     networks = {"2D VAE": new_vae_2d(), "3D VAE": new_vae(), "3D VAE, Wan's classes": new_vae("wan"),
                 "transformer": new_transformer(), "transformer, Wan's classes": new_transformer("wan"),
+                "transformer, Cosmos' class": new_transformer("cosmos"),
                 "UNet": new_unet()}
     for name, network in networks.items():
         print(f"{name:28} {sum(p.numel() for p in network.parameters()):9,} numbers")

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from ..data.video import from_bytes, to_bytes
+from ..data.video import in_eight_bits
 from ..networks import checked, frugal, weights
 from ..networks.dit_cosmos import CosmosDiT
 from ..networks.vae_wan import WanVAE
@@ -116,13 +116,17 @@ class Harmonizer(nn.Module):
         Left out are attention to the null text, which adds nothing; in the last block, what the past asks; the decoding
         of the past. `constants`, as the method of that name makes them, are made here if they are not given.
         """
+        z_hat = self.denoise(frame, past, constants)
+        return self.vae.decode(z_hat)[:, :, 0, : frame.shape[-2], : frame.shape[-1]]
+
+    def denoise(self, frame: Tensor, past: list[Tensor], constants: tuple | None = None) -> Tensor:
+        """The first half of `enhance`: ẑ_t [B, C, 1, h, w] of the padded frame."""
         with torch.no_grad():  # the VAE is frozen
             z = self.latents(self.pad(frame), past)
         t = self.timestep
         prediction = self.dit.predict((1 - t) * z, constants or self.constants(frame), keep=1)
         # ẑ_t = (1 − τ) z_t − τ F((1 − τ) z, τ)_t
-        z_hat = (1 - t) * z[:, :, :1] - t * prediction
-        return self.vae.decode(z_hat)[:, :, 0, : frame.shape[-2], : frame.shape[-1]]
+        return (1 - t) * z[:, :, :1] - t * prediction
 
     def latents(self, frame: Tensor, past: list[Tensor]) -> Tensor:
         """A padded frame [B, 3, H, W] and `past` -> z [B, C, F, h, w], the current frame's latent first."""
@@ -141,7 +145,7 @@ class Harmonizer(nn.Module):
         release reads its own files.
         """
         y = self.pad(y.clamp(-1, 1))
-        kept = self.vae.encode(y.unsqueeze(2)) if self.settings.wiring == "paper" else from_bytes(to_bytes(y)).to(y)
+        kept = self.vae.encode(y.unsqueeze(2)) if self.settings.wiring == "paper" else in_eight_bits(y)
         return [kept, *past][: self.settings.past]
 
     def constants(self, like: Tensor) -> tuple:
@@ -238,6 +242,6 @@ if __name__ == "__main__":
         for t, frame in enumerate(x.unbind(dim=2)):
             whole = harmonizer.enhance_whole(frame, outputs[::-1])
             kept = whole.clamp(-1, 1)
-            outputs.append(from_bytes(to_bytes(kept)) if wiring == "release" else kept)
+            outputs.append(in_eight_bits(kept) if wiring == "release" else kept)
             z = harmonizer.latents(harmonizer.pad(frame), [])
             print(f"{wiring} {t}: {list(z.shape)}, whole and pruned differ by {(y[:, :, t] - whole).abs().max():.1e}")
