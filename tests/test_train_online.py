@@ -354,7 +354,7 @@ def test_without_a_base_a_small_transformer_is_trained_from_nothing(work, tmp_pa
 
 
 def test_the_plan_of_a_step_is_that_of_a_temporal_batch(work):
-    args, r = argparse.Namespace(base=str(work / "base"), vae=str(work / "vae"), perceptual=work), recipe(wiring="release")
+    args, r = argparse.Namespace(base=work / "base", vae=work / "vae", perceptual=work), recipe(wiring="release")
     models, _ = train_online.build(args, r)
     said = plan(models, train_online.forward_and_backward, r, "cpu")
     assert said.startswith("a step needs about 0.0"), said
