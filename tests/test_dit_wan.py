@@ -101,6 +101,30 @@ def test_one_timestep_as_a_number_serves_the_whole_batch(saved):
         assert not torch.equal(dit(z, 200, text), dit(z, 201, text))
 
 
+@pytest.mark.parametrize("h, w", [(4, 6), (3, 5)])
+def test_a_timestep_for_each_latent_is_the_published_one_for_each_patch(saved, h, w):
+    """The first latent clean, as where a video starts from an image; the others at different noise levels."""
+    reference, dit = pair(saved, torch.float64)
+    z, _, text = inputs(2, 3, h, w, torch.float64)
+    t = torch.tensor([[0, 200, 731], [0, 900, 50]])
+    patches = -(-h // 2) * -(-w // 2)
+    with torch.no_grad():
+        close(dit(z, t, text), published(reference, z, t.repeat_interleave(patches, dim=1), text), 1e-5)
+        once, each = dit(z, t[:, 1], text), dit(z, t[:, 1:2].expand(2, 3), text)
+        close(each, once, 1e-12)
+        assert (dit(z, t, text) - once).abs().max() > 0.01 * once.std()
+
+
+def test_no_tensor_with_six_modulations_for_each_patch_is_made(saved):
+    """24 patches a latent: of a modulation spread over them, six times the tokens would be alive at once."""
+    dit = WanDiT.from_pretrained(saved, dtype=torch.float32)
+    z, _, text = inputs(1, 3, 8, 12, torch.float32)
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        dit(z, torch.tensor([[0, 200, 731]]), text)
+    assert max(sizes) < 6 * 3 * 24 * 40, f"a tensor of {max(sizes)} numbers is kept"
+
+
 def test_gradients_match_the_published_ones(saved):
     reference, dit = pair(saved, torch.float64)
     z, t, text = inputs(2, 3, 4, 6, torch.float64)
@@ -275,11 +299,15 @@ def test_official_14b_has_the_published_keys_and_shapes():
                                                              "patch_size": [1, 2, 2]}, "14B") == WanDiTConfig()
 
 
-@pytest.mark.parametrize("file, field", [("wan2.2-ti2v-5b.transformer.diffusers.json", "in_channels"),
-                                         ("wan2.2-ti2v-5b.original.json", "model_type")])
-def test_wan_2_2_is_refused_by_the_field_that_differs(file, field):
-    with pytest.raises(ValueError, match=field):
-        weights.read_config(WanDiT, published_config(file), file)
+def test_both_official_ti2v_5b_configs_describe_the_same_network_with_the_published_keys_and_shapes():
+    given = [published_config(f"wan2.2-ti2v-5b.{layout}.json") for layout in ("original", "transformer.diffusers")]
+    original, ours = (weights.read_config(WanDiT, config, "5B") for config in given)
+    assert original == ours
+    assert (ours.num_layers, ours.num_attention_heads, ours.in_channels) == (30, 24, 48)
+    with torch.device("meta"):
+        theirs, model = WanTransformer3DModel.from_config(given[1]), WanDiT(ours)
+    assert shapes(model) == shapes(theirs) and len(shapes(model)) == 825
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(4999.8e6, rel=1e-4)
 
 
 @pytest.mark.parametrize("change", [{"image_dim": 1280}, {"added_kv_proj_dim": 5120}, {"pos_embed_seq_len": 514},
@@ -310,3 +338,6 @@ def test_wrong_shapes_are_named(saved):
         dit(z[:, :3], t, text)
     with pytest.raises(ValueError, match=r"text must be \[B=2, L, text_dim=12\], got \[1, 7, 12\]"):
         dit(z, t, text[:1])
+    for wrong in ([200, 300, 400], [[200, 300]], [[[200]]]):
+        with pytest.raises(ValueError, match=r"t must be a number, \[B=2\] or \[B=2, F=1\], got"):
+            dit(z, torch.tensor(wrong), text)

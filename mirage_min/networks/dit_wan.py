@@ -1,18 +1,20 @@
-"""The Wan 2.1 text-to-video transformer: one latent video and a text in, one prediction out (ChopGrad B.4, C.2).
+"""The Wan transformer: one latent video and a text in, one prediction out (ChopGrad B.4, C.2).
 
 Video patches attend to each other, then to the text, then pass a two-layer network. Queries and keys are rotated by the
 frame, row and column of their patch. The timestep becomes six vectors, two triples of shift, scale and gate; each block
 adds a learned table of its own to them. Norms, shifts and gates are computed in float32.
 
-The 1.3B and the 14B are this one network at two sizes. Their checkpoints come in two layouts, the original and that of
-diffusers; names here are the latter's, and `translate_key` and `translate_config` read the former. Left out:
-image-to-video, and Wan 2.2's small model.
+Wan 2.1's text-to-video 1.3B and 14B and Wan 2.2's TI2V-5B are this one network at three sizes. The last makes videos
+from an image too: its clean latent stands in place of the first noised one, at a timestep of 0 (flow.py). Checkpoints
+come in two layouts, the original and that of diffusers; names here are the latter's, and `translate_key` and
+`translate_config` read the former. Left out: Wan 2.1's image-to-video networks. A side branch is in wan_branch.py.
 
     python -m mirage_min.networks.dit_wan            # shapes, and what an odd size and a later t do
 """
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -39,9 +41,19 @@ class WanDiTConfig:
     eps: float = 1e-6
 
     def __post_init__(self):
-        if self.in_channels != self.out_channels or self.in_channels == 48:
-            raise ValueError("in_channels must equal out_channels (else it is an image-to-video model), and 48 is Wan "
-                             f"2.2's small model; both are left out here; got {self.in_channels}, {self.out_channels}")
+        if self.in_channels != self.out_channels:
+            raise ValueError("in_channels must equal out_channels (else it is a Wan 2.1 image-to-video model, which is "
+                             f"left out here); got {self.in_channels}, {self.out_channels}")
+
+
+class Embedded(NamedTuple):
+    """What the blocks work with; f is 1, or the number of latents where each has a timestep of its own."""
+
+    x: Tensor           # [B, L, D] patches, L = F·⌈h/2⌉·⌈w/2⌉
+    text: Tensor        # [B, tokens, D]
+    time: Tensor        # [B, f, D]
+    modulation: Tensor  # [B, f, 6, D]
+    rotation: Tensor    # [L, d/2], complex
 
 
 class WanDiT(nn.Module):
@@ -70,32 +82,39 @@ class WanDiT(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, D) / D**0.5)
         self.proj_out = nn.Linear(D, 4 * C)
 
-    def forward(self, z_t: Tensor, t: int | Tensor, text: Tensor) -> Tensor:
-        """z_t [B, C, F, h, w], t in 0 .. 1000 as a number or [B], text [B, L, text_dim] -> prediction like z_t.
+    def forward(self, z_t: Tensor, t: int | Tensor, text: Tensor, hints: dict[int, Tensor] | None = None) -> Tensor:
+        """z_t [B, C, F, h, w], t in 0 .. 1000, text [B, L, text_dim] -> prediction like z_t.
 
         Any F, h, w: where h or w is odd, the last row or column is repeated and the prediction there dropped. The
         published pipeline has L = 512 and zeros behind the prompt.
+
+        t      a number, [B], or [B, F] where each latent has its own
+        hints  of a side branch: {layer: what is added after it, [B, patches, D]}
         """
-        self._check(z_t, text)
-        B, C, n, h, w = z_t.shape
-        # DEVIATION: the published transformer drops an odd last row or column; this one keeps its size.
-        z_t = nnf.pad(z_t, (0, w % 2, 0, h % 2, 0, 0), mode="replicate")
-        x = self.patch_embedding(z_t)                                  # [B, D, n, ⌈h/2⌉, ⌈w/2⌉]
-        grid = x.shape[2:]
-        x = rearrange(x, "b d f h w -> b (f h w) d")
-        rotation = rotary_table(tuple(grid), self.config.attention_head_dim, x.device)
-        time, modulation, text = self.condition_embedder(torch.as_tensor(t, device=x.device).expand(B), text)
+        h, w = z_t.shape[3:]
+        x, text, time, modulation, rotation = self.embed(z_t, t, text)
+        for i, block in enumerate(self.blocks):
+            x = run_block(block, self.activation_checkpointing, x, text, modulation, rotation)
+            if hints and i in hints:
+                x = x + hints[i]
 
-        for block in self.blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, text, modulation, rotation, use_reentrant=False)
-            else:
-                x = block(x, text, modulation, rotation)
-
-        shift, scale = (wide(self.scale_shift_table) + wide(time).unsqueeze(1)).chunk(2, dim=1)
+        shift, scale = (wide(self.scale_shift_table) + wide(time).unsqueeze(2)).unbind(dim=2)
         x = self.proj_out(modulate(self.norm_out(x), shift, scale).to(x.dtype))
-        x = rearrange(x, "b (f h w) (ph pw c) -> b c f (h ph) (w pw)", f=n, h=grid[1], ph=2, pw=2)
+        x = rearrange(x, "b (f h w) (ph pw c) -> b c f (h ph) (w pw)", h=-(-h // 2), w=-(-w // 2), ph=2, pw=2)
         return x[..., :h, :w]
+
+    def embed(self, z_t: Tensor, t: int | Tensor, text: Tensor) -> Embedded:
+        """What enters the first block; arguments as of `forward`."""
+        self._check(z_t, text)
+        t = torch.as_tensor(t, device=z_t.device)
+        B, _, n = z_t.shape[:3]
+        if t.shape not in ((), (1,), (B,), (B, n)):
+            raise ValueError(f"t must be a number, [B={B}] or [B={B}, F={n}], got {list(t.shape)}")
+        t = t if t.ndim == 2 else t.expand(B).unsqueeze(1)             # [B, f], f = F or 1
+        x = self.patch_embedding(even_size(z_t))                       # [B, D, F, ⌈h/2⌉, ⌈w/2⌉]
+        rotation = rotary_table(tuple(x.shape[2:]), self.config.attention_head_dim, x.device)
+        time, modulation, text = self.condition_embedder(t, text)
+        return Embedded(rearrange(x, "b d f h w -> b (f h w) d"), text, time, modulation, rotation)
 
     def _check(self, z_t: Tensor, text: Tensor) -> None:
         c = self.config
@@ -118,8 +137,8 @@ class WanDiT(nn.Module):
         """config.json of the original layout -> that of diffusers; any other stays."""
         if config.get("_class_name") != "WanModel":
             return config
-        if config.get("model_type") != "t2v":
-            raise ValueError(f"WanDiT understands model_type only as 't2v', got {config.get('model_type')!r}")
+        if config.get("model_type") not in ("t2v", "ti2v"):
+            raise ValueError(f"WanDiT understands model_type as 't2v' or 'ti2v', got {config.get('model_type')!r}")
         if missing := {"dim", *FIELDS} - config.keys():
             raise ValueError(f"the config of a WanModel must have the fields {sorted(missing)}")
         rest = {name: config[name] for name in config.keys() - FIELDS.keys() - {"model_type", "dim", "text_len"}}
@@ -138,12 +157,12 @@ class ConditionEmbedder(nn.Module):
         self.text_embedder = TwoLayers(config.text_dim, D)
 
     def forward(self, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """t [B], text [B, L, text_dim] -> time [B, D], modulation [B, 6, D], text [B, L, D]"""
+        """t [B, f], text [B, L, text_dim] -> time [B, f, D], modulation [B, f, 6, D], text [B, L, D]"""
         # In float32 whatever the rest: bfloat16 cannot tell 199 from 200.
-        a = angles(t.float(), self.freq_dim)                           # [B, freq_dim/2]
+        a = angles(t.float(), self.freq_dim)                           # [B, f, freq_dim/2]
         waves = torch.cat([a.cos(), a.sin()], dim=-1).to(self.time_embedder.linear_1.weight.dtype)
         time = self.time_embedder(waves, nnf.silu).to(text.dtype)
-        modulation = self.time_proj(nnf.silu(time)).unflatten(1, (6, -1))
+        modulation = self.time_proj(nnf.silu(time)).unflatten(2, (6, -1))
         return time, modulation, self.text_embedder(text, gelu)
 
 
@@ -161,14 +180,14 @@ class Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, D) / D**0.5)
 
     def forward(self, x: Tensor, text: Tensor, modulation: Tensor, rotation: Tensor) -> Tensor:
-        m = (wide(self.scale_shift_table) + wide(modulation)).chunk(6, dim=1)  # 6 x [B, 1, D]
+        m = (wide(self.scale_shift_table) + wide(modulation)).unbind(dim=2)  # 6 x [B, f, D]
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = m
         dtype = x.dtype
         y = modulate(self.norm1(x), shift, scale).to(dtype)
-        x = (x + self.attn1(y, y, rotation) * gate).to(dtype)
+        x = (x + gated(self.attn1(y, y, rotation), gate)).to(dtype)
         x = x + self.attn2(self.norm2(x).to(dtype), text)
         y = self.ffn(modulate(self.norm3(x), ffn_shift, ffn_scale).to(dtype))
-        return (x + y * ffn_gate).to(dtype)
+        return (x + gated(y, ffn_gate)).to(dtype)
 
 
 class Attention(nn.Module):
@@ -229,9 +248,31 @@ def wide(x: Tensor) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Tokens moved by the timestep."""
+    """Tokens [B, L, D] moved by the timestep: shift and scale are [B, f, D], one for each f-th part of the tokens."""
+    parts = rearrange(x, "b (f l) d -> b f l d", f=shift.shape[1])
     # x · (1 + scale) + shift
-    return torch.addcmul(shift, x, 1 + scale)
+    moved = torch.addcmul(shift.unsqueeze(2), parts, 1 + scale.unsqueeze(2))
+    return rearrange(moved, "b f l d -> b (f l) d")
+
+
+def gated(x: Tensor, gate: Tensor) -> Tensor:
+    """Tokens [B, L, D] times a gate [B, f, D], one for each f-th part of the tokens."""
+    parts = rearrange(x, "b (f l) d -> b f l d", f=gate.shape[1])
+    return rearrange(parts * gate.unsqueeze(2), "b f l d -> b (f l) d")
+
+
+def run_block(block: nn.Module, checkpointing: bool, *inputs: Tensor) -> Tensor:
+    """block(*inputs); with `checkpointing` only the inputs are kept for backward."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
+
+
+def even_size(z: Tensor) -> Tensor:
+    """z [B, C, F, h, w] with an odd last row or column repeated."""
+    h, w = z.shape[3:]
+    # DEVIATION: the published transformer drops an odd last row or column; this one keeps its size.
+    return nnf.pad(z, (0, w % 2, 0, h % 2, 0, 0), mode="replicate")
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -300,4 +341,6 @@ if __name__ == "__main__":
             print(f"z_t {list(z.shape)} -> prediction {list(dit(z, 200, text).shape)}")
         z = torch.randn(1, 16, 3, 8, 12)
         print(f"t 200 against 999, mean change: {float((dit(z, 200, text) - dit(z, 999, text)).abs().mean()):.3f}")
+        each = torch.tensor([[0, 200, 200]])
+        print(f"the first latent at 0: {float((dit(z, 200, text) - dit(z, each, text)).abs().mean()):.3f}")
     print("blocks.7.self_attn.o.weight ->", WanDiT.translate_key("blocks.7.self_attn.o.weight"))
