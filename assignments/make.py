@@ -26,7 +26,7 @@ and the demo clip are not here.
 
 ```
 python3 -m venv venv && . venv/bin/activate
-pip install -r requirements.txt
+pip install -r requirements-test.txt
 pytest -n 0 -x "{first}"
 ```
 
