@@ -145,15 +145,10 @@ def posterior(model: CogVideoXVAE | WanVAE, x: Tensor) -> tuple[Tensor, Tensor]:
     if model.legal_length(x.shape[2]) != x.shape[2]:
         raise ValueError(f"sizes: wanted crops of as many frames as {type(model).__name__} takes whole, got "
                          f"{x.shape[2]}")
-    if isinstance(model, WanVAE):
+    if isinstance(model, WanVAE):  # every grouping computes the same
         mean, logvar, _ = model.posterior_group(x)
         return mean, logvar
-    cache, means, logvars = None, [], []
-    for group in model.encode_groups(x.shape[2]):  # its norms see a whole group, so the grouping matters
-        mean, logvar, cache = model.posterior_group(x[:, :, group], cache)
-        means.append(mean)
-        logvars.append(logvar)
-    return torch.cat(means, dim=2), torch.cat(logvars, dim=2)
+    return model.posterior(x)
 
 
 def prior_loss(model: CogVideoXDiT | WanDiT, batch, draws: Generator, alpha_bars: Tensor | None):

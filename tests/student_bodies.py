@@ -44,10 +44,10 @@ MISTAKES = {
         ("f.to(h.dtype) / s_f]", "f.to(h.dtype) / s_h]"),
     ],
     "measure_scales": [
-        ("h.float().std()", "h.float().var()"),
-        ("f.float().std()", "f.float().abs().mean()"),
+        ("of_h.std()", "of_h.std() ** 2"),
+        ("of_f.std()", "of_f.mean"),
         ("h, f = args", "f, h = args"),
-        ("block.s_h.fill_(h.", "block.s_h.fill_(f."),
+        ("of_h, of_f = measured[block]", "of_h, of_f = measured[block] = RunningStd(), RunningStd()"),  # the last group
     ],
     "alpha_bar": [
         ("torch.cumprod(1 - betas, dim=0)", "1 - betas"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mirage_min.method import injection
+from mirage_min.networks.vae_wan import WanVAE, WanVAEConfig
 from tests import small
 
 
@@ -73,6 +74,28 @@ def test_measured_scales_are_the_standard_deviations_of_what_flows_in(vae):
     assert torch.allclose(torch.tensor(measured), torch.tensor(seen[::-1])), f"{measured} but {seen[::-1]} flowed in"
     assert abs(measured[0][1] - 3) < 0.1 and abs(measured[1][1] - 1) < 0.1
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in vae.fusion), "a hook was left behind"
+
+
+@pytest.mark.parametrize("kind", ["CogVideoX", "Wan"])
+def test_the_scales_of_a_clip_of_several_groups_are_those_of_all_of_it(vae, kind):
+    """17 frames: two groups of CogVideoX, five of Wan, whose features grow from frame to frame."""
+    channels, F = [5, 6], 5
+    if kind == "Wan":
+        vae, channels = WanVAE(WanVAEConfig(base_dim=8, num_res_blocks=1, z_dim=4, latents_mean=(0,) * 4,
+                                            latents_std=(1,) * 4)).double(), [6]
+        injection.attach(vae, channels)
+        vae.fusion.double()
+    rise = torch.arange(17, dtype=torch.float64).view(1, 1, 17, 1, 1)
+    inject = [torch.randn(1, c, 17, 16 // s, 24 // s, dtype=torch.float64) * (1 + rise) + rise
+              for c, s in zip(channels, (1, 2) if kind == "CogVideoX" else (2,))]
+    z, seen = torch.randn(1, 4, F, 2, 3, dtype=torch.float64), {block: [] for block in vae.fusion}
+    hooks = [block.register_forward_pre_hook(lambda block, args: seen[block].append(args[0])) for block in vae.fusion]
+    vae.decode(z, inject)
+    for hook in hooks:
+        hook.remove()
+    for (s_h, s_f), hs, f in zip(injection.measure_scales(vae, z, inject), seen.values(), inject, strict=True):
+        for name, given, wanted in (("h", s_h, torch.cat(hs, dim=2).std()), ("f", s_f, f.std())):
+            assert len(hs) > 1 and abs(given / wanted - 1) < 1e-5, f"s_{name} is {given}, wanted {wanted}"
 
 
 def test_features_enter_the_last_two_stages(vae):

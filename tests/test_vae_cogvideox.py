@@ -54,6 +54,33 @@ def test_encode_and_decode_equal_the_published_network(pair, dtype, B, T, H, W):
         compare("x", ours.decode(z), published.decode(z / 0.7).sample, dtype)
 
 
+@torch.no_grad()
+def test_a_clip_comes_back_at_its_own_size_where_it_fills_whole_cells_and_groups(pair):
+    """And nowhere else, as the docstring of `posterior` says: rows and columns are dropped, frames dropped or added."""
+    vae = pair[1].float()
+    for T in range(1, 18):
+        back = vae.decode(vae.encode(torch.zeros(1, 3, T, 8, 8))).shape[2]
+        assert (back == T) == (T % 8 in (0, 1)), f"{T} frames come back as {back}"
+    assert vae.encode(torch.zeros(1, 3, 1, 23, 17)).shape[3:] == (2, 2)
+
+
+@pytest.mark.parametrize("widths", [(8, 16), (8, 16, 16), (8, 16, 16, 24, 24)])
+def test_another_number_of_changes_of_size_is_refused(widths):
+    """Features enter the last two of four stages, and a latent cell is 8 pixels wide everywhere."""
+    with pytest.raises(ValueError, match=r"block_out_channels must be 4 numbers.*got \[8, 16"):
+        CogVideoXVAEConfig(block_out_channels=widths)
+
+
+def test_features_are_cut_into_the_groups_of_frames_that_the_latents_decode_to(pair):
+    vae = pair[1].float()
+    for F in range(1, 12):
+        frames = vae.encode_groups(4 * F - 3 * (F % 2))
+        z = torch.zeros(1, 4, F, 1, 1)
+        with torch.no_grad():
+            lengths = [vae.decode_group(z[:, :, g])[0].shape[2] for g in vae.decode_groups(F)]
+        assert [g.stop - g.start for g in frames] == lengths
+
+
 @pytest.mark.parametrize("F", [1, 2, 3, 4, 6, 7])
 def test_any_number_of_latents_decodes_as_published(pair, F):
     published, ours = (m.double() for m in pair)

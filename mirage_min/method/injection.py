@@ -58,17 +58,45 @@ def attach(vae: nn.Module, feature_channels: list[int]) -> None:
 
 @torch.no_grad()
 def measure_scales(vae: nn.Module, z: Tensor, inject: list[Tensor]) -> list[tuple[float, float]]:
-    """Set every block's s_h and s_f to the standard deviations, over all elements, of the h and f that reach it in one
-    vae.decode(z, inject); returns them, finest first. No gradients, and nothing stays hooked to the blocks."""
-    def measure(block, args):
+    """Set every block's s_h and s_f to the standard deviations of the h and f that reach it, over all elements and all
+    groups of one vae.decode(z, inject) -> those pairs, finest first. No hook stays on the blocks."""
+    measured = {block: (RunningStd(), RunningStd()) for block in vae.fusion}
+
+    def measure(block: nn.Module, args: tuple[Tensor, Tensor]) -> None:
         h, f = args
-        block.s_h.fill_(h.float().std())
-        block.s_f.fill_(f.float().std())
+        of_h, of_f = measured[block]
+        of_h.add(h)
+        of_f.add(f)
     hooks = [block.register_forward_pre_hook(measure) for block in vae.fusion]
-    vae.decode(z, inject)
-    for hook in hooks:
-        hook.remove()
+    try:
+        vae.decode(z, inject)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for block, (of_h, of_f) in measured.items():
+        block.s_h.fill_(of_h.std())
+        block.s_f.fill_(of_f.std())
     return [(block.s_h.item(), block.s_f.item()) for block in vae.fusion]
+
+
+class RunningStd:
+    """The standard deviation of numbers that come in parts (Chan, Golub and LeVeque 1983, Eq. 2.1)."""
+
+    def __init__(self):
+        self.count, self.mean, self.squares = 0, 0.0, 0.0  # squares: Σ (x − mean)²
+
+    def add(self, x: Tensor) -> None:
+        """A further part, of any shape; measured at least in float32."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        variance, mean = (v.item() for v in torch.var_mean(wide, correction=0))
+        n, d, total = x.numel(), mean - self.mean, self.count + x.numel()
+        self.squares += variance * n + d**2 * self.count * n / total
+        self.mean += d * n / total
+        self.count = total
+
+    def std(self) -> float:
+        """Of all parts so far, without bias: the sum of squares over the count less one."""
+        return (self.squares / (self.count - 1)) ** 0.5
 
 
 def state_dict(vae: nn.Module) -> dict[str, Tensor]:

@@ -67,6 +67,32 @@ def name_caches(module: nn.Module) -> None:
             layer.key = name
 
 
+def in_groups(step: Callable, *pieces: list) -> list[Tensor]:
+    """A causal network on a clip, group by group: each group starts from the cache that the one before it left.
+
+    step    (piece, cache, *other pieces) -> (results …, cache), where the first group's cache is None
+    pieces  for each of step's arguments, what it is given in each group
+    -> each result of all groups, joined in time: [B, C, T, H, W]
+    """
+    cache, results = None, []
+    for piece, *others in zip(*pieces, strict=True):
+        *result, cache = step(piece, cache, *others)
+        results.append(result)
+    return [torch.cat(parts, dim=2) for parts in zip(*results)]
+
+
+def cut(x: Tensor, groups: list[slice]) -> list[Tensor]:
+    """x [B, C, T, H, W] -> its frames of each group."""
+    return [x[:, :, group] for group in groups]
+
+
+def cut_features(inject: list[Tensor] | None, groups: list[slice]) -> list[list[Tensor] | None]:
+    """2D features of a whole clip, each [B, C, T, H, W] -> those of each group; None for each if there are none."""
+    if inject is None:
+        return [None] * len(groups)
+    return [[m[:, :, group] for m in inject] for group in groups]
+
+
 def each_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """An image layer [N, C, H, W] -> [N, C', H', W'], on every frame of x [B, C, T, H, W] -> [B, C', T, H', W']."""
     frames = rearrange(x, "b c t h w -> (b t) c h w")

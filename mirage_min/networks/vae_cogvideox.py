@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from . import checked, weights
-from .causal_conv import Cache, CausalConv3d, each_frame, name_caches
+from .causal_conv import Cache, CausalConv3d, cut, cut_features, each_frame, in_groups, name_caches
 
 FRAMES, LATENTS = 8, 2  # of one group, as published
 
@@ -41,6 +41,11 @@ class CogVideoXVAEConfig:
     norm_eps: float = 1e-6
     norm_num_groups: int = 32
     scaling_factor: float = 1.15258426
+
+    def __post_init__(self):
+        if len(self.block_out_channels) != 4:
+            raise ValueError("block_out_channels must be 4 numbers, for three changes of size, got "
+                             f"{list(self.block_out_channels)}")
 
 
 def repeat_frames(x: Tensor, T: int) -> Tensor:
@@ -285,37 +290,34 @@ class CogVideoXVAE(nn.Module):
         z_g = (z_g / self.config.scaling_factor).contiguous(memory_format=torch.channels_last_3d)
         return self.decoder(z_g, cache, new, self.fusion, inject), new
 
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, 3, T, H, W] in [-1, 1] -> mean and log-variance, not scaled, each [B, 16, F, h, w].
+
+        As published, h and w are H/8 and W/8 rounded down, which drops what is left of rows and columns; and of a T
+        that is not 8k or 8k + 1, `decode` gives back another number of frames. Pad to whole cells and `legal_length`.
+        """
+        mean, logvar = in_groups(self.posterior_group, cut(x, self.encode_groups(x.shape[2])))
+        return mean, logvar
+
     def encode(self, x: Tensor) -> Tensor:
-        """x [B, 3, T, H, W] in [-1, 1] -> posterior mean x scaling_factor [B, 16, F, h, w]."""
-        B, C, T, H, W = x.shape
-        cache, z = None, []
-        for g in self.encode_groups(T):
-            z_g, cache = self.encode_group(x[:, :, g], cache)
-            z.append(z_g)
-        return torch.cat(z, dim=2)
+        """x [B, 3, T, H, W] in [-1, 1] -> posterior mean x scaling_factor [B, 16, F, h, w]; see `posterior` for sizes
+        that do not divide."""
+        return self.posterior(x)[0] * self.config.scaling_factor
 
     def decode(self, z: Tensor, inject: list[Tensor] | None = None) -> Tensor:
-        """z [B, 16, F, h, w] as encode gives it -> x [B, 3, T, H, W], not clamped; `inject` for the whole clip."""
-        cache, x, start = None, [], 0
-        for g in self.decode_groups(z.shape[2]):
-            count = _frames(g.stop - g.start)
-            frames = None if inject is None else [m[:, :, start : start + count] for m in inject]
-            x_g, cache = self.decode_group(z[:, :, g], cache, frames)
-            x.append(x_g)
-            start += count
-        return torch.cat(x, dim=2)
+        """z [B, 16, F, h, w] as encode gives it -> x [B, 3, T, H, W], not clamped; T is 4F, or 4F - 3 where F is odd.
+
+        `inject` holds the 2D features of the whole clip, finest first: [B, C0, T, H, W], [B, C1, T, H/2, W/2].
+        """
+        F = z.shape[2]
+        frames = self.encode_groups(4 * F - 3 * (F % 2))
+        x, = in_groups(self.decode_group, cut(z, self.decode_groups(F)), cut_features(inject, frames))
+        return x
 
 
 def _groups(n: int, size: int) -> list[slice]:
     first = n if n < 2 * size else size + n % size
     return [slice(0, first)] + [slice(i, i + size) for i in range(first, n, size)]
-
-
-def _frames(latents: int) -> int:
-    """Frames that a group of latents decodes to: two doublings, each sparing the first of an odd number."""
-    for _ in range(2):
-        latents = 2 * latents - latents % 2
-    return latents
 
 
 if __name__ == "__main__":

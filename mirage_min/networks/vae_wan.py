@@ -1,8 +1,8 @@
 """The Wan 2.1 causal 3D VAE: 8 x 8 pixels and 4 frames to one latent cell of 16 channels (ChopGrad B.4, C.2).
 
-A video's first frame becomes a latent of its own, every four after it one more. Nothing looks across frames but the
-causal convolutions: the norm sees one position, attention one frame. So a video may be cut into groups in any way, all
-at once or 1 frame and then fours, and comes out the same.
+The first frame gets its own latent; after that, each group of four frames shares one. Only the causal convolutions look
+across frames: the norm sees one position, attention one frame. So a video gives the same result in any groups of 4k + 1
+frames, then 4k at a time: all at once, or 1 and then fours.
 
     Enc-1 [ 96, 9, H, W]                                    Dec-4 [ 96, 9, H, W]
     Enc-2 [192, 9, H/2, W/2]  -> 2D features leave here     Dec-3 [192, 9, H/2, W/2]  <- and enter here
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from . import checked, weights
-from .causal_conv import Cache, CausalConv3d, each_frame, name_caches
+from .causal_conv import Cache, CausalConv3d, cut, cut_features, each_frame, in_groups, name_caches
 
 FRAMES = 4  # to one latent, save a video's first
 Layer = Callable[[Tensor, Cache | None, Cache], Tensor]
@@ -103,11 +103,12 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([FrameAttention(c)])
 
     def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x, old, new)), old, new)
+        x = self.attentions[0](self.resnets[0](x, old, new))
+        return self.resnets[1](x, old, new)
 
 
 class Downsample(nn.Module):
-    """Halve height and width, then, where `time`, the frames: the first of a video stays, each two behind it merge."""
+    """Downsample by two in space and, if `time`, in time: the video's first frame is kept, the rest merge in pairs."""
 
     def __init__(self, c: int, time: bool, key: str):
         super().__init__()
@@ -143,7 +144,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
         B, C, T, H, W = x.shape
-        # A video's first frame passes by, and the convolution never sees it: its past begins behind it, with zeros.
+        # The first frame bypasses `time_conv`, so the convolution's history starts from zeros at the second.
         if self.time_conv is not None and not old and T == 1:
             new[self.time_conv.key] = x.new_zeros(B, 2, H, W, C).movedim(-1, 1)
         elif self.time_conv is not None:
@@ -158,7 +159,7 @@ class Upsample(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Resnet blocks, then a doubling of the size; `time` says if of the frames too, None is no doubling."""
+    """Resnet blocks, then an Upsample, in time too if `time`; none where `time` is None."""
 
     def __init__(self, c_in: int, c_out: int, n: int, time: bool | None):
         super().__init__()
@@ -202,7 +203,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to frames; 2D features enter behind the last block that changes the frame rate."""
+    """Latents to frames; 2D features enter after the last block that changes the frame rate."""
 
     def __init__(self, config: WanVAEConfig):
         super().__init__()
@@ -310,14 +311,11 @@ class WanVAE(nn.Module):
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, 3, T, H, W] in [-1, 1] -> mean and log-variance, not normalised, each [B, 16, F, h, w]."""
-        missing = self.legal_length(x.shape[2]) - x.shape[2]
+        T = x.shape[2]
         # DEVIATION: the published encode drops the frames beyond the last 4k + 1; here the last one is repeated.
-        x = nnf.pad(x, (0, 0, 0, 0, 0, missing), mode="replicate") if missing else x
-        cache, parts = None, []
-        for g in self.encode_groups(x.shape[2]):
-            *part, cache = self.posterior_group(x[:, :, g], cache)
-            parts.append(part)
-        return tuple(torch.cat(p, dim=2) for p in zip(*parts))
+        x = nnf.pad(x, (0, 0, 0, 0, 0, self.legal_length(T) - T), mode="replicate")
+        mean, logvar = in_groups(self.posterior_group, cut(x, self.encode_groups(x.shape[2])))
+        return mean, logvar
 
     def encode(self, x: Tensor) -> Tensor:
         """x [B, 3, T, H, W] in [-1, 1] -> normalised posterior mean [B, 16, F, h, w]; any T, filled up to 4k + 1."""
@@ -326,11 +324,10 @@ class WanVAE(nn.Module):
     def decode(self, z: Tensor, inject: list[Tensor] | None = None) -> Tensor:
         """z [B, 16, F, h, w] as encode gives it -> x [B, 3, 4F - 3, H, W], not clamped; `inject` for the whole clip."""
         # DEVIATION: the published decode clamps to [-1, 1], where the gradient of a loss on x would be lost.
-        cache, x, n = None, [], z.shape[2]
-        for g, t in zip(self.decode_groups(n), self.encode_groups(FRAMES * (n - 1) + 1)):
-            x_g, cache = self.decode_group(z[:, :, g], cache, None if inject is None else [m[:, :, t] for m in inject])
-            x.append(x_g)
-        return torch.cat(x, dim=2)
+        F = z.shape[2]
+        frames = self.encode_groups(4 * F - 3)
+        x, = in_groups(self.decode_group, cut(z, self.decode_groups(F)), cut_features(inject, frames))
+        return x
 
     def mids2d(self, x: Tensor) -> list[Tensor]:
         """x [B, 3, T, H, W] -> 2D features of its frames, each encoded alone (ChopGrad B.4): [[B, C, T, H/2, W/2]]."""
