@@ -18,13 +18,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import vae_cogvideox, vae_wan
+from . import vae_cogvideox, vae_wan, vae_wan22
 from .bands import TakenCache, is_tall, norm_of, normed_conv
 from .causal_conv import Cache, CausalConv3d
 
 
 def apply(vae: nn.Module) -> nn.Module:
-    """Give the layers of a CogVideoXVAE or WanVAE their frugal class, in place; returns it. Twice is as once."""
+    """Give the layers of a CogVideoX or Wan VAE their frugal class, in place; returns it. Twice is as once."""
     for layer in [*vae.modules()]:
         layer.__class__ = FRUGAL.get(type(layer), type(layer))
     for block in vae.fusion or ():
@@ -73,7 +73,7 @@ def hand_on(cache: Cache) -> Cache:
 
 
 class VAE:
-    """The groups of either VAE, with caches that are taken over."""
+    """The groups of any of the VAEs, with caches that are taken over."""
 
     def posterior_group(self, x_g: Tensor, cache: Cache | None = None) -> tuple[Tensor, Tensor, Cache]:
         mean, logvar, new = super().posterior_group(x_g, take_over(cache))
@@ -220,9 +220,10 @@ class WanDecoder(WanHalf):
 
 
 FRUGAL = {plain: with_frugal(plain, frugal) for plain, frugal in {
-    vae_cogvideox.CogVideoXVAE: VAE, vae_wan.WanVAE: VAE,
+    vae_cogvideox.CogVideoXVAE: VAE, vae_wan.WanVAE: VAE, vae_wan22.Wan22VAE: VAE,
     vae_cogvideox.Encoder: CogVideoXHalf, vae_cogvideox.Decoder: CogVideoXHalf,
     vae_wan.Encoder: WanEncoder, vae_wan.Decoder: WanDecoder,
+    vae_wan22.Encoder: WanEncoder, vae_wan22.Decoder: WanDecoder,
     vae_cogvideox.ResnetBlock: CogVideoXBlock, vae_wan.ResnetBlock: WanBlock,
     vae_cogvideox.Downsample: Resize, vae_cogvideox.Upsample: Resize,
     vae_wan.Downsample: Resize, vae_wan.Upsample: Resize}.items()}

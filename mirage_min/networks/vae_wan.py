@@ -10,7 +10,7 @@ frames, then 4k at a time: all at once, or 1 and then fours.
     Enc-4 [384, 3, H/8, W/8]  -> z [16, 3, H/8, W/8] ->     Dec-1 [384, 3, H/8, W/8]
 
 The 2D features are this encoder's too, of frames run alone; they leave before its first change of the frame rate and
-enter behind the decoder's last. Attribute names are the published keys (diffusers layout). Left out: Wan 2.2's VAE.
+enter after the decoder's last. Attribute names are the published keys (diffusers layout). Wan 2.2's VAE: vae_wan22.py.
 
     python -m mirage_min.networks.vae_wan            # the shapes, and that two ways to cut a video agree
 """
@@ -134,12 +134,12 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double, where `time`, every frame but a video's first, then height and width; halve the channels."""
+    """Double, where `time`, every frame but a video's first, then height and width."""
 
-    def __init__(self, c: int, time: bool):
+    def __init__(self, c: int, c_out: int, time: bool):
         super().__init__()
         self.resample = nn.Sequential(nn.Upsample(scale_factor=2.0, mode="nearest-exact"),
-                                      nn.Conv2d(c, c // 2, 3, padding=1))
+                                      nn.Conv2d(c, c_out, 3, padding=1))
         self.time_conv = CausalConv3d(c, 2 * c, (3, 1, 1)) if time else None
 
     def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
@@ -154,7 +154,7 @@ class Upsample(nn.Module):
         return self.resize(x)
 
     def resize(self, x: Tensor) -> Tensor:
-        """[B, C, T, H, W] -> [B, C/2, T, 2H, 2W], each frame alone."""
+        """[B, C, T, H, W] -> [B, c_out, T, 2H, 2W], each frame alone."""
         return each_frame(self.resample, x)
 
 
@@ -164,7 +164,7 @@ class UpBlock(nn.Module):
     def __init__(self, c_in: int, c_out: int, n: int, time: bool | None):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out) for i in range(n))
-        self.upsamplers = None if time is None else nn.ModuleList([Upsample(c_out, time)])
+        self.upsamplers = None if time is None else nn.ModuleList([Upsample(c_out, c_out // 2, time)])
 
 
 class Encoder(nn.Module):
@@ -245,6 +245,7 @@ class WanVAE(nn.Module):
 
     CLASS_NAME = "AutoencoderKLWan"
     Config = WanVAEConfig
+    HALVES = Encoder, Decoder
     FIXED = {"in_channels": 3, "out_channels": 3, "patch_size": None, "is_residual": False, "decoder_base_dim": None,
              "attn_scales": [], "dropout": 0.0}
     IGNORED = {"scale_factor_temporal", "scale_factor_spatial"}  # follow from the fields above
@@ -255,7 +256,7 @@ class WanVAE(nn.Module):
     def __init__(self, config: WanVAEConfig = WanVAEConfig()):
         super().__init__()
         self.config = config
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.encoder, self.decoder = (half(config) for half in self.HALVES)
         self.quant_conv, self.post_quant_conv = (nn.Conv3d(c, c, 1) for c in (2 * config.z_dim, config.z_dim))
         self.fusion = None  # injection.attach puts the Cross-Modal Fusion Block here
         name_caches(self)
