@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as nnf
 from torch.utils.flop_counter import FlopCounterMode
 
+from mirage_min.networks import weights
 from mirage_min.networks.dit_cosmos import CosmosDiT, CosmosDiTConfig
 from mirage_min.networks.vae_wan import WanVAE, WanVAEConfig
 from mirage_min.systems.harmonizer import Harmonizer, Settings
@@ -276,6 +277,25 @@ def test_a_frame_of_another_size_and_one_too_small_are_named(parts):
         model(torch.zeros(1, 4, 1, 16, 16))
 
 
+@WIRINGS
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
+def test_a_stream_in_half_precision_is_about_that_in_float32(parts, wiring, dtype, bound):
+    frames = video(6, 16, 16)[0].unbind(1)
+    wanted = torch.stack(list(harmonizer(parts, wiring).stream(frames)))
+    half = list(harmonizer(parts, wiring, dtype).stream(frames))
+    assert all(y.dtype == torch.float32 for y in half)
+    rms = ((torch.stack(half) - wanted).square().mean().sqrt() / wanted.std()).item()
+    assert rms < bound, f"RMS {rms:.3f} of the std, allowed {bound}"
+
+
+@WIRINGS
+def test_an_overflow_in_float16_ends_the_stream_at_its_frame(parts, wiring):
+    model = harmonizer(parts, wiring, torch.float16)
+    model.vae.decoder.conv_out.weight.fill_(6e4)
+    with pytest.raises(ValueError, match=r"^frame 0 .*not finite.* float16 ends at 65504"):
+        list(model.stream(video(2, 16, 16)[0].unbind(1)))
+
+
 # ---- gradients ------------------------------------------------------------------------------------------------------
 
 
@@ -375,6 +395,29 @@ def test_training_begins_at_published_folders(parts, tmp_path):
     for cosmos, wan in (("cosmos", "wan"), ("cosmos/transformer", "wan/vae")):
         model = Harmonizer.from_base(tmp_path / cosmos, tmp_path / wan, wiring="paper")
         assert model.settings.wiring == "paper" and torch.equal(model.dit.proj_out.weight, dit.proj_out.weight)
+
+
+def test_a_pickle_is_refused_with_the_command_that_converts_it(tmp_path):
+    for name in ("diffusion_harmonizer.pkl", "model.pt"):
+        with pytest.raises(ValueError, match=rf"{name}: not loaded, .*unpickling .*python convert\.py FILE FOLDER"):
+            Harmonizer.from_pretrained(tmp_path / name)
+        with pytest.raises(ValueError, match=r"unpickling .*convert\.py"):
+            Harmonizer.from_base(tmp_path / name, tmp_path / name)
+
+
+def test_a_harmonizer_is_read_from_the_hub_whole(parts, tmp_path, monkeypatch):
+    """Its parts are asked for by the id and their subfolders."""
+    model, asked = harmonizer(parts), []
+    model.save_pretrained(tmp_path)
+
+    def download(repo, subfolder, config="config.json"):
+        asked.append((repo, subfolder, config))
+        return tmp_path
+    monkeypatch.setattr(weights, "download", download)
+    again = Harmonizer.from_pretrained("org/harmonizer")
+    assert again.settings == model.settings and torch.equal(again.dit.proj_out.weight, model.dit.proj_out.weight)
+    assert asked == [("org/harmonizer", None, "model_index.json"), ("org/harmonizer", "vae", "config.json"),
+                     ("org/harmonizer", "transformer", "config.json")]
 
 
 @pytest.mark.parametrize("change, said", [({"_class_name": "Mirage"}, "wanted _class_name 'Harmonizer', got 'Mirage'"),

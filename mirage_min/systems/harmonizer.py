@@ -194,16 +194,19 @@ class Harmonizer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device=None, dtype=None, wiring: str = "", **settings) -> "Harmonizer":
-        """A trained Harmonizer from its folder; `wiring`, if given, and `settings` replace what the folder says."""
-        path = Path(path)
-        index = weights.read_json(path / INDEX)
+        """A trained Harmonizer from its folder or hub id; `wiring`, if given, and `settings` replace what it says."""
+        file = weights.locate(CosmosDiT, path, None, INDEX) / INDEX
+        index = weights.read_json(file)
         if not describes(index):
-            raise ValueError(f"{path / INDEX}: wanted _class_name {CLASS_NAME!r}, got {index.get('_class_name')!r}")
+            raise ValueError(f"{file}: wanted _class_name {CLASS_NAME!r}, got {index.get('_class_name')!r}")
         settings |= {"wiring": wiring} if wiring else {}
-        about = asdict(checked.record(Settings, index | settings, path / INDEX))
-        vae = checked.value(str, index.get("vae", "vae"), path / INDEX, "vae")
-        vae = path / vae if (path / vae).is_dir() else vae
-        return cls.from_base(path / "transformer", vae, device, dtype, **about)
+        about = asdict(checked.record(Settings, index | settings, file))
+        vae = checked.value(str, index.get("vae", "vae"), file, "vae")
+        if (Path(path) / vae).is_dir():
+            vae = Path(path) / vae
+        elif vae == "vae":
+            vae = path  # a hub id, where from_base looks into the subfolders
+        return cls.from_base(path, vae, device, dtype, **about)
 
     def save_pretrained(self, path: str | Path, vae: str | None = None) -> None:
         """Write the folder that from_pretrained reads. vae: where the VAE is, relative to the folder or a hub id; None:
