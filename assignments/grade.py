@@ -166,7 +166,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("submission", type=Path, help="the folder that was handed in")
     parser.add_argument("--assignment", nargs="+", metavar="NAME", help="which (default: as its assignment.txt says)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the grades there, too")

@@ -3,7 +3,7 @@
     python assignments/make.py chopgrad --out handout
     python assignments/make.py causal_cache lora injection --out handout
 
-A function keeps its decorators, its signature and its docstring, which is the task. A handout is less than 2 MB;
+A function keeps its decorators, its signature and its docstring, which is the task. A handout is about 2 MB;
 source.py lists what goes in, of what git tracks. README.md becomes the student's; the project's own is PROJECT.md.
 """
 
@@ -90,7 +90,7 @@ def make(chosen: list[str], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="+", metavar="NAME", help=f"of {', '.join(source.names())}")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write; must not exist")
     args = parser.parse_args()

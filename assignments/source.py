@@ -15,9 +15,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 # What a handout is made of: all there is to run and to read, but no weights, no results, nothing about the assignments
 TOGETHER = ("*.py", "README.md", "LICENSE", "CITATION.cff", "DEVIATIONS.md", "pyproject.toml", "requirements*.txt",
-            "mirage_min/**/*.py", "tests/**/*.py", "experiments/**/*.py", "examples/**/*.py", "docs/walkthrough*")
+            "mirage_min/**/*.py", "tests/**/*.py", "experiments/**/*.py", "examples/**/*.py", "docs/*.md",
+            "docs/walkthrough*")
 ABOUT_SOLUTIONS = {"tests/test_assignments.py", "tests/student_bodies.py", "tests/test_grader.py",
-                   "tests/test_equations.py", "tests/mutation.py"}
+                   "tests/test_equations.py", "tests/mutation.py", "tests/test_mutation.py"}
 
 
 def names() -> list[str]:

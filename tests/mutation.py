@@ -38,17 +38,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = {  # {file or folder: its tests}, where they are not tests/test_NAME.py; tests that do not exist are ignored
+TESTS = {  # {file or folder: its tests}, where they are not tests/test_NAME.py; test_mutation.py holds it
     "mirage_min/data/toy_render.py": "toy_world toy_paths", "mirage_min/data/toy_shapes.py": "toy_world toy_shapes",
     "mirage_min/data/toy_light.py": "toy_world toy_shapes", "mirage_min/data/toy_street.py": "toy_world toy_paths",
     "mirage_min/data/toy_paths.py": "toy_paths toy_world",
-    "mirage_min/data/scene.py": "build_pairs", "mirage_min/data/toy_scene.py": "build_pairs",
+    "mirage_min/data/scene.py": "scene build_pairs", "mirage_min/data/toy_scene.py": "build_pairs",
     "mirage_min/data/insertion.py": "build_pairs", "mirage_min/data/street_camera.py": "street",
     "mirage_min/data/shots.py": "streams", "mirage_min/data/isp.py": "streams",
     "mirage_min/data/reconstruct.py": "streams",
-    "mirage_min/data/video.py": "video sound", "mirage_min/networks/vae_cogvideox.py": "vae_cogvideox bands",
+    "mirage_min/data/video.py": "video sound", "mirage_min/data/clips.py": "crops build_pairs",
+    "mirage_min/data/colour.py": "decode video", "mirage_min/data/demux.py": "decode sound",
+    "mirage_min/data/results.py": "evaluate", "mirage_min/method/camera.py": "splat latent_memory street",
+    "mirage_min/networks/bands.py": "frugal", "mirage_min/networks/vae_cogvideox.py": "vae_cogvideox frugal",
+    "mirage_min/networks/rotary.py": "dit_wan dit_cogvideox dit_cosmos",
+    "mirage_min/networks/small_base.py": "train_base", "mirage_min/training/latents.py": "train_base",
     "mirage_min/systems/mirage_folder.py": "mirage_folder adapters",
-    "mirage_min/networks/unet_attention.py": "unet_2d", "mirage_min/networks/vae_wan.py": "vae_wan bands",
+    "mirage_min/networks/unet_attention.py": "unet_2d", "mirage_min/networks/vae_wan.py": "vae_wan frugal",
     "mirage_min/training/run.py": "run train",
     "encode_prompt.py": "prompt", "train_vae.py": "train_equations train distributed",
     "train_harmonize.py": "train_equations train distributed", "train_online.py": "train_online",
@@ -278,7 +283,10 @@ def try_one(tree: Path, mutant: dict, clean: dict[tuple, tuple]) -> dict:
 def main(args: argparse.Namespace) -> None:
     """Plant what is not in the log yet, then say how many were noticed, and list the others."""
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    lines = args.out.read_text().splitlines(keepends=True) if args.out.exists() else []
+    lines = [line for line in lines if line.endswith("\n")]  # a killed run may leave half of one
+    args.out.write_text("".join(lines))
+    done = [json.loads(line) for line in lines]
     wanted = sample(args.count, args.seed)
     known = {json.dumps([d[k] for k in ("file", "span", "old", "new")]): d for d in done}
     results, clean = [], {}

@@ -13,6 +13,7 @@ import pytest
 
 from mirage_min.data import desk
 from mirage_min.networks.checked import Within
+from tests import signals
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("infer.py", "evaluate.py", "build_pairs.py", "convert.py", "encode_prompt.py")
@@ -148,10 +149,10 @@ def test_an_interrupt_while_the_imports_are_loaded_is_one_line(script, tmp_path)
     program = f"import runpy, sys; sys.path.insert(0, {str(tmp_path)!r}); sys.argv = [{script!r}]; " \
               f"runpy.run_path({script!r}, run_name='__main__')"
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+                               stderr=subprocess.PIPE, preexec_fn=signals.heard)
     assert process.stdout.readline() == "loading\n", process.stderr.read()
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=600)
+    _, err = process.communicate()
     assert (process.returncode, err) == (130, f"{script}: stopped by SIGINT; nothing was written\n")
 
 

@@ -347,8 +347,13 @@ def test_a_submission_is_graded_from_the_command_line(tmp_path):
     assert [row["points"] for row in grades["functions"]] == [8, 0] and grades["points"] == 8 and grades["of"] == 10
     assert grades["protections"] == list(PROTECTIONS)
     assert "  8 of   8" in run.stdout and "test_names_are_the_dotted_names_of_the_layers: " in run.stdout
+    command[1:1] = ["-OO"]  # without docstrings
     run = subprocess.run([*command, "--assignment", "../evil"], capture_output=True, text=True)
-    assert run.returncode == 2 and run.stderr.startswith("grade.py: there is no assignment")
+    assert run.returncode == 2 and run.stderr.startswith("grade.py: there is no assignment"), run.stderr
+    command[2:] = [str(source.HERE / "make.py"), "../evil", "--out", str(tmp_path / "handout")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.startswith("make.py: there is no assignment"), run.stderr
+    assert not (tmp_path / "handout").exists()
 
 
 @pytest.mark.parametrize("machine", cage.MACHINES)

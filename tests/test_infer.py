@@ -26,7 +26,7 @@ from mirage_min.data import desk, video
 from mirage_min.data.video import Video, read_clip, write_clip
 from mirage_min.networks.weights import load_tensors, save_tensors
 from mirage_min.systems.mirage import Mirage
-from tests import small
+from tests import signals, small
 from tests.media import HEIGHT, RATE, WIDTH, break_frame, encode, packets_of, picture, pictures
 
 ROOT = Path(__file__).parents[1]
@@ -460,12 +460,13 @@ def test_a_signal_to_the_process_ends_it_with_128_and_its_number_and_leaves_noth
               "runpy.run_path('infer.py', run_name='__main__')\n")
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     processes = [subprocess.Popen([sys.executable, "-c", script, source, tmp_path / f"{number.name}.mp4"], cwd=ROOT,
-                                  text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for number in numbers]
+                                  text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=signals.heard)
+                 for number in numbers]
     for number, process in zip(numbers, processes):
         assert process.stdout.readline() == "frame 120\n", process.stderr.read()
         assert len(list(tmp_path.glob(f"{number.name}.mp4.*.part"))) == 1
         process.send_signal(number)
-        _, err = process.communicate(timeout=600)
+        _, err = process.communicate()
         assert process.returncode == 128 + number
         assert err == f"infer.py: stopped by {number.name}; nothing was written\n"
     assert [p.name for p in tmp_path.iterdir()] == ["in.mp4"]

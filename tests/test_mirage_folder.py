@@ -134,6 +134,13 @@ def test_a_tensor_that_is_not_finite_is_refused_by_name(whole, file, key, value)
     refused(whole, file, f"{key} is not finite (NaN or inf)", change={key: change})
 
 
+@pytest.mark.parametrize("kind", [torch.int64, torch.complex64, torch.float8_e4m3fn])
+@pytest.mark.parametrize("file, key", [("stage_a.safetensors", "fusion.0.weight"), ("prompt.safetensors", "text")])
+def test_tensors_of_another_kind_are_refused_by_name(whole, file, key, kind):
+    refused(whole, file, f"{key}: wanted floating-point numbers of 16 bits or more, got {kind}",
+            change={key: lambda tensor: tensor.to(kind)})
+
+
 def test_scales_that_are_not_positive_and_a_lora_without_a_rank_are_refused(whole):
     for value in (0.0, -1.0):
         refused(whole, "stage_a.safetensors", f"fusion.1.s_h: wanted a positive scale, got {value}",

@@ -186,8 +186,11 @@ def test_a_signal_ends_a_run_with_its_status_and_one_line_that_says_where_it_res
                 checkpoint.save(args.run, step + 1, {"w": w}, optimizer, {})
             if step == 3:
                 signal.raise_signal(number)
-    signal.signal(number, signal.SIG_DFL if name != "SIGINT" else signal.default_int_handler)
-    status, lines = launched(monkeypatch, capsys, main, tmp_path)
+    before = signal.signal(number, signal.SIG_DFL if name != "SIGINT" else signal.default_int_handler)
+    try:
+        status, lines = launched(monkeypatch, capsys, main, tmp_path)
+    finally:
+        signal.signal(number, before)
     way_on = f"the same command resumes at step 2, from {tmp_path / 'run' / 'checkpoint.safetensors'}"
     wanted = way_on if saved else "there is no checkpoint yet: the same command starts again"
     assert (status, lines) == (128 + number, [f"train_x.py: stopped by {name} in step 3; {wanted}"])

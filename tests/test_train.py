@@ -19,14 +19,13 @@ from PIL import Image
 
 import train_harmonize
 import train_vae
-from mirage_min.data import desk
 from mirage_min.data.pairs import Pairs
 from mirage_min.method import lora, perceptual
 from mirage_min.networks import imagenet, weights
 from mirage_min.systems.mirage import Mirage
 from mirage_min.systems.mirage_folder import HARMONISATION, RECONSTRUCTION, TRANSFORMER
 from mirage_min.training import memory, run, watch
-from tests import small
+from tests import signals, small
 
 SCRIPTS = Path(__file__).parents[1]
 
@@ -303,14 +302,11 @@ def test_a_run_notices_other_clips_weights_or_prompts_under_the_same_names(work,
 
 def interrupted(command: list, folder: Path, number: int) -> tuple[int, str]:
     """A command that gets a signal once it has a checkpoint -> (its status, stderr)."""
-    def defaults():  # what pytest ignores (nohup), its children ignore too
-        for each in desk.SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
     # as many threads as here: sums over another number of them differ in the last bit
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     with open(folder / "stderr", "w+") as stderr:
         child = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=stderr, env=environment,
-                                 preexec_fn=defaults)
+                                 preexec_fn=signals.heard)
         try:
             while not (folder / "run" / "checkpoint.safetensors").exists() and child.poll() is None:
                 time.sleep(0.02)

@@ -42,6 +42,14 @@ def test_every_step_is_a_line_and_a_run_that_resumes_forgets_those_after_its_che
     assert [line["step"] for line in steps(tmp_path)] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("line", ['{"a": 1}', "[]", '{"step": "x"}', '{"step": null}', '{"step": 1e400}', "x",
+                                  "[" * 100_000, '{"step": 1, "mse": "x"}', '{"step": 1, "mse": [1]}'])
+def test_a_log_with_a_line_that_is_none_is_named_with_the_lines_number(tmp_path, line):
+    (tmp_path / "log.jsonl").write_text('{"step": 0, "mse": 1.0}\n' + line + "\n")
+    with pytest.raises(ValueError, match=r"^[^\n]*log.jsonl, line 2: wanted [^\n]*$"):
+        watch.Log(tmp_path, Recipe(), 2)
+
+
 def test_a_picture_is_the_middle_frame_of_naive_now_and_truth_side_by_side(tmp_path):
     torch.manual_seed(0)
     ni, gt = 2 * torch.rand(2, 1, 3, 5, 8, 12) - 1

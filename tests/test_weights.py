@@ -292,6 +292,20 @@ def test_a_mismatch_names_file_config_counts_and_the_first_five_of_each_kind(mod
     assert listed.endswith(", ...") and sum(key in listed.split(", ") for key in gone) == 5
 
 
+@pytest.mark.parametrize("kind", [torch.int64, torch.bool, torch.complex64, torch.uint8, torch.float8_e4m3fn])
+def test_weights_of_another_kind_are_refused_by_name_and_8_bits_are_cast_where_that_is_asked_for(model, folder, kind):
+    state = model.state_dict() | {"quant_conv.bias": torch.ones(8).to(kind)}
+    save_file(state, folder / FILE)
+    said = f"{folder / FILE}: quant_conv.bias: wanted floating-point numbers of 16 bits or more, got {kind}"
+    assert refusal(folder) == said
+    if kind == torch.float8_e4m3fn:
+        loaded = AutoencoderKL.from_pretrained(folder, dtype=torch.bfloat16).quant_conv.bias
+        assert loaded.dtype == torch.bfloat16 and (loaded == 1).all()
+    else:
+        with pytest.raises(ValueError, match="quant_conv.bias: wanted"):
+            AutoencoderKL.from_pretrained(folder, dtype=torch.bfloat16)
+
+
 @pytest.mark.parametrize("suffix", ["bin", "pt", "pth", "pkl", "ckpt"])
 def test_pickles_are_refused_with_the_reason_and_the_way_to_convert(folder, suffix):
     (folder / FILE).rename(folder / f"diffusion_pytorch_model.{suffix}")

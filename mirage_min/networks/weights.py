@@ -57,11 +57,14 @@ def from_pretrained(cls, path: str | Path, subfolder: str | None = None, dtype: 
 
     source = find_tensors(cls, files)
     given = {key: file.get_slice(name).get_shape() for key, (file, name) in source.items()}
-    check_match(model.state_dict(), given, " + ".join(map(str, files)), f"the model that {folder / CONFIG} describes")
+    wanted = model.state_dict()
+    check_match(wanted, given, " + ".join(map(str, files)), f"the model that {folder / CONFIG} describes")
 
     state = {}
     for key, (file, name) in source.items():
         tensor = file.get_tensor(name)
+        if wanted[key].is_floating_point():
+            check_kind(name, tensor, " + ".join(map(str, files)), cast=dtype is not None)
         state[key] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
     model.load_state_dict(state, assign=True)
     if unmade := [key for key, tensor in model.named_buffers() if tensor.is_meta and key not in source]:
@@ -260,6 +263,12 @@ def mismatches(wanted: Named, given: Named) -> list[str]:
                                 if key in given and wanted[key] != given[key]]}
     return [f"{len(keys)} {kind}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}"
             for kind, keys in found.items() if keys]
+
+
+def check_kind(name: str, tensor: Tensor, file: str | Path, cast: bool = False) -> None:
+    """ValueError unless a tensor holds numbers that networks compute with: of 8 bits only if they are `cast` first."""
+    if not tensor.is_floating_point() or tensor.element_size() < 2 and not cast:
+        raise ValueError(f"{file}: {name}: wanted floating-point numbers of 16 bits or more, got {tensor.dtype}")
 
 
 def shapes(named: Named) -> dict[str, list[int]]:

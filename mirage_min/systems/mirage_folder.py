@@ -216,8 +216,10 @@ def read_peft(about: dict[str, str], file: str | Path) -> Peft:
 
 
 def check_numbers(tensors: dict[str, Tensor], file: str | Path) -> None:
-    """ValueError naming the first tensor with NaN or inf in it, or the first scale s_h or s_f that is not positive."""
+    """ValueError naming the first tensor of another kind than floating point or with NaN or inf in it, or the first
+    scale s_h or s_f that is not positive."""
     for key, tensor in tensors.items():
+        weights.check_kind(key, tensor, file)
         if not tensor.isfinite().all():
             raise ValueError(f"{file}: {key} is not finite (NaN or inf)")
         if key.endswith((".s_h", ".s_f")) and not (tensor > 0).all():

@@ -86,7 +86,7 @@ def read_lines(file: Path) -> list[dict]:
             line = json.loads(text)
             lines.append({"step": int(line["step"])} | {key: float(value) for key, value in line.items()
                                                         if key != "step"})
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f'{file}, line {number}: wanted {{"step": ..., term: value}}, got {text[:60]!r}'
                              ) from error
     return lines
