@@ -145,7 +145,8 @@ def main(args: argparse.Namespace) -> None:
     if not args.submission.is_dir():
         raise ValueError(f"{args.submission} is no folder")
     said = args.submission / "assignment.txt"
-    chosen = args.assignment or (said.read_text(encoding="utf-8")[:1000].split() if said.is_file() else [])
+    there = said.is_file() and said.stat().st_size < LARGEST
+    chosen = args.assignment or (said.read_text(encoding="utf-8").split() if there else [])
     if not chosen:
         raise ValueError(f"{said} is missing: say with --assignment which of {', '.join(source.names())} it is")
     protections = cage.available()

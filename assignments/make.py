@@ -71,7 +71,7 @@ def make(chosen: list[str], out: Path) -> None:
     """Write the handout to a folder that does not exist yet; whole or not at all."""
     if out.exists():
         raise ValueError(f"{out} exists")
-    assignments = [source.read(name) for name in sorted(set(chosen), key=source.names().index)]
+    assignments = sorted(map(source.read, set(chosen)), key=lambda assignment: assignment["order"])
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".handout") as folder:
         tree = Path(folder) / "tree"
