@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from mirage_min.networks.weights import whole_file
 
@@ -52,6 +53,16 @@ def save_figure(path: Path, figure: Figure, dpi: int = 110) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=dpi)
+
+
+def picture(x: Tensor) -> Figure:
+    """x [3, H, W] in [-1, 1] as a figure without a frame."""
+    H, W = x.shape[1:]
+    figure = Figure(figsize=(W / 50, H / 50))
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.imshow(((x + 1) / 2).clamp(0, 1).permute(1, 2, 0), interpolation="bilinear")
+    axis.set_axis_off()
+    return figure
 
 
 def table(header: list[str], rows: list[list]) -> str:

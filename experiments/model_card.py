@@ -137,13 +137,7 @@ def report(card: dict) -> str:
 def draw_sheet(strips: list[Tensor]) -> Figure:
     """Strips [3, H, W] in [-1, 1], two to a row."""
     rows = [torch.cat(strips[i : i + 2], dim=2) for i in range(0, len(strips), 2) if len(strips[i : i + 2]) == 2]
-    x = (torch.cat(rows or strips[:1], dim=1) + 1) / 2
-    H, W = x.shape[1:]
-    figure = Figure(figsize=(W / 50, H / 50))
-    axis = figure.add_axes((0, 0, 1, 1))
-    axis.imshow(x.clamp(0, 1).permute(1, 2, 0), interpolation="bilinear")
-    axis.set_axis_off()
-    return figure
+    return common.picture(torch.cat(rows or strips[:1], dim=1))
 
 
 def main(args: argparse.Namespace) -> None:

@@ -103,7 +103,7 @@ def test_blank_frames_are_dark_barred_and_of_one_colour():
     found = model_card.blank_figures(Watching(), x)
     assert list(found) == ["dark", "bars", "black", "grey", "white"]
     dark, barred, black, grey, white = seen
-    assert torch.allclose((dark + 1) / 2, (x + 1) / 2 / 10)
+    assert torch.allclose((dark + 1) / 2, (x + 1) / 2 / 10, atol=1e-6)
     assert torch.equal(barred[:, :, 2:-2], x[:, :, 2:-2]) and (barred[:, :, [0, 1, 10, 11]] == -1).all()
     assert [v.unique().tolist() for v in (black, grey, white)] == [[-1], [0], [1]]
     assert list(found.values()) == pytest.approx([5.1] * 5, rel=1e-3)
