@@ -6,24 +6,30 @@ Everything here has random weights: what a model costs does not depend on them.
 import importlib
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
 from mirage_min.method.one_step import alpha_bar
+from mirage_min.method.skips import Skips
 from mirage_min.networks import frugal
 from mirage_min.networks.dit_cogvideox import CogVideoXDiT, CogVideoXDiTConfig
 from mirage_min.networks.dit_wan import WanDiT, WanDiTConfig
+from mirage_min.networks.unet_2d import UNet2D, UNet2DConfig
 from mirage_min.networks.vae_2d import AutoencoderKL, AutoencoderKLConfig
 from mirage_min.networks.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
+from mirage_min.networks.vae_tiny import AutoencoderTiny
 from mirage_min.networks.vae_wan import WanVAE
 from mirage_min.systems.mirage import Mirage
+from mirage_min.systems.r3d2 import R3D2
 
 COG_BLOCKS = {"down_block_types": ["CogVideoXDownBlock3D"] * 4, "up_block_types": ["CogVideoXUpBlock3D"] * 4}
 COG_1_5_VAE = {"block_out_channels": (128, 256, 256, 512), "layers_per_block": 3, "scaling_factor": 0.7}
 COG_1_5_DIT = {"num_attention_heads": 48, "num_layers": 42, "sample_width": 300, "sample_height": 300,
                "patch_size_t": 2, "patch_bias": False, "use_rotary_positional_embeddings": True}
+SD_TURBO = {"attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True}
 SD_VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
 WAN_DIT = {"1.3B": {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
            "14B": {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824}}
@@ -126,3 +132,57 @@ def diffusers_5b(device: str) -> Callable[[Tensor], Tensor]:
         a = float(alpha_bar()[199])
         return their_decode(vae, (a**0.5 * z - (1 - a) ** 0.5 * v) / scale)
     return forward
+
+
+# ---- the whole of R3D2 -----------------------------------------------------------------------------------------------
+
+def r3d2(name: str, device: str, dtype: torch.dtype = torch.float32) -> R3D2:
+    """R3D2 on SD-Turbo's UNet: "R3D2" with TAESD, "R3D2-BIG" with AutoencoderKL, of skips that do something."""
+    table = alpha_bar(zero_terminal_snr=False)  # not on the device: on "meta" it would have no values to pick one from
+
+    def make() -> R3D2:
+        vae = frugal.apply(AutoencoderTiny() if name == "R3D2" else AutoencoderKL(AutoencoderKLConfig(**SD_VAE)))
+        return R3D2(UNet2D(UNet2DConfig(**SD_TURBO)), vae, Skips(vae.skip_channels(), 0.01), torch.zeros(1, 77, 1024),
+                    table)
+    return random_model(make, device, dtype)
+
+
+class DiffusersR3D2(nn.Module):
+    """The same pipeline of diffusers' parts, on the weights of `ours`; its skips are hooks where ours has its own."""
+
+    def __init__(self, ours: R3D2):
+        super().__init__()
+        theirs, kl = diffusers(), isinstance(ours.vae, AutoencoderKL)
+        blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+        make_vae = partial(theirs.AutoencoderKL, **SD_VAE, **blocks) if kl else theirs.AutoencoderTiny
+        self.unet = random_model(lambda: theirs.UNet2DConditionModel(**SD_TURBO), "meta")
+        self.vae = random_model(make_vae, "meta")
+        self.unet.load_state_dict(ours.unet.state_dict(), assign=True)
+        self.vae.load_state_dict(ours.vae.state_dict(), assign=True)
+        self.skips, self.features, self.kl = ours.skips, [], kl
+        self.register_buffer("text", ours.text)
+        self.alpha_bar, self.t = float(ours.alpha_bar[ours.t]), ours.t
+        if kl:
+            for block in self.vae.encoder.down_blocks:
+                block.register_forward_pre_hook(self.keep)
+            for block, conv in zip(self.vae.decoder.up_blocks, self.skips.children()):
+                block.register_forward_pre_hook(partial(self.add, conv))
+        else:  # after the last block of each size, and after the convolution that follows an upsampling
+            for k in (1, 5, 9):
+                self.vae.encoder.layers[k].register_forward_hook(self.keep)
+            for k, conv in zip((6, 11, 16), self.skips.children()):
+                self.vae.decoder.layers[k].register_forward_hook(partial(self.add, conv))
+
+    def keep(self, module, given, out=None) -> None:
+        self.features.append(given[0] if out is None else out)
+
+    def add(self, conv: nn.Module, module, given, out=None) -> Tensor:
+        return (given[0] if out is None else out) + conv(self.features.pop())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, 3, H, W] in [-1, 1], of multiples of 8 -> the same shape."""
+        a, scale = self.alpha_bar, self.vae.config.scaling_factor
+        z = (self.vae.encode(x).latent_dist.mean if self.kl else self.vae.encode(x).latents) * scale
+        eps = self.unet(z, self.t, self.text.expand(len(x), -1, -1), return_dict=False)[0]
+        z0 = (z - (1 - a) ** 0.5 * eps) / a**0.5
+        return self.vae.decode(z0 / scale, return_dict=False)[0]

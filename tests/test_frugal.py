@@ -1,4 +1,4 @@
-"""The causal VAEs made frugal compute what they always do; the plain ones leave alone what a hook has seen."""
+"""VAEs made frugal compute what they always do; the plain ones leave alone what a hook has seen."""
 
 import copy
 
@@ -10,8 +10,10 @@ from mirage_min.method import injection, lora
 from mirage_min.networks import bands, frugal
 from mirage_min.networks.bands import TakenCache, normed_conv
 from mirage_min.networks.causal_conv import CausalConv3d
+from mirage_min.networks.vae_2d import AutoencoderKL, AutoencoderKLConfig
 from mirage_min.networks.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
 from mirage_min.networks.vae_wan import WanVAE, WanVAEConfig
+from mirage_min.training.memory import LiveBytes
 from tests import small
 
 C = 4  # latent channels
@@ -194,3 +196,45 @@ def test_fusion_on_tall_frames_goes_one_by_one_in_place(monkeypatch):
     difference = (h - wanted).abs().max()
     assert calls == [2, 2, 2], f"frames to a convolution, of two clips: {calls}"
     assert difference < 1e-12, f"largest difference {difference:.1e}, allowed 1e-12"
+
+
+# ---- the image VAE ---------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def images():
+    """(plain, frugal), of the same random weights"""
+    torch.manual_seed(0)
+    plain = AutoencoderKL(AutoencoderKLConfig(block_out_channels=(8, 16, 24, 24), norm_num_groups=4))
+    return plain, frugal.apply(copy.deepcopy(plain))
+
+
+@torch.no_grad()
+def test_the_image_vae_computes_the_same_in_place_and_holds_less(images):
+    x, found = torch.rand(2, 3, 64, 48) * 2 - 1, []
+    for vae in images:
+        z, features = vae.encode_with_features(x)
+        kept = [feature.clone() for feature in features]
+        draws = torch.Generator().manual_seed(1)
+        skips = [torch.randn(2, c, *f.shape[-2:], generator=draws)
+                 for f, (_, c) in zip(features[::-1], vae.skip_channels())]
+        with small.unchanged(z, *skips), LiveBytes(vae) as live:
+            y = vae.decode(z, iter(skips))
+        found.append(([z, *features, y, vae.decode(z)], live.peak))
+        assert all(torch.equal(a, b) for a, b in zip(features, kept)), "a feature was spoilt"
+    (plain, most), (in_place, less) = found
+    for a, b in zip(plain, in_place):
+        difference = (a - b).abs().max().item()
+        assert difference <= 1e-6 * a.std().item(), f"largest difference {difference:.1e}"
+    assert less < 0.85 * most, f"{less} bytes, plain {most}"
+
+
+def test_with_gradients_the_image_vae_is_the_plain_one(images):
+    x = torch.rand(1, 3, 16, 24) * 2 - 1
+    grads = [torch.autograd.grad(vae.decode(vae.encode(x)).square().mean(), list(vae.parameters())) for vae in images]
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+@torch.no_grad()
+def test_a_skip_of_another_shape_is_refused_in_place_too(images):
+    with pytest.raises(ValueError, match="a skip must have the shape"):
+        images[1].decode(torch.randn(2, 4, 2, 3), [torch.randn(1, 24, 2, 3)])

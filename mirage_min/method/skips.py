@@ -36,10 +36,13 @@ class Skips(nn.Module):
 
         At full size one of them is as large as all that the decoder holds, so they are not all made at once.
         """
-        convs = list(self.children())
-        if len(features) != len(convs):
-            raise ValueError(f"wanted {len(convs)} features, one for each skip, got {len(features)}")
-        return (conv(feature) for conv, feature in zip(convs, reversed(features)))
+        if len(features) != len(self._modules):
+            raise ValueError(f"wanted {len(self._modules)} features, one for each skip, got {len(features)}")
+        return self._make(list(features))
+
+    def _make(self, features: list[Tensor]) -> Iterator[Tensor]:
+        for conv in self.children():
+            yield conv(features.pop())  # which is held no longer than needed, if nobody else holds it
 
 
 if __name__ == "__main__":

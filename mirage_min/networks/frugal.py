@@ -1,8 +1,9 @@
-"""The causal VAEs in little memory where no gradient is asked for: the same numbers, computed in pieces.
+"""The VAEs in little memory where no gradient is asked for: the same numbers, computed in pieces and in place.
 
-    frugal.apply(vae)        # once, after injection.attach; vae_cogvideox.py and vae_wan.py stay the reference
+    frugal.apply(vae)        # once, after injection.attach; the networks' own files stay the reference
 
-With gradients the plain forwards run and nothing changes. Without, on tall frames:
+With gradients the plain forwards run and nothing changes. Without, the image VAE activates and adds in place; the
+causal VAEs do more, on tall frames:
   - a norm, its SiLU and its convolution go by bands of rows (bands.py), and a residual sum overwrites a block's input;
   - what works on single frames, and in Wan all that works at the full frame rate, goes frame by frame;
   - a group takes over the cache that the group before it handed on, so that one cache is held and not two.
@@ -17,17 +18,18 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 
-from . import vae_cogvideox, vae_wan, vae_wan22
+from . import vae_2d, vae_cogvideox, vae_wan, vae_wan22
 from .bands import TakenCache, is_tall, norm_of, normed_conv
 from .causal_conv import Cache, CausalConv3d
 
 
 def apply(vae: nn.Module) -> nn.Module:
-    """Give the layers of a CogVideoX or Wan VAE their frugal class, in place; returns it. Twice is as once."""
+    """Give the layers of a VAE their frugal class, in place; returns it. Twice is as once."""
     for layer in [*vae.modules()]:
         layer.__class__ = FRUGAL.get(type(layer), type(layer))
-    for block in vae.fusion or ():
+    for block in getattr(vae, "fusion", None) or ():
         if not isinstance(block, FusionBlock):
             block.__class__ = with_frugal(type(block), FusionBlock)
     return vae
@@ -219,6 +221,32 @@ class WanDecoder(WanHalf):
         return run_by_frames(full_rate, h, old, new)
 
 
+# ---- the image VAE ---------------------------------------------------------------------------------------------------
+
+class ImageBlock:
+    """AutoencoderKL's ResnetBlock."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().forward(x)
+        h = nnf.silu(self.norm1(x), inplace=True)
+        h = self.conv1(h)
+        h = nnf.silu(self.norm2(h), inplace=True)
+        h = self.conv2(h)
+        return h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class ImageDecoder:
+    """AutoencoderKL's Decoder: a skip is added in place."""
+
+    @staticmethod
+    def add_skip(x: Tensor, skip: Tensor | None) -> Tensor:
+        if torch.is_grad_enabled() or skip is None:
+            return vae_2d.add_skip(x, skip)
+        vae_2d.check_skip(x, skip)
+        return x.add_(skip)
+
+
 FRUGAL = {plain: with_frugal(plain, frugal) for plain, frugal in {
     vae_cogvideox.CogVideoXVAE: VAE, vae_wan.WanVAE: VAE, vae_wan22.Wan22VAE: VAE,
     vae_cogvideox.Encoder: CogVideoXHalf, vae_cogvideox.Decoder: CogVideoXHalf,
@@ -226,7 +254,8 @@ FRUGAL = {plain: with_frugal(plain, frugal) for plain, frugal in {
     vae_wan22.Encoder: WanEncoder, vae_wan22.Decoder: WanDecoder,
     vae_cogvideox.ResnetBlock: CogVideoXBlock, vae_wan.ResnetBlock: WanBlock,
     vae_cogvideox.Downsample: Resize, vae_cogvideox.Upsample: Resize,
-    vae_wan.Downsample: Resize, vae_wan.Upsample: Resize}.items()}
+    vae_wan.Downsample: Resize, vae_wan.Upsample: Resize,
+    vae_2d.ResnetBlock: ImageBlock, vae_2d.Decoder: ImageDecoder}.items()}
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ and the posterior's sample (the mean is used).
     python -m mirage_min.networks.vae_2d             # the shapes, and that a frame's features are its own
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise, zip_longest
+from itertools import chain, pairwise
 
 import torch
 from einops import rearrange
@@ -119,6 +119,10 @@ class Stage(nn.Module):
             x = layer(x)
         return x
 
+    def layers(self) -> Iterator[nn.Module]:
+        """All of it, for whoever must not hold a layer's input longer than the layer."""
+        return chain(self.resnets, self.downsamplers or self.upsamplers or ())
+
     def forward(self, x: Tensor) -> Tensor:
         return self.resize(self.features(x))
 
@@ -162,6 +166,20 @@ class Encoder(nn.Module):
         return self.conv_out(nnf.silu(self.conv_norm_out(self.mid_block(x))))
 
 
+def add_skip(x: Tensor, skip: Tensor | None) -> Tensor:
+    """x + skip."""
+    if skip is None:
+        return x
+    check_skip(x, skip)
+    return x + skip
+
+
+def check_skip(x: Tensor, skip: Tensor) -> None:
+    """ValueError unless a skip has the shape of what it is added to, so that no batch is repeated unseen."""
+    if skip.shape != x.shape:
+        raise ValueError(f"a skip must have the shape of what it is added to, {list(x.shape)}, got {list(skip.shape)}")
+
+
 class Decoder(nn.Module):
     """Latents to frames; each of `skips`, coarsest first, is added to the input of an up block."""
 
@@ -175,20 +193,16 @@ class Decoder(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, c[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(c[-1], config.out_channels, 3, padding=1)
 
+    add_skip = staticmethod(add_skip)  # frugal.py has another
+
     def forward(self, z: Tensor, skips: Iterable[Tensor] = ()) -> Tensor:
+        skips = iter(skips)
         x = self.mid_block(self.conv_in(z))
-        for stage, skip in zip_longest(self.up_blocks, skips):
-            x = stage(add_skip(x, skip))
+        for stage in self.up_blocks:
+            x = self.add_skip(x, next(skips, None))
+            for layer in stage.layers():
+                x = layer(x)
         return self.conv_out(nnf.silu(self.conv_norm_out(x)))
-
-
-def add_skip(x: Tensor, skip: Tensor | None) -> Tensor:
-    """x + skip; ValueError unless they have one shape, so that no batch is repeated unseen."""
-    if skip is None:
-        return x
-    if skip.shape != x.shape:
-        raise ValueError(f"a skip must have the shape of what it is added to, {list(x.shape)}, got {list(skip.shape)}")
-    return x + skip
 
 
 class AutoencoderKL(nn.Module):

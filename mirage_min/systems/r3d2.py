@@ -41,7 +41,7 @@ from ..method import lora
 from ..method.one_step import STEPS, T_MIRAGE, denoise_epsilon
 from ..method.schedules import STABLE_DIFFUSION, Epsilon, config_from_schedule, schedule_from_config
 from ..method.skips import Skips
-from ..networks import checked, weights
+from ..networks import checked, frugal, weights
 from ..networks.unet_2d import UNet2D
 from ..networks.vae_2d import AutoencoderKL
 from ..networks.vae_tiny import AutoencoderTiny
@@ -123,9 +123,11 @@ class R3D2(nn.Module):
         H, W = frames.shape[-2:]
         # DEVIATION: the mean of the posterior; Difix and img2img-turbo draw from it
         z_ni, features = self.vae.encode_with_features(pad(frames))
+        skips = self.skips(features)
+        del features  # the finest is as large as anything in the decoder: it goes as soon as its skip is made
         z_dr = self.denoise(z_ni, z_ref)
-        # x_DR = D[z_DR, skips(features)]                                                   R3D2 A.1
-        return self.vae.decode(z_dr, self.skips(features))[:, :, :H, :W]
+        # x_DR = D[z_DR, skips]                                                             R3D2 A.1
+        return self.vae.decode(z_dr, skips)[:, :, :H, :W]
 
     def denoise(self, z_ni: Tensor, z_ref: Tensor | None = None) -> Tensor:
         """z_NI [N, C, h, w] -> z_DR: one call of the UNet.
@@ -183,7 +185,7 @@ class R3D2(nn.Module):
         scheduler = weights.locate(UNet2D, base, "scheduler", SCHEDULER) / SCHEDULER
         alpha_bar = schedule_from_config(weights.read_json(scheduler), Epsilon, file=scheduler)
         text = torch.zeros(1, 1, unet.config.cross_attention_dim) if text is None else text
-        return cls(unet, network.to(**place), skips.to(**place), text.to(**place), alpha_bar, t).eval()
+        return cls(unet, frugal.apply(network).to(**place), skips.to(**place), text.to(**place), alpha_bar, t).eval()
 
     @classmethod
     def from_pretrained(cls, path: str | Path, prompt: str | Path | None = None, t: int = -1, device=None, dtype=None,
