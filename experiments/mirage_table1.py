@@ -1,36 +1,29 @@
-"""Mirage Table 1 and Figure 4 in the small: naive insertion, a per-frame one-step baseline, and Mirage.
+"""Mirage Table 1 and Figure 4 in the small: naive insertion, R3D2, and Mirage.
 
-    python -m experiments.mirage_table1 --perceptual DIR         # an hour, half of it the baseline's transformer
+    python -m experiments.mirage_table1 --perceptual DIR
 
-    R3D2       its recipe on the small 2D VAE: each frame alone, one step at t = 199, skip connections from zero,
-               LPIPS + 0.5 Gram. Its transformer, of the same shape as ours, first learns z_GT from z_NI in the 2D
-               latents, as the 3D base did (train_base.py one_step): once for all seeds, 20 times the steps of the
-               pixel stage, 18 frames each
+    R3D2       R3D2-BIG's wiring on the small 2D VAE (train_r3d2.py --recipe small), each frame alone. Its UNet first
+               learns z_GT from z_NI in the 2D latents, as the 3D base did (train_base.py one_step_2d): once for all
+               seeds, 20 times the steps of a stage. Then as many steps as Mirage's stages have together
     Mirage     stages A and H by their scripts
 
-Both with 2 MSE, LPIPS on SqueezeNet and Gram on what VGG there is (recipe `small`). Identity over a long clip (Fig. 4):
-the mean colour of the actor's pixels minus that of the truth's, frame by frame; its deviation over the frames, in
-1/255, is the drift. mirage_fig4.png shows the actor at three frames of the first clip.
+Each step of either sees 18 frames, and the losses are of one kind: LPIPS on SqueezeNet, Gram on what VGG there is, 2
+MSE. R3D2's Gram counts .5, as in its paper, Mirage's .1. Identity over a long clip (Fig. 4): the mean colour of the
+actor's pixels minus that of the truth's, frame by frame; its deviation over the frames, in 1/255, is the drift.
+mirage_fig4.png shows the actor at three frames of the first clip.
 """
 
 import argparse
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.nn import functional as nnf
 
 from experiments import common, tables
-from experiments.skip_vae import SkipVAE
-from mirage_min.method import lora, metrics
-from mirage_min.method.one_step import alpha_bar, denoise
+from mirage_min.method import metrics
 from mirage_min.networks import weights
-from mirage_min.networks.dit_cogvideox import CogVideoXDiT
-from mirage_min.networks.vae_2d import AutoencoderKL
 from mirage_min.systems.mirage import Mirage
 
 METRICS = "PSNR", "SSIM", "LPIPS", "DISTS", "E*warp", "vFID"
@@ -41,63 +34,17 @@ PAPER = {region: {method: dict(zip(METRICS, row)) for method, row in rows.items(
     tables.FULL: {"naive insertion": (27.56, 0.921, 0.112, 0.091, 7.423, 0.244),
                   "R3D2": (27.61, 0.904, 0.072, 0.055, 11.320, 0.206),
                   "Mirage": (28.60, 0.914, 0.069, 0.054, 9.955, 0.178)}}.items()}
-LR, T_ONE_STEP, LONG = 1e-3, 199, 49  # of recipe `small`; Mirage §3.2; frames of a long clip
+LONG = 49  # frames of a long clip
 
 
 # ---- the two methods, as functions (x_ni, x_gt) -> x_dr --------------------------------------------------------------
 
-def one_step(dit: CogVideoXDiT, z: Tensor) -> Tensor:
-    """z_NI [N, 4, h, w] of single frames -> z_DR."""
-    text = torch.zeros(len(z), dit.config.max_text_seq_length, dit.config.text_embed_dim)
-    return denoise(dit, z[:, :, None], T_ONE_STEP, text, alpha_bar())[:, :, 0]
-
-
-def train_prior(args: argparse.Namespace, dit: CogVideoXDiT, vae: AutoencoderKL, to: Path) -> None:
-    """Train a random transformer to predict z_GT from z_NI; the weights go to the folder `to`."""
-    torch.nn.init.zeros_(dit.proj_out.weight)  # starts at z0 = √ᾱ z
-    torch.nn.init.zeros_(dit.proj_out.bias)
-
-    def loss(x_ni: Tensor, x_gt: Tensor) -> Tensor:
-        with torch.no_grad():
-            z_ni, z_gt = (vae.encode(tables.frames_of(x)) for x in (x_ni, x_gt))
-        return nnf.mse_loss(one_step(dit, z_ni).float(), z_gt.float())
-    tables.train(dit.parameters(), loss, args, 0, LR, size=(96, 144))
-    weights.save_tensors(to / "transformer.safetensors", dit.state_dict())
-
-
-def prior(args: argparse.Namespace) -> CogVideoXDiT:
-    """The baseline's transformer in the 2D VAE's latents; trained once."""
-    vae = AutoencoderKL.from_pretrained(args.weights / "vae_2d").requires_grad_(False)
-    channels = vae.config.latent_channels
-    config = CogVideoXDiT.from_pretrained(args.weights / "base", "transformer").config
-    torch.manual_seed(0)
-    dit = CogVideoXDiT(replace(config, in_channels=channels, out_channels=channels))
-    longer = tables.with_settings(args, steps=20 * args.steps)
-    make = partial(train_prior, longer, dit, vae)
-    folder = tables.once(args.runs / "mirage_table1" / "prior", tables.trained_with(longer), make)
-    dit.load_state_dict(weights.load_tensors(folder / "transformer.safetensors")[0])
-    return dit
-
-
-def per_frame(args: argparse.Namespace, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """R3D2's recipe, trained."""
-    dit = prior(args)
-    torch.manual_seed(seed)
-    model = SkipVAE(AutoencoderKL.from_pretrained(args.weights / "vae_2d")).requires_grad_(False)
-    lora.add(model.vae.decoder, "lora", 16, 16.0)
-
-    def harmonise(frames: Tensor) -> Tensor:
-        with torch.no_grad():
-            z, mids = model.vae.encode(frames), model.vae.mids(frames)
-        return model.decode(one_step(dit, z), mids)
-
-    def harmonise_video(x_ni: Tensor, x_gt: Tensor) -> Tensor:
-        return tables.framewise(harmonise, x_ni)
-
-    judge = tables.perceptual_loss(args, gram=0.5, mse=2.0)
-    params = [*dit.parameters(), *lora.parameters(model.vae.decoder, "lora"), *model.skips.parameters()]
-    tables.train(params, lambda x_ni, x_gt: judge(harmonise_video(x_ni, x_gt), x_gt), args, seed, LR, size=(96, 144))
-    return harmonise_video
+def theirs(args: argparse.Namespace, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """R3D2, trained."""
+    folder = tables.once(args.runs / "r3d2" / f"seed_{seed}", tables.trained_with(args),
+                         lambda to: tables.train_r3d2(args, to, seed))
+    r3d2 = tables.read_r3d2(folder)
+    return lambda x_ni, x_gt: torch.stack(list(r3d2.stream(x_ni[0].unbind(1), batch=9)), dim=1)[None]
 
 
 def ours(args: argparse.Namespace, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -144,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
     long, seeds, drifts = tables.held_out(few, LONG), [], []
     for seed in range(1, args.seeds + 1):
         folder, made = args.runs / "mirage_table1" / f"seed_{seed}", {}
-        for name, trained in {"R3D2": per_frame, "Mirage": ours}.items():
+        for name, trained in {"R3D2": theirs, "Mirage": ours}.items():
             def make(to: Path) -> None:
                 model = trained(args, seed)
                 for clips, part in ((short, "short"), (long, "long")):

@@ -1,11 +1,10 @@
-"""A counterpart of Mirage Table 3 in the small: what aligned pairs are worth to the model that is trained on them.
+"""Mirage Table 3 in the small: what aligned pairs are worth to the R3D2 that is trained on them.
 
-    python -m experiments.mirage_table3 --perceptual DIR         # 50 minutes
+    python -m experiments.mirage_table3 --perceptual DIR
 
-The paper trains R3D2 with and without aligned data. Here it is Mirage's stage H, on pairs that build_pairs.py made of
-the same scenes of Gaussians with --align none, coarse and full; all three are scored on the same held-out pairs,
-aligned in full. Stage A is that of the other tables, stage H has 3/5 of --steps, for the pairs are few. The scenes are
-toy_world's own reconstructions, 9 frames long.
+R3D2, as in mirage_table1, on pairs that build_pairs.py made of the same scenes of Gaussians with --align none, coarse
+and full; all three are scored on the same held-out pairs, aligned in full. Training has 3/5 of the steps of the other
+tables, for the pairs are few. The scenes are toy_world's own reconstructions, 9 frames long.
 """
 
 import argparse
@@ -45,14 +44,14 @@ def main(args: argparse.Namespace) -> None:
     held_out = scenes(args, "scenes_held_out", 1_000_000, 1 if few else HELD_OUT)
     clips, seeds = pairs(args, held_out, "full", "held_out"), []
     data = {align: pairs(args, training, align, f"pairs_{align}") for align in ("none", "coarse", "full")}
-    steps = max(1, args.steps * 3 // 5)
-    settings = tables.trained_with(args, steps_h=steps, scenes=[len(training), len(held_out)])
+    steps = max(1, 2 * args.steps * 3 // 5)
+    settings = tables.trained_with(args, system="R3D2", steps_r3d2=steps, scenes=[len(training), len(held_out)])
     for seed in range(1, args.seeds + 1):
-        folder, start, models = args.runs / "mirage_table3" / f"seed_{seed}", tables.reconstruction(args, seed), {}
+        folder, models = args.runs / "mirage_table3" / f"seed_{seed}", {}
         for align, pairs_aligned in data.items():
-            make = partial(tables.stage_h, args, start, seed=seed, data=pairs_aligned, steps=steps)
+            make = partial(tables.train_r3d2, args, seed=seed, data=pairs_aligned, steps=steps)
             models[align] = tables.once(folder / f"model {align}", settings, make)
-        results = tables.harmonise(clips, folder, models, settings)
+        results = tables.harmonise(clips, folder, models, settings, tables.read_r3d2)
         seeds.append(tables.evaluate(args, clips, results, folder / "scores", exact=False))
     tables.report("mirage_table3", __doc__, args, {tables.FULL: PAPER}, seeds)
 

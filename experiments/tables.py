@@ -35,6 +35,7 @@ from mirage_min.method.perceptual import Lpips, gram_loss
 from mirage_min.networks import weights
 from mirage_min.networks.imagenet import Features
 from mirage_min.systems.mirage import Mirage
+from mirage_min.systems.r3d2 import R3D2
 from mirage_min.training import run
 
 BETTER = {"PSNR": max, "SSIM": max, "LPIPS": min, "DISTS": min, "E*warp": min, "vFID": min}
@@ -136,6 +137,28 @@ def harmonised(args: argparse.Namespace, seed: int) -> Path:
     return once(args.runs / "mirage" / f"seed_{seed}", trained_with(args), lambda to: stage_h(args, start, to, seed))
 
 
+def r3d2_base(args: argparse.Namespace) -> Path:
+    """The small UNet after train_base.py one_step_2d, as the transformer of Mirage's base has had one_step: trained
+    once for all experiments and seeds, 20 times the steps of a stage."""
+    def make(to: Path) -> None:
+        shutil.copytree(args.weights / "vae_2d", to / "vae_2d")
+        python("train_base.py", "one_step_2d", "--data", args.data, "--runs", to / "runs", "--out", to,
+               "--device", "cpu", "--set", f"steps={20 * args.steps}", "--set", "bf16=yes")
+    return once(args.runs / "r3d2_base", trained_with(args), make) / "base_2d"
+
+
+def train_r3d2(args: argparse.Namespace, to: Path, seed: int, data: Path | None = None, **settings) -> None:
+    """train_r3d2.py from that UNet: as many steps as Mirage's two stages have together, on as many frames each."""
+    settings = {"steps": 2 * args.steps, "batch": 2, "frames": 9, "seed": seed, "real": 0, "gram_from": 0} | settings
+    train_stage("train_r3d2.py", args, to, settings, "--data", data or args.data, "--base", r3d2_base(args), "--vae",
+                args.weights / "vae_2d", "--run-folder", to / "run")
+
+
+def read_r3d2(model: Path) -> R3D2:
+    """A trained R3D2, which was written as float16, in float32."""
+    return R3D2.from_pretrained(model, dtype=torch.float32)
+
+
 # ---- training --------------------------------------------------------------------------------------------------------
 
 def frames_of(x: Tensor) -> Tensor:
@@ -194,11 +217,13 @@ def predict(clips: Path, to: Path, model: Callable[[Tensor, Tensor], Tensor]) ->
         weights.save_tensors(to / path.name, {"x_dr": to_bytes(model(x_ni, x_gt)[0]).contiguous()})
 
 
-def harmonise(clips: Path, folder: Path, models: dict[str, Path], settings: dict) -> dict[str, Path]:
-    """What each trained Mirage makes of the clips, kept under `folder` -> {method: where}."""
+def harmonise(clips: Path, folder: Path, models: dict[str, Path], settings: dict, read: Callable | None = None
+              ) -> dict[str, Path]:
+    """What each trained system makes of the clips, kept under `folder` -> {method: where}. read: that loads one from
+    its folder; None: as a Mirage."""
     def make(to: Path, model: Path) -> None:
-        mirage = Mirage.from_pretrained(model)
-        predict(clips, to, lambda x_ni, x_gt: mirage(x_ni))
+        system = (read or Mirage.from_pretrained)(model)
+        predict(clips, to, lambda x_ni, x_gt: system(x_ni))
     return {name: once(folder / name, settings, lambda to: make(to, model)) for name, model in models.items()}
 
 

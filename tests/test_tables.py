@@ -6,11 +6,14 @@ from argparse import Namespace
 import pytest
 import torch
 
-from experiments import mirage_table4, tables
+import train_r3d2
+from experiments import mirage_table4, r3d2_table5, tables
 from experiments.mirage_table1 import drift
 from experiments.skip_vae import SkipVAE
+from mirage_min.data import desk
 from mirage_min.networks import weights
 from mirage_min.networks.vae_2d import AutoencoderKL, AutoencoderKLConfig
+from mirage_min.systems.r3d2 import R3D2
 from mirage_min.training import run
 from tests import small
 
@@ -166,3 +169,54 @@ def test_the_baselines_skips_start_at_nothing_each_takes_part_and_a_frame_sees_o
     other = x.clone()
     other[:, :, 1] = 0
     assert torch.allclose(through(other)[:, :, 0], before[:, :, 0], atol=1e-12)
+
+
+# ---- R3D2 in the tables ----------------------------------------------------------------------------------------------
+
+def test_r3d2_is_trained_by_its_scripts_as_long_as_mirages_two_stages_and_its_base_once(tmp_path, monkeypatch):
+    """What the scripts are called with; the settings are checked against the recipe that they change."""
+    calls = []
+    monkeypatch.setattr(tables, "python", lambda *argv: calls.append([str(word) for word in argv]))
+    (tmp_path / "weights" / "vae_2d").mkdir(parents=True)
+    args = Namespace(steps=5, data=tmp_path / "toy", weights=tmp_path / "weights", perceptual=tmp_path,
+                     runs=tmp_path / "runs")
+    for seed in (1, 2):
+        tables.train_r3d2(args, tmp_path / f"model_{seed}", seed)
+    base, first, second = calls
+    assert base[:2] == ["train_base.py", "one_step_2d"] and "steps=100" in base
+    out = base[base.index("--out") + 1]
+    assert first[first.index("--base") + 1] == second[second.index("--base") + 1] == f"{out}/base_2d"
+    assert (tmp_path / "runs" / "r3d2_base" / "vae_2d").is_dir(), "the VAE lies where train_base.py looks for it"
+    settings = [first[i + 1] for i, word in enumerate(first) if word == "--set"]
+    recipe = desk.override(train_r3d2.RECIPES["small"], settings)
+    assert (recipe.steps, recipe.batch * recipe.frames, recipe.seed, recipe.gram_from) == (10, 18, 1, 0)
+    assert (recipe.lambda_lpips, recipe.lambda_gram, recipe.lambda_mse) == (1.0, 0.5, 2.0)
+
+
+def test_a_trained_r3d2_predicts_each_clip_in_float32(tmp_path):
+    small.r3d2().half().save_pretrained(tmp_path / "model")
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    x = torch.randint(0, 256, (2, 3, 2, 16, 24), dtype=torch.uint8)
+    weights.save_tensors(clips / "1.safetensors", {"x_ni": x[0], "x_gt": x[1]})
+    made = tables.harmonise(clips, tmp_path / "made", {"R3D2": tmp_path / "model"}, {}, tables.read_r3d2)
+    system = R3D2.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    with torch.no_grad():
+        wanted = system(x[:1].float() / 127.5 - 1)[0].clamp(-1, 1)
+    found = weights.load_tensors(made["R3D2"] / "1.safetensors")[0]["x_dr"]
+    difference = (found.float() - (wanted + 1) * 127.5).abs().max().item()
+    assert difference <= 0.51, f"largest difference {difference} of 255"
+
+
+def test_a_reconstruction_is_saved_under_its_scenes_clip_and_one_without_a_clip_is_not(tmp_path, monkeypatch):
+    shown, filmed = torch.full((3, 2, 4, 4), 0.5), torch.full((3, 2, 4, 4), -0.5)
+    monkeypatch.setattr(r3d2_table5, "reconstruction", lambda folder, frames: (shown, filmed))
+    for name in ("clips", "shown", "repairs"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "clips" / "scene_7_000000.safetensors").touch()
+    folders = [tmp_path / "scene_7", tmp_path / "scene_8"]
+    r3d2_table5.save_reconstructions(folders, tmp_path / "clips", tmp_path / "shown")
+    r3d2_table5.save_repairs(folders, tmp_path / "repairs")
+    assert [path.name for path in (tmp_path / "shown").iterdir()] == ["scene_7_000000.safetensors"]
+    pair = weights.load_tensors(tmp_path / "repairs" / "scene_8.safetensors")[0]
+    assert (pair["x_ni"] == 191).all() and (pair["x_gt"] == 64).all()
