@@ -21,7 +21,8 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed  # noqa: E402
 
 from mirage_min.networks import weights  # noqa: E402
-from mirage_min.networks.dit_wan import BLOCK_NAMES, NAMES, WanDiT, WanDiTConfig, rotary_table  # noqa: E402
+from mirage_min.networks.dit_wan import WanDiT, WanDiTConfig, rotary_table  # noqa: E402
+from mirage_min.networks.wan_names import BLOCK_NAMES, NAMES  # noqa: E402
 
 CONFIGS = Path(__file__).parents[2] / "shared" / "checkpoint_configs"
 SMALL = dict(num_attention_heads=2, attention_head_dim=20, in_channels=4, out_channels=4, text_dim=12, freq_dim=16,

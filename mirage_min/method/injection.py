@@ -2,8 +2,8 @@
 
 A causal 3D encoder mixes frames before it halves them in time, so its features, handed to the decoder, leak one frame
 into another (ghosting: Mirage §7, Fig. 6). A 2D encoder sees each frame alone. Its intermediate features z2D_mid are
-folded back from the batch into time and enter the last two decoder stages, whose slices stand one-to-one for output
-frames (Table 5: Dec-3 at H/2, Dec-4 at H), each through a Cross-Modal Fusion Block,
+folded back from the batch into time and enter the last two decoder stages, which have one slice for each output frame
+(Table 5: Dec-3 at H/2, Dec-4 at H), each through a Cross-Modal Fusion Block,
 
     h' = h + s_h · merge(concat(h / s_h, f / s_f))        merge: one 3 x 3 convolution over single frames, zero at start
 
@@ -36,18 +36,26 @@ class CrossModalFusionBlock(OutsideStateDict):
         self.register_buffer("s_f", torch.ones(()))
 
     def forward(self, h: Tensor, f: Tensor) -> Tensor:
-        """h' = h + s_h · merge(concat(h / s_h, f / s_f)): h first, one convolution with weight and bias, zeros around
-        each frame, in h's dtype. Frames do not mix. ValueError naming both shapes if f does not fit h and weight."""
+        """h [B, C, T, H, W], f [B, Cf, T, H, W] -> like h.
+
+        merge is one convolution of h's channels, then f's, with zeros around each frame; frames do not mix. ValueError
+        naming both shapes if f does not fit.
+        """
         B, C, T, H, W = h.shape
         if f.shape != (B, self.weight.shape[1] - C, T, H, W):
             raise ValueError(f"injected features must be {[B, self.weight.shape[1] - C, T, H, W]}, got {list(f.shape)}")
         s_h, s_f, weight, bias = (v.to(h.dtype) for v in (self.s_h, self.s_f, self.weight, self.bias))
         both = rearrange(torch.cat([h / s_h, f.to(h.dtype) / s_f], dim=1), "b c t h w -> (b t) c h w")
+        # h' = h + s_h · merge(concat(h / s_h, f / s_f))
         return h + s_h * rearrange(nnf.conv2d(both, weight, bias, padding=1), "(b t) c h w -> b c t h w", b=B)
 
 
 def attach(vae: nn.Module, feature_channels: list[int]) -> None:
-    """Give a VAE one fusion block for each place where features enter, finest first (kept out of its checkpoint)."""
+    """Give a VAE a new fusion block for each place where features enter, finest first; they stay out of its checkpoint.
+
+    feature_channels  of the features, one number a place, as vae.inject_channels counts them
+    ValueError for another number of places.
+    """
     channels = vae.inject_channels
     if len(feature_channels) != len(channels):
         raise ValueError(f"this decoder takes features at {len(channels)} places, got {len(feature_channels)}")
@@ -59,7 +67,7 @@ def attach(vae: nn.Module, feature_channels: list[int]) -> None:
 @torch.no_grad()
 def measure_scales(vae: nn.Module, z: Tensor, inject: list[Tensor]) -> list[tuple[float, float]]:
     """Set every block's s_h and s_f to the standard deviations of the h and f that reach it, over all elements and all
-    groups of one vae.decode(z, inject) -> those pairs, finest first. No hook stays on the blocks."""
+    groups of one vae.decode(z [B, C, F, h, w], inject) -> those pairs, finest first. No hook stays on the blocks."""
     measured = {block: (RunningStd(), RunningStd()) for block in vae.fusion}
 
     def measure(block: nn.Module, args: tuple[Tensor, Tensor]) -> None:
@@ -100,14 +108,14 @@ class RunningStd:
 
 
 def state_dict(vae: nn.Module) -> dict[str, Tensor]:
-    """{"fusion.0.weight": …, "fusion.0.s_h": …}: everything the blocks have learned or measured."""
+    """{"fusion.0.weight": [C, C + Cf, 3, 3], "fusion.0.s_h": [], …}: all that the blocks have learned or measured."""
     return {f"fusion.{i}.{name}": value.detach() for i, block in enumerate(vae.fusion)
             for name, value in (*block.named_parameters(), *block.named_buffers())}
 
 
 @torch.no_grad()
 def load(vae: nn.Module, state: dict[str, Tensor]) -> None:
-    """Fill the blocks from a state_dict; ValueError naming the keys or shapes that do not fit."""
+    """Fill the blocks from what `state_dict` returns; ValueError naming the keys or shapes that do not fit."""
     mine = state_dict(vae)
     weights.check_match(mine, state, "the file's fusion blocks", "those of this decoder")
     for key, value in mine.items():

@@ -51,6 +51,7 @@ class LoRA(OutsideStateDict):
         nn.init.kaiming_uniform_(self.A, a=5**0.5)
 
     def extra_repr(self) -> str:
+        """What print(model) says of it."""
         return f"rank={self.A.shape[0]}, alpha={self.alpha:g}"
 
     def delta(self) -> Tensor:
@@ -171,7 +172,7 @@ def peft_config(module: nn.Module, name: str) -> str:
 
 @torch.no_grad()
 def load(module: nn.Module, name: str, state: dict[str, Tensor]) -> None:
-    """Fill the adapter `name` from a state_dict; ValueError naming the first keys or shapes that do not fit."""
+    """Fill the adapter `name` from what `state_dict` returns; ValueError naming the keys or shapes that do not fit."""
     mine = state_dict(module, name)
     weights.check_match(mine, state, f"the file's LoRA {name!r}", f"that of {type(module).__name__}")
     for key, p in mine.items():
@@ -183,7 +184,8 @@ def unwrap(state: dict[str, Tensor], alpha: float = PEFT_ALPHA) -> dict[str, Ten
 
         <layer>.base_layer.weight,  <layer>.lora_A.NAME.weight,  <layer>.lora_B.NAME.weight  ->  <layer>.weight
 
-    Other keys stay. ValueError for an A without its B or its layer, or the other way round, and for several names.
+    A [r, in, …], B [out, r, …], with s = alpha / r; other keys stay. ValueError for an A without its B or its layer, or
+    the other way round, and for several names.
     """
     plain, found, names = {}, {}, set()
     for key, tensor in state.items():

@@ -58,35 +58,35 @@ def alpha_bar(snr_shift: float = 1.0, zero_terminal_snr: bool = True) -> Tensor:
 # (_weights) and returned in their own dtype. alpha_bar_t is ᾱ at t, sigma a flow's σ: one number, or [B].
 
 def add_noise(z0: Tensor, eps: Tensor, alpha_bar_t: float | Tensor) -> Tensor:
-    """The mix z_t of a clean latent z0 and noise ε, in CogVideoX's and Stable Diffusion's way."""
+    """z0, ε [B, ...] -> the mix z_t of a clean latent and noise, as CogVideoX and Stable Diffusion mix them."""
     a, b = _weights(alpha_bar_t, z0)
     # z_t = √ᾱ_t · z0 + √(1 − ᾱ_t) · ε                                                     Mirage §3.1
     return (a * z0 + b * eps).to(z0.dtype)
 
 
 def v_target(z0: Tensor, eps: Tensor, alpha_bar_t: float | Tensor) -> Tensor:
-    """The velocity v of that mix, which CogVideoX is trained to predict from z_t."""
+    """z0, ε [B, ...] -> the velocity v of that mix, which CogVideoX is trained to predict from z_t."""
     a, b = _weights(alpha_bar_t, z0)
     # v = √ᾱ_t · ε − √(1 − ᾱ_t) · z0
     return (a * eps - b * z0).to(z0.dtype)
 
 
 def z0_from_v(z_t: Tensor, v: Tensor, alpha_bar_t: float | Tensor) -> Tensor:
-    """The clean latent that the mix z_t and its velocity v together name (CogVideoX)."""
+    """z_t, v [B, ...] -> the clean latent that a mix and its velocity determine (CogVideoX)."""
     a, b = _weights(alpha_bar_t, z_t)
     # z0 = √ᾱ_t · z_t − √(1 − ᾱ_t) · v
     return (a * z_t - b * v).to(z_t.dtype)
 
 
 def z0_from_epsilon(z_t: Tensor, eps: Tensor, alpha_bar_t: float | Tensor) -> Tensor:
-    """The clean latent that the mix z_t and its noise ε together name (Stable Diffusion). ᾱ must not be 0."""
+    """z_t, ε [B, ...] -> the clean latent that a mix and its noise determine (Stable Diffusion). ᾱ must not be 0."""
     a, b = _weights(alpha_bar_t, z_t)
     # z0 = (z_t − √(1 − ᾱ_t) · ε) / √ᾱ_t
     return ((z_t - b * eps) / a).to(z_t.dtype)
 
 
 def z0_from_flow(z_t: Tensor, v: Tensor, sigma: float | Tensor) -> Tensor:
-    """The clean latent that the mix z_t at noise level sigma and its flow v together name (Wan)."""
+    """z_t, v [B, ...] -> the clean latent that a mix at noise level sigma and its flow determine (Wan)."""
     # z0 = z_t − σ · v                                                                      ChopGrad B.4
     return (z_t - _column(sigma, z_t) * v).to(z_t.dtype)
 
@@ -123,7 +123,7 @@ def denoise(dit: Callable, z_t: Tensor, t: int | Tensor, text: Tensor, alpha_bar
 def denoise_epsilon(unet: Callable, z_t: Tensor, t: int | Tensor, text: Tensor, alpha_bar: Tensor) -> Tensor:
     """One call of a network that predicts ε (SD-Turbo: R3D2, Difix): z_t [N, C, h, w] -> z0, shape and dtype of z_t.
 
-    At t = 999 √ᾱ is .068: an error of ε counts 14.6 times there, at 199 but .57 times.
+    At t = 999 √ᾱ is .068: an error of ε counts 14.6 times there, and .57 times at 199.
 
     t, text    an int or [N], and [N, L, D]
     alpha_bar  the table [1000] without zero terminal SNR

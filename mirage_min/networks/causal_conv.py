@@ -1,7 +1,7 @@
 """The causal 3D convolution and its explicit cache (ChopGrad §3.1, Eq. 1).
 
-A video VAE works through a video group by group. Its convolutions look at the past only, and what a convolution must
-remember between two groups is the end of its own input: the last kt - 1 frames. That memory is the cache,
+A video VAE works through a video group by group. Its convolutions look only at the past, so all that a convolution has
+to keep between two groups is the end of its own input, the last kt - 1 frames. These frames are the cache,
 
     z_{i,m+1}, z^c_{i,m} = D_m(Concat(z^c_{i-1,m}, z_{i,m}))                                        (ChopGrad Eq. 1)
 
@@ -23,8 +23,9 @@ Cache = dict[str, Tensor]  # {dotted layer name: its last kt - 1 input frames, [
 class CausalConv3d(nn.Conv3d):
     """A 3D convolution that pads time on the left only: output frame t sees input frames t - kt + 1 .. t.
 
-    `first` says what stands before the first frame of a video: "repeat" (that frame again, as CogVideoX has it) or
-    "zeros" (Wan). Space is padded with zeros to `padding`, as in nn.Conv3d. Parameters are those of nn.Conv3d.
+    `first` is what comes before the first frame of a video: "repeat" (copies of that frame: CogVideoX) or "zeros"
+    (Wan). Space is padded with zeros to `padding`, as in nn.Conv3d, which also gives the parameters. ValueError for
+    another `first`.
     """
 
     def __init__(self, c_in: int, c_out: int, kernel=3, stride=1, padding=None, first: str = "zeros", bias=True):
@@ -37,11 +38,11 @@ class CausalConv3d(nn.Conv3d):
         self.key = ""  # set by name_caches
 
     def with_past(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
-        """x [B, C, T, H, W] -> [B, C, kt-1+T, H, W]: the frames before x in front of it; its tail goes into `new`.
+        """x [B, C, T, H, W] -> [B, C, kt-1+T, H, W]: x with the frames before it; its tail goes into `new`.
 
-        What came before is old[self.key], or where `old` is None or empty kt - 1 frames as `first` says. The last
-        kt - 1 frames of the result become new[self.key], in a storage of their own; `old` stays as it is. Where kt is
-        1 there is no cache, and the result is x.
+        Those frames are old[self.key], or what `first` says if `old` is None or empty. The last kt - 1 frames of the
+        result become new[self.key], in new storage; `old` is left alone. Where kt is 1 there is no cache, and the
+        result is x.
         """
         past = self.kernel_size[0] - 1
         if past == 0:
@@ -61,7 +62,7 @@ class CausalConv3d(nn.Conv3d):
 
 
 def name_caches(module: nn.Module) -> None:
-    """Give every CausalConv3d in `module` its dotted name there as `key`, under which it finds its own past."""
+    """Give every CausalConv3d in `module` its dotted name as `key`, under which it finds its own past."""
     for name, layer in module.named_modules():
         if isinstance(layer, CausalConv3d):
             layer.key = name

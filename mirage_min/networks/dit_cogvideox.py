@@ -1,6 +1,6 @@
 """The CogVideoX transformer: one latent video and a text in, one prediction out (Mirage §3.2, "Transformer denoiser").
 
-Text tokens and video patches stand in one sequence and attend to each other; the timestep enters each block as a
+Text tokens and video patches form one sequence and attend to each other; the timestep enters each block as a
 shift, a scale and a gate, one triple for the text and one for the video. Three published shapes differ in how a patch
 knows its place:
 
@@ -92,8 +92,9 @@ class CogVideoXDiT(nn.Module):
     def forward(self, z_t: Tensor, t: int | Tensor, text: Tensor) -> Tensor:
         """z_t [B, C, F, h, w], t in 0 .. 999 as an int or [B], text [B, L, text_embed_dim] -> prediction like z_t.
 
-        Any F, h, w. Where a patch does not fill, the last row and column are repeated behind and the first latent in
-        front, and the prediction there is dropped. L is max_text_seq_length: pad the prompt as its tokenizer does.
+        Any F, h, w. Where they do not divide into patches, the last row and column are repeated at the end and the
+        first latent at the start, and the prediction there is dropped. L is max_text_seq_length: pad the prompt as its
+        tokenizer does. ValueError, naming both shapes, where z_t or text has another.
         """
         self._check(z_t, text)
         B, C, F, h, w = z_t.shape
@@ -126,6 +127,7 @@ class CogVideoXDiT(nn.Module):
         return out[:, :, -F:, :h, :w]
 
     def _check(self, z_t: Tensor, text: Tensor) -> None:
+        """ValueError, naming the shapes wanted and given, unless z_t and text fit the config."""
         c = self.config
         if z_t.ndim != 5 or z_t.shape[1] != c.in_channels:
             raise ValueError(f"z_t must be [B, {c.in_channels}, F, h, w], got {list(z_t.shape)}")
@@ -135,7 +137,7 @@ class CogVideoXDiT(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Cuts the latent into patches and brings patches and text to the transformer's width."""
+    """Cuts the latent into patches and maps patches and text to the transformer's width."""
 
     def __init__(self, config: CogVideoXDiTConfig, D: int):
         super().__init__()
@@ -147,6 +149,7 @@ class PatchEmbed(nn.Module):
         self.text_proj = nn.Linear(config.text_embed_dim, D)
 
     def forward(self, z: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """z [B, C, F, h, w], whole patches; text [B, L, text_embed_dim] -> [B, L, D], [B, f*h*w, D]"""
         B = z.shape[0]
         if self.pt is None:
             patches = self.proj(rearrange(z, "b c f h w -> (b f) c h w"))
@@ -183,6 +186,7 @@ class Block(nn.Module):
         self.ff = FeedForward(D)
 
     def forward(self, text: Tensor, video: Tensor, time: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor]:
+        """text [B, L, D], video [B, N, D], time [B, time_embed_dim], rotation [L + N, d/2] -> text, video"""
         L = text.shape[1]
         # x ← x + gate · attention(norm(x)), text and video in one sequence
         text_in, video_in, text_gate, video_gate = self.norm1(text, video, time)
@@ -196,7 +200,7 @@ class Block(nn.Module):
 
 
 class ModulatedNorm(nn.Module):
-    """Layer norm, then shift and scale from the timestep, apart for text and video; and the gates for what follows."""
+    """Layer norm, shifted and scaled by the timestep, separately for text and video; and the gates for what follows."""
 
     def __init__(self, config: CogVideoXDiTConfig, D: int):
         super().__init__()
@@ -204,12 +208,13 @@ class ModulatedNorm(nn.Module):
         self.norm = nn.LayerNorm(D, config.norm_eps)
 
     def forward(self, text: Tensor, video: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        m = self.linear(nnf.silu(time)).unsqueeze(1).chunk(6, dim=-1)    # 6 x [B, 1, D]
-        shift, scale, gate, text_shift, text_scale, text_gate = m
+        """text [B, L, D], video [B, N, D], time [B, time_embed_dim] -> both, moved, and their gates [B, 1, D]"""
+        m = self.linear(nnf.silu(time)).unsqueeze(1).chunk(6, dim=-1)  # 6 x [B, 1, D]
+        video_shift, video_scale, video_gate, text_shift, text_scale, text_gate = m
         # norm(x) · (1 + scale) + shift
-        video = torch.addcmul(shift, self.norm(video), 1 + scale)
+        video = torch.addcmul(video_shift, self.norm(video), 1 + video_scale)
         text = torch.addcmul(text_shift, self.norm(text), 1 + text_scale)
-        return text, video, text_gate, gate
+        return text, video, text_gate, video_gate
 
 
 class OutputNorm(nn.Module):
@@ -221,6 +226,7 @@ class OutputNorm(nn.Module):
         self.norm = nn.LayerNorm(D, config.norm_eps)
 
     def forward(self, video: Tensor, time: Tensor) -> Tensor:
+        """video [B, N, D], time [B, time_embed_dim] -> like video"""
         shift, scale = self.linear(nnf.silu(time)).unsqueeze(1).chunk(2, dim=-1)
         return torch.addcmul(shift, self.norm(video), 1 + scale)
 
@@ -237,6 +243,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(D, D)])
 
     def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
+        """x [B, L + N, D], text first; rotation [L + N, d/2] or None -> like x"""
         q, k, v = (rearrange(to(x), "b l (heads d) -> b l heads d", heads=self.heads)
                    for to in (self.to_q, self.to_k, self.to_v))
         q, k = self.norm_q(q), self.norm_k(k)
@@ -255,11 +262,12 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleDict({"0": nn.ModuleDict({"proj": nn.Linear(D, 4 * D)}), "2": nn.Linear(4 * D, D)})
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]"""
         return self.net["2"](nnf.gelu(self.net["0"]["proj"](x), approximate="tanh"))
 
 
 def shares(dim: int) -> tuple[int, int, int]:
-    """How many of a patch's channels speak of its time, of its row and of its column."""
+    """How many of a patch's channels encode its time, its row and its column."""
     return dim // 4, dim // 8 * 3, dim // 8 * 3
 
 
@@ -274,7 +282,7 @@ def rotary_table(grid: tuple[int, int, int], base: tuple[int, int] | None, dim: 
     steps = [torch.arange(n, dtype=torch.float32, device="cpu") for n in grid]
     if base is not None:
         (top, left), (bottom, right) = crop(h, w, *base)
-        # Published: the end is scaled, not the span, so a crop that starts off 0 is spread a little short.
+        # Published so: the end is scaled and not the span, which spreads a crop that starts off 0 a little short.
         steps[1] = torch.linspace(top, bottom * (h - 1) / h, h, device="cpu")
         steps[2] = torch.linspace(left, right * (w - 1) / w, w, device="cpu")
     turn = torch.cat(on_grid(*(angles(s, d) for s, d in zip(steps, shares(dim)))), dim=-1)

@@ -2,17 +2,17 @@
 
 Video patches attend to each other, then to the text, then pass a two-layer network. Queries and keys are rotated by the
 frame, row and column of their patch. The timestep becomes six vectors, two triples of shift, scale and gate; each block
-adds a learned table of its own to them. Norms, shifts and gates are computed in float32.
+adds its own learned table to them. Norms, shifts and gates are computed in float32.
 
 Wan 2.1's text-to-video 1.3B and 14B and Wan 2.2's TI2V-5B are this one network at three sizes. The last makes videos
-from an image too: its clean latent stands in place of the first noised one, at a timestep of 0 (flow.py). Checkpoints
+from an image too: its clean latent replaces the first noised one, at a timestep of 0 (flow.py). Checkpoints
 come in two layouts, the original and that of diffusers; names here are the latter's, and `translate_key` and
 `translate_config` read the former. Left out: Wan 2.1's image-to-video networks. A side branch is in wan_branch.py.
 
     python -m mirage_min.networks.dit_wan            # shapes, and what an odd size and a later t do
 """
 
-import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 from torch.utils.checkpoint import checkpoint
 
-from . import checked, weights
+from . import checked, wan_names, weights
 from .rotary import angles, cached_table, on_grid, rotate, unit
 
 
@@ -69,6 +69,7 @@ class WanDiT(nn.Module):
     IGNORED = {"rope_max_seq_len"}  # a size of the published table; here it is as large as the clip
     from_pretrained = classmethod(weights.from_pretrained)
     save_pretrained = weights.save_pretrained
+    translate_key, translate_config = staticmethod(wan_names.translate_key), staticmethod(wan_names.translate_config)
 
     def __init__(self, config: WanDiTConfig = WanDiTConfig()):
         super().__init__()
@@ -86,7 +87,7 @@ class WanDiT(nn.Module):
         """z_t [B, C, F, h, w], t in 0 .. 1000, text [B, L, text_dim] -> prediction like z_t.
 
         Any F, h, w: where h or w is odd, the last row or column is repeated and the prediction there dropped. The
-        published pipeline has L = 512 and zeros behind the prompt.
+        published pipeline has L = 512 and zeros after the prompt.
 
         t      a number, [B], or [B, F] where each latent has its own
         hints  of a side branch: {layer: what is added after it, [B, patches, D]}
@@ -104,7 +105,7 @@ class WanDiT(nn.Module):
         return x[..., :h, :w]
 
     def embed(self, z_t: Tensor, t: int | Tensor, text: Tensor) -> Embedded:
-        """What enters the first block; arguments as of `forward`."""
+        """What enters the first block; z_t [B, C, F, h, w], t, text as in `forward`. ValueError unless they fit."""
         self._check(z_t, text)
         t = torch.as_tensor(t, device=z_t.device)
         B, _, n = z_t.shape[:3]
@@ -117,33 +118,12 @@ class WanDiT(nn.Module):
         return Embedded(rearrange(x, "b d f h w -> b (f h w) d"), text, time, modulation, rotation)
 
     def _check(self, z_t: Tensor, text: Tensor) -> None:
+        """ValueError, naming the shapes wanted and given, unless z_t and text fit the config."""
         c = self.config
         if z_t.ndim != 5 or z_t.shape[1] != c.in_channels:
             raise ValueError(f"z_t must be [B, {c.in_channels}, F, h, w], got {list(z_t.shape)}")
         if text.ndim != 3 or text.shape[0] != z_t.shape[0] or text.shape[2] != c.text_dim:
             raise ValueError(f"text must be [B={z_t.shape[0]}, L, text_dim={c.text_dim}], got {list(text.shape)}")
-
-    @staticmethod
-    def translate_key(name: str) -> str:
-        """A tensor's name in the original layout -> its name here; any other name stays."""
-        block, rest = re.fullmatch(r"(blocks\.\d+\.)?(.*)", name).groups(default="")
-        names, (layer, _, parameter) = BLOCK_NAMES if block else NAMES, rest.rpartition(".")
-        if rest in names:
-            return block + names[rest]
-        return f"{block}{names[layer]}.{parameter}" if layer in names else name
-
-    @staticmethod
-    def translate_config(config: dict) -> dict:
-        """config.json of the original layout -> that of diffusers; any other stays."""
-        if config.get("_class_name") != "WanModel":
-            return config
-        if config.get("model_type") not in ("t2v", "ti2v"):
-            raise ValueError(f"WanDiT understands model_type as 't2v' or 'ti2v', got {config.get('model_type')!r}")
-        if missing := {"dim", *FIELDS} - config.keys():
-            raise ValueError(f"the config of a WanModel must have the fields {sorted(missing)}")
-        rest = {name: config[name] for name in config.keys() - FIELDS.keys() - {"model_type", "dim", "text_len"}}
-        return (rest | {ours: config[theirs] for theirs, ours in FIELDS.items()}
-                | {"_class_name": WanDiT.CLASS_NAME, "attention_head_dim": config["dim"] // config["num_heads"]})
 
 
 class ConditionEmbedder(nn.Module):
@@ -180,12 +160,16 @@ class Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, D) / D**0.5)
 
     def forward(self, x: Tensor, text: Tensor, modulation: Tensor, rotation: Tensor) -> Tensor:
+        """x [B, N, D], text [B, L, D], modulation [B, f, 6, D], rotation [N, d/2] -> like x; f is 1, or F."""
         m = (wide(self.scale_shift_table) + wide(modulation)).unbind(dim=2)  # 6 x [B, f, D]
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = m
         dtype = x.dtype
+        # x ← x + gate · attention(norm(x))
         y = modulate(self.norm1(x), shift, scale).to(dtype)
         x = (x + gated(self.attn1(y, y, rotation), gate)).to(dtype)
+        # x ← x + attention(norm(x), text)
         x = x + self.attn2(self.norm2(x).to(dtype), text)
+        # x ← x + gate · feedforward(norm(x))
         y = self.ffn(modulate(self.norm3(x), ffn_shift, ffn_scale).to(dtype))
         return (x + gated(y, ffn_gate)).to(dtype)
 
@@ -201,6 +185,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(D, D)])
 
     def forward(self, x: Tensor, context: Tensor, rotation: Tensor | None = None) -> Tensor:
+        """x [B, N, D], context [B, L, D], rotation [N, d/2] or None -> like x"""
         q, k, v = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(context)), self.to_v(context)
         q, k, v = (rearrange(y, "b l (heads d) -> b l heads d", heads=self.heads) for y in (q, k, v))
         if rotation is not None:
@@ -220,6 +205,7 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList([up, nn.Identity(), nn.Linear(ffn_dim, D)])  # published keys: net.0.proj, net.2
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]"""
         return self.net[2](gelu(self.net[0].proj(x)))
 
 
@@ -230,7 +216,8 @@ class TwoLayers(nn.Module):
         super().__init__()
         self.linear_1, self.linear_2 = nn.Linear(d_in, D), nn.Linear(D, D)
 
-    def forward(self, x: Tensor, activation) -> Tensor:
+    def forward(self, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+        """[..., d_in] -> [..., D]"""
         return self.linear_2(activation(self.linear_1(x)))
 
 
@@ -238,12 +225,13 @@ class WideLayerNorm(nn.LayerNorm):
     """LayerNorm in float32, or in float64 if its input is; so is what it returns."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]"""
         weight, bias = (None if p is None else wide(p) for p in (self.weight, self.bias))
         return nnf.layer_norm(wide(x), self.normalized_shape, weight, bias, self.eps)
 
 
 def wide(x: Tensor) -> Tensor:
-    """At least float32."""
+    """Any tensor, in float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -276,7 +264,7 @@ def even_size(z: Tensor) -> Tensor:
 
 
 def gelu(x: Tensor) -> Tensor:
-    """GELU by its tanh approximation, as published."""
+    """Elementwise: GELU by its tanh approximation, as published."""
     return nnf.gelu(x, approximate="tanh")
 
 
@@ -288,46 +276,6 @@ def rotary_table(grid: tuple[int, int, int], dim: int, device: torch.device) -> 
     steps = (torch.arange(n, dtype=torch.float64, device="cpu") for n in grid)
     turns = [angles(s, d) for s, d in zip(steps, (dim - 2 * space, space, space))]
     return unit(torch.cat(on_grid(*turns), dim=-1)).to(device, torch.complex64)
-
-
-# The original layout: {its layer or parameter: ours}, first those within "blocks.<i>.", then the others.
-BLOCK_NAMES = {
-    "modulation": "scale_shift_table",
-    "self_attn.q": "attn1.to_q",
-    "self_attn.k": "attn1.to_k",
-    "self_attn.v": "attn1.to_v",
-    "self_attn.o": "attn1.to_out.0",
-    "self_attn.norm_q": "attn1.norm_q",
-    "self_attn.norm_k": "attn1.norm_k",
-    "norm3": "norm2",  # it stands second
-    "cross_attn.q": "attn2.to_q",
-    "cross_attn.k": "attn2.to_k",
-    "cross_attn.v": "attn2.to_v",
-    "cross_attn.o": "attn2.to_out.0",
-    "cross_attn.norm_q": "attn2.norm_q",
-    "cross_attn.norm_k": "attn2.norm_k",
-    "ffn.0": "ffn.net.0.proj",
-    "ffn.2": "ffn.net.2",
-}
-NAMES = {
-    "patch_embedding": "patch_embedding",
-    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
-    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-    "time_projection.1": "condition_embedder.time_proj",
-    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
-    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-    "head.modulation": "scale_shift_table",
-    "head.head": "proj_out",
-}
-FIELDS = {  # of the original config.json; its "dim" is num_heads times our attention_head_dim
-    "num_heads": "num_attention_heads",
-    "in_dim": "in_channels",
-    "out_dim": "out_channels",
-    "freq_dim": "freq_dim",
-    "ffn_dim": "ffn_dim",
-    "num_layers": "num_layers",
-    "eps": "eps",
-}
 
 
 if __name__ == "__main__":
@@ -343,4 +291,3 @@ if __name__ == "__main__":
         print(f"t 200 against 999, mean change: {float((dit(z, 200, text) - dit(z, 999, text)).abs().mean()):.3f}")
         each = torch.tensor([[0, 200, 200]])
         print(f"the first latent at 0: {float((dit(z, 200, text) - dit(z, each, text)).abs().mean()):.3f}")
-    print("blocks.7.self_attn.o.weight ->", WanDiT.translate_key("blocks.7.self_attn.o.weight"))

@@ -4,8 +4,8 @@
     q, k = rotate(q, unit(turn)), rotate(k, unit(turn))
 
 A pair of a head's channels, read as a complex number, is turned by an angle that grows with the patch's place: the
-product of a query and a key then depends on how far apart the two are, not on where. Each transformer has a
-`rotary_table` of its own, which says how it divides the channels among frame, row and column and how fast they turn.
+product of a query and a key then depends on how far apart the two are, not on where. Each transformer has its
+own `rotary_table`, which says how it divides the channels among frame, row and column and how fast they turn.
 
     python -m mirage_min.networks.rotary     # a product of two rotated vectors, at three places of the same distance
 """
@@ -37,7 +37,7 @@ def on_grid(frames: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tens
 
 
 def unit(turn: Tensor) -> Tensor:
-    """Angles in radians -> the unit complex numbers exp(jθ)."""
+    """Angles [...] in radians -> the unit complex numbers exp(jθ) [...]."""
     return torch.polar(torch.ones_like(turn), turn)
 
 

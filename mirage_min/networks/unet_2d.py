@@ -234,6 +234,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(c, c, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C, h, w] -> [N, C, ⌈h/2⌉, ⌈w/2⌉]"""
         return self.conv(x)                                            # [N, C, h/2, w/2]
 
 

@@ -56,6 +56,7 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C', H, W]"""
         h = self.conv1(nnf.silu(self.norm1(x)))
         h = self.conv2(nnf.silu(self.norm2(h)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
@@ -71,6 +72,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(c, c)])
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> like x"""
         N, C, H, W = x.shape
         h = rearrange(self.group_norm(x), "n c h w -> n 1 (h w) c")    # [N, 1, HW, C]
         h = nnf.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
@@ -85,6 +87,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(c, c, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, ⌊H/2⌋, ⌊W/2⌋]"""
         return self.conv(nnf.pad(x, (0, 1, 0, 1)))                     # [N, C, H/2, W/2]
 
 
@@ -96,6 +99,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(c, c, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, 2H, 2W]"""
         return self.conv(nnf.interpolate(x, scale_factor=2.0))         # [N, C, 2H, 2W]
 
 
@@ -109,7 +113,7 @@ class Stage(nn.Module):
         self.upsamplers = nn.ModuleList([Upsample(c_out)]) if up else None
 
     def features(self, x: Tensor) -> Tensor:
-        """Up to the change of size, exclusive."""
+        """[N, C, H, W] -> [N, C', H, W]: up to the change of size."""
         for resnet in self.resnets:
             x = resnet(x)
         return x
@@ -136,6 +140,7 @@ class Middle(nn.Module):
         self.attentions = nn.ModuleList([Attention(c, groups)]) if attention else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> like x"""
         x = self.resnets[0](x)
         for attention in self.attentions or ():
             x = attention(x)
@@ -156,6 +161,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(c[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [N, 3, H, W] -> [N, 2·4, H/8, W/8]: mean, then log-variance, for quant_conv."""
         x = self.conv_in(x)
         for stage in self.down_blocks:
             x = stage(x)

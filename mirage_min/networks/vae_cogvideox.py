@@ -1,6 +1,6 @@
 """The CogVideoX causal 3D VAE: 8 x 8 pixels and 4 frames to one latent cell of 16 channels (Mirage §3.2, Table 5).
 
-Encoder and decoder work group by group, 8 frames or 2 latents at a time; the first group takes what does not divide.
+Encoder and decoder work group by group, 8 frames or 2 latents at a time; the first group also takes the remainder.
 GroupNorm averages over the frames of a group, so the grouping is part of the network: another grouping gives another
 result, and the official one is the one the weights were trained with.
 
@@ -26,7 +26,8 @@ from torch.nn import functional as nnf
 from . import checked, weights
 from .causal_conv import Cache, CausalConv3d, cut, cut_features, each_frame, in_groups, name_caches
 
-FRAMES, LATENTS = 8, 2  # of one group, as published
+FRAMES, LATENTS = 8, 2            # of one group, as published
+TIME = (True, True, False, None)  # whether a stage's change of size includes time; None: the last stage has no change
 
 
 @dataclass
@@ -49,26 +50,27 @@ class CogVideoXVAEConfig:
 
 
 def repeat_frames(x: Tensor, T: int) -> Tensor:
-    """x [B, C, F, h, w] -> [B, C, T, h, w]: every frame repeated equally often, but for the first of an odd group.
+    """x [B, C, F, h, w] -> [B, C, T, h, w]: repeat each frame equally often, except the first where T is odd.
 
-    That first frame stands alone, as it did in the encoder: 3 latents give 1 + 2 x 2 = 5 frames, 2 give 4, 1 gives 1.
+    That one stays single, as in the encoder: 3 latents give 1 + 2 x 2 = 5 frames, 2 give 4, 1 gives 1.
     """
-    n, alone = x.shape[2], T % 2
-    if T == n:
+    F, single = x.shape[2], T % 2
+    if T == F:
         return x
-    count = torch.tensor([1] * alone + [(T - alone) // (n - alone)] * (n - alone), device=x.device)
-    x = rearrange(x, "b c t h w -> b t h w c")  # frames are repeated in the order in which they lie in memory
+    count = torch.tensor([1] * single + [(T - single) // (F - single)] * (F - single), device=x.device)
+    x = rearrange(x, "b c t h w -> b t h w c")  # the order in memory, in which repeating copies whole frames
     return rearrange(x.repeat_interleave(count, dim=1, output_size=T), "b t h w c -> b c t h w")
 
 
 class Conv(nn.Module):
-    """A causal convolution under the published name `.conv`; before the first frame stands that frame again."""
+    """A causal convolution under the published name `.conv`; the frames before a video are its first one, repeated."""
 
     def __init__(self, c_in: int, c_out: int, kernel=3):
         super().__init__()
         self.conv = CausalConv3d(c_in, c_out, kernel, first="repeat")
 
     def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
+        """x [B, C, T, H, W], the frames after those in `old` -> [B, C', T, H, W]; writes its own tail to `new`."""
         return self.conv(x, old, new)
 
 
@@ -126,6 +128,7 @@ class Downsample(nn.Module):
         self.conv, self.time = nn.Conv2d(c, c, 3, stride=2), time
 
     def forward(self, x: Tensor, *_) -> Tensor:
+        """[B, C, T, H, W] -> [B, C, T or ⌈T/2⌉, H/2, W/2]; of an odd T the first frame stays single."""
         T = x.shape[2]
         if self.time and T > 1:
             pairs = (x[:, :, T % 2 :: 2] + x[:, :, T % 2 + 1 :: 2]) / 2
@@ -145,6 +148,7 @@ class Upsample(nn.Module):
         self.conv, self.time = nn.Conv2d(c, c, 3, padding=1), time
 
     def forward(self, x: Tensor, *_) -> Tensor:
+        """[B, C, T, H, W] -> [B, C, T or 2T - T % 2, 2H, 2W]"""
         T = x.shape[2]
         x = self.resize(x)                                             # [B, C, T, 2H, 2W]
         if self.time:  # after the convolution, which sees single frames: the same result at half the work
@@ -181,16 +185,16 @@ class Encoder(nn.Module):
 
     def __init__(self, config: CogVideoXVAEConfig):
         super().__init__()
-        c, last = config.block_out_channels, len(config.block_out_channels) - 1
+        c = config.block_out_channels
         self.conv_in = Conv(config.in_channels, c[0])
         self.down_blocks = nn.ModuleList(
-            Stage(c[max(i - 1, 0)], c[i], config.layers_per_block, config, down=i < 2 if i < last else None)
-            for i in range(len(c)))
+            Stage(c[max(i - 1, 0)], c[i], config.layers_per_block, config, down=TIME[i]) for i in range(4))
         self.mid_block = Stage(c[-1], c[-1], 2, config)
         self.norm_out = nn.GroupNorm(config.norm_num_groups, c[-1], eps=1e-6)
         self.conv_out = Conv(c[-1], 2 * config.latent_channels)
 
     def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
+        """x [B, 3, T, H, W], one group -> [B, 32, F, h, w]: mean, then log-variance."""
         x = self.conv_in(x, old, new)
         for stage in [*self.down_blocks, self.mid_block]:
             for layer in stage.layers:
@@ -207,21 +211,24 @@ class Decoder(nn.Module):
 
     def __init__(self, config: CogVideoXVAEConfig):
         super().__init__()
-        c, last, c_z = config.block_out_channels[::-1], len(config.block_out_channels) - 1, config.latent_channels
+        c, c_z = config.block_out_channels[::-1], config.latent_channels
         self.conv_in = Conv(c_z, c[0])
         self.mid_block = Stage(c[0], c[0], 2, config, c_z)
         self.up_blocks = nn.ModuleList(
-            Stage(c[max(i - 1, 0)], c[i], config.layers_per_block + 1, config, c_z, up=i < 2 if i < last else None)
-            for i in range(len(c)))
+            Stage(c[max(i - 1, 0)], c[i], config.layers_per_block + 1, config, c_z, up=TIME[i]) for i in range(4))
         self.norm_out = SpatialNorm(c[-1], c_z, config.norm_num_groups)
         self.conv_out = Conv(c[-1], config.out_channels)
 
-    def forward(self, z: Tensor, old: Cache | None, new: Cache, fusion=None, inject: list[Tensor] | None = None):
+    def forward(self, z: Tensor, old: Cache | None, new: Cache, fusion: nn.ModuleList | None = None,
+                inject: list[Tensor] | None = None) -> Tensor:
+        """z [B, 16, F, h, w], one group -> [B, 3, T, H, W].
+
+        fusion, inject: the Cross-Modal Fusion Blocks and the features of these frames, of Dec-4 first, then of Dec-3
+        """
         h = self.conv_in(z, old, new)
-        for i, stage in enumerate([self.mid_block, *self.up_blocks]):
-            finest_first = len(self.up_blocks) - i  # Dec-4 is the last stage and takes inject[0]
-            if inject is not None and finest_first < 2:
-                h = fusion[finest_first](h, inject[finest_first])
+        for stage, place in zip([self.mid_block, *self.up_blocks], [None, None, None, 1, 0], strict=True):
+            if inject is not None and place is not None:
+                h = fusion[place](h, inject[place])
             for layer in stage.layers:
                 h = layer(h, (z,), old, new)
         return self.output(h, (z,), old, new)
@@ -280,9 +287,10 @@ class CogVideoXVAE(nn.Module):
 
     def decode_group(self, z_g: Tensor, cache: Cache | None = None,
                      inject: list[Tensor] | None = None) -> tuple[Tensor, Cache]:
-        """Latents of one group -> (x_g [B, 3, T, H, W], the cache for the next group).
+        """Latents of one group [B, 16, F, h, w] -> (x_g [B, 3, T, H, W], the cache for the next group).
 
-        `inject` holds the 2D features of these frames, finest first: [B, C0, T, H, W], [B, C1, T, H/2, W/2].
+        `inject` holds the 2D features of these frames, finest first: [B, C0, T, H, W], [B, C1, T, H/2, W/2]. ValueError
+        if it is given and there are no fusion blocks, or if their shapes do not fit.
         """
         if inject is not None and self.fusion is None:
             raise ValueError("inject was given, but this VAE has no fusion blocks: call injection.attach first")

@@ -58,6 +58,7 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(c, *[1] * dims))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, ...] -> like x; gamma has as many axes after C as x."""
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(1e-12)
         return x * (x.shape[1] ** 0.5 / norm) * self.gamma
 
@@ -72,6 +73,7 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv3d(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
+        """[B, C, T, H, W] -> [B, C', T, H, W]"""
         h = self.conv1(nnf.silu(self.norm1(x)), old, new)
         h = self.conv2(nnf.silu(self.norm2(h)), old, new)
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
@@ -86,6 +88,7 @@ class FrameAttention(nn.Module):
         self.to_qkv, self.proj = nn.Conv2d(c, 3 * c, 1), nn.Conv2d(c, c, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> like x; frames do not see each other."""
         B, C, T, H, W = x.shape
         frames = rearrange(x, "b c t h w -> (b t) c h w")
         q, k, v = rearrange(self.to_qkv(self.norm(frames)), "n (three c) h w -> three n 1 (h w) c", three=3)
@@ -103,6 +106,7 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([FrameAttention(c)])
 
     def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
+        """[B, C, T, H, W] -> like x"""
         x = self.attentions[0](self.resnets[0](x, old, new))
         return self.resnets[1](x, old, new)
 
@@ -186,6 +190,7 @@ class Encoder(nn.Module):
         self.conv_out = CausalConv3d(c[-1], 2 * config.z_dim)
 
     def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
+        """x [B, 3, T, H, W], one group -> [B, 2·C, F, h, w], for quant_conv."""
         full_rate, lower = self.layers_by_rate()
         for layer in full_rate + lower:
             x = layer(x, old, new)
@@ -218,7 +223,9 @@ class Decoder(nn.Module):
         self.conv_out = CausalConv3d(c[-1], 3)
         self.last_doubling = max(i for i in range(len(c)) if time[i])
 
-    def forward(self, z: Tensor, old: Cache | None, new: Cache, fusion=None, inject: list[Tensor] | None = None):
+    def forward(self, z: Tensor, old: Cache | None, new: Cache, fusion: nn.ModuleList | None = None,
+                inject: list[Tensor] | None = None) -> Tensor:
+        """z [B, C, F, h, w], one group -> [B, 3, T, H, W]; fusion and inject: the block, and the features it takes."""
         lower, full_rate = self.layers_by_rate()
         h = z
         for layer in lower:
@@ -284,7 +291,8 @@ class WanVAE(nn.Module):
         return [slice(i, i + 1) for i in range(F)]
 
     def posterior_group(self, x_g: Tensor, cache: Cache | None = None) -> tuple[Tensor, Tensor, Cache]:
-        """A video's first 4k + 1 frames, or its next 4k -> (mean, log-variance, the cache for the next group)."""
+        """A video's first 4k + 1 frames [B, 3, T, H, W], or its next 4k -> (mean, log-variance, each [B, 16, F, h, w],
+        not normalised; the cache for the next group). ValueError for another number of frames."""
         T, alone = x_g.shape[2], 0 if cache else 1
         if T % FRAMES != alone:
             raise ValueError(f"x_g must be [B, 3, T, H, W] with T = {FRAMES}k + {alone} here, got {list(x_g.shape)}")
@@ -314,7 +322,8 @@ class WanVAE(nn.Module):
         """x [B, 3, T, H, W] in [-1, 1] -> mean and log-variance, not normalised, each [B, 16, F, h, w]."""
         T = x.shape[2]
         # DEVIATION: the published encode drops the frames beyond the last 4k + 1; here the last one is repeated.
-        x = nnf.pad(x, (0, 0, 0, 0, 0, self.legal_length(T) - T), mode="replicate")
+        if T < self.legal_length(T):
+            x = nnf.pad(x, (0, 0, 0, 0, 0, self.legal_length(T) - T), mode="replicate")
         mean, logvar = in_groups(self.posterior_group, cut(x, self.encode_groups(x.shape[2])))
         return mean, logvar
 
