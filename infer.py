@@ -3,13 +3,18 @@
     python infer.py in.mp4 out.mp4
     python infer.py frames/ out.mp4 --set fps=10
     python infer.py in.mp4 out.mp4 --model my_r3d2 --set batch=4 --set keep=boxes.json
+    python infer.py clips/ out/                       # a folder of videos; torchrun's processes share them
 
 Reads whatever PyAV decodes, a folder of images, or a pair's NAME.safetensors; writes an mp4, NAME.safetensors, or a
 folder of PNGs if the output ends in neither. Size, number, order and times of the frames stay, and the sound. The video
 streams through the model, so a long one takes time but no more memory; the output appears when it is complete, or
 never. Which system the model's folder holds, and so what else --set takes, is read from the folder (systems/load.py).
 
-Exit status: 0 done; 2 the input, the model or a flag is wrong, and one line says how; 128 and its number: a signal.
+Of a folder of videos each becomes NAME.mp4 in the output, whole. Those that are there are skipped, so the same command
+continues; one that cannot be done is reported, and the others are done.
+
+Exit status: 0 done; 1 a video of a folder could not be done; 2 the input, the model or a flag is wrong, and one line
+says how; 128 and its number: a signal.
 """
 
 if __name__ == "__main__":
@@ -19,22 +24,25 @@ if __name__ == "__main__":
     desk.steady_heap()
 
 import argparse
+import os
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, make_dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated
 
+import av
 import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
 from mirage_min.data import desk, place
 from mirage_min.data.keep import keep, read_boxes
+from mirage_min.data.pictures import videos_in
 from mirage_min.data.video import Video, is_mp4, writing
 from mirage_min.networks.checked import Within
 from mirage_min.systems.load import system_in
@@ -54,37 +62,76 @@ class Settings:
     edge: Annotated[float, Within(0)] = 8.0  # pixels over which the change rises inside a box's border
 
 
-def main(args: argparse.Namespace) -> None:
-    place.check_output(args.input, args.output, args.overwrite)
+def main(args: argparse.Namespace) -> int:
+    args.videos = videos_in(args.input)
+    if not args.videos:
+        place.check_output(args.input, args.output, args.overwrite)
     device = desk.choose_device(args.device)
     dtype = DTYPES.get(args.dtype, torch.bfloat16 if device == "cuda" else torch.float32)
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if world > 1 and not args.videos:
+        raise ValueError(f"{args.input}: processes share a folder of videos; one video takes one process")
+    device = f"cuda:{local}" if device == "cuda" and world > 1 else device
     System = system_in(args.model)
     settings, options = choose(System, args)
-    with Video(args.input, settings.fps, args.skip_broken) as video:
+    load = cache(partial(System.from_pretrained, args.model, device=device, dtype=dtype, **options))
+    if args.videos:
+        return harmonise_all(args.videos[rank::world], load, args, settings)
+    harmonise(args.input, args.output, load, args, settings)
+    return 0
+
+
+def harmonise_all(videos: list[Path], load: Callable, args: argparse.Namespace, settings: Settings) -> int:
+    """Each video -> NAME.mp4 in the folder args.output, unless it is there. Returns the exit status."""
+    if is_mp4(args.output) or place.is_clip(args.output) or args.output.is_file():
+        raise ValueError(f"{args.output}: wanted a folder for the results of a folder of videos")
+    if args.output.exists() and args.output.samefile(args.input):
+        raise ValueError(f"{args.output}: is the input: name another folder")
+    args.output.mkdir(exist_ok=True)
+    targets = {video: args.output / f"{video.stem}.mp4" for video in videos}
+    left = [video for video in videos if args.overwrite or not targets[video].exists()]
+    failed = 0
+    if left:
+        load()  # once, and what is wrong with it is no video's fault
+    for number, video in enumerate(left, 1):
+        try:
+            harmonise(video, targets[video], load, args, settings, f"{number} of {len(left)}")
+        except (ValueError, OSError, av.FFmpegError) as error:
+            desk.say_error(f"infer.py: {error}")
+            failed += 1
+    desk.say(f"{args.output}: {len(left) - failed} videos done, {len(videos) - len(left)} were there, {failed} failed")
+    return 1 if failed else 0
+
+
+def harmonise(source: Path, target: Path, load: Callable, args: argparse.Namespace, settings: Settings,
+              label: str | None = None) -> None:
+    """One video from file to file; load() returns the system, label stands before the progress bar."""
+    with Video(source, settings.fps, args.skip_broken) as video:
         output = video.format
         if min(output.width, output.height) < 16:
-            raise ValueError(f"{args.input}: frames are {output.width}x{output.height}, wanted at least 16x16")
+            raise ValueError(f"{source}: frames are {output.width}x{output.height}, wanted at least 16x16")
         if args.compare:
             output = replace(output, width=2 * output.width)
-        if is_mp4(args.output) and (output.width % 2 or output.height % 2):
+        if is_mp4(target) and (output.width % 2 or output.height % 2):
             video.notes.append(f"{output.width}x{output.height} is odd, so the mp4 is yuv444p, which not every player "
                                "shows")
         for note in video.notes:
             desk.say_error(f"note: {note}")
-        boxes = read_boxes(settings.keep, args.input.stem) if settings.keep else None
-        harmonise = System.from_pretrained(args.model, device=device, dtype=dtype, **options).stream
+        boxes = read_boxes(settings.keep, source.stem) if settings.keep else None
+        stream = load().stream
         if settings.at_height:
-            harmonise = partial(at_height, settings.at_height, harmonise)
+            stream = partial(at_height, settings.at_height, stream)
         if boxes is not None:
-            harmonise = partial(keep, harmonise, boxes=boxes, edge=settings.edge)
+            stream = partial(keep, stream, boxes=boxes, edge=settings.edge)
 
         start, count = time.time(), 0
-        with (writing(args.output, output, settings.crf, settings.preset, args.input, args.overwrite) as out,
+        with (writing(target, output, settings.crf, settings.preset, source, args.overwrite) as out,
               ThreadPoolExecutor(1) as writer):
             originals = deque()  # frames that the model was given and has not yet given back
-            stream = harmonise(remember(video, originals) if args.compare else video)
-            writes = deque()     # they go on while the model works
-            for x_dr in desk.bar(stream, total=video.count, unit="frame"):
+            results = stream(remember(video, originals) if args.compare else video)
+            writes = deque()     # they continue while the model works
+            for x_dr in desk.bar(results, total=video.count, unit="frame", desc=label):
                 if args.compare:
                     x_dr = torch.cat([originals.popleft(), x_dr], dim=2)             # [3, H, 2 W]
                 writes.append(writer.submit(out.write, x_dr, *video.times.popleft()))
@@ -93,11 +140,12 @@ def main(args: argparse.Namespace) -> None:
                 count += 1
             for write in writes:
                 write.result()
-            desk.ignore_signals()  # the output is about to stand: what stopped the run now would be said to leave none
+            if not args.videos:
+                desk.ignore_signals()  # the output is about to stand: a signal now would be said to leave none
     if video.broken:
         desk.say_error(f"note: {len(video.broken)} frames did not decode and repeat the one before: "
                        f"{', '.join(map(str, video.broken[:8]))}{', ...' * (len(video.broken) > 8)}")
-    desk.say(f"{args.output}: {count} frames, {count / (time.time() - start):.2f} frames/s, {desk.peak_memory()}")
+    desk.say(f"{target}: {count} frames, {count / (time.time() - start):.2f} frames/s, {desk.peak_memory()}")
 
 
 def choose(System: type, args: argparse.Namespace) -> tuple[Settings, dict]:
@@ -140,8 +188,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         return argparse.HelpFormatter(prog, max_help_position=30, width=120)
 
     parser = argparse.ArgumentParser(description=desk.first_line(__doc__), formatter_class=one_line_each)
-    parser.add_argument("input", type=Path, help="a video that PyAV decodes, a folder of images, or a pair's file")
-    parser.add_argument("output", type=Path, help="NAME.mp4, NAME.safetensors, or a folder for PNGs")
+    parser.add_argument("input", type=Path, help="a video, a pair's file, a folder of images, or one of videos")
+    parser.add_argument("output", type=Path, help="NAME.mp4, NAME.safetensors, or a folder for PNGs or for the results")
     parser.add_argument("--model", type=Path, metavar="DIR", default=Path(__file__).parent / "weights",
                         help="folder or hub id of a trained system (default: the small Mirage in weights/)")
     parser.add_argument("--base", metavar="ID",
@@ -164,7 +212,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def cli(argv: list[str] | None = None) -> int:
     """Run; on an error say it in one line. Returns the exit status."""
-    return desk.serve("infer.py", lambda: main(parse(argv)), memory="--set tiles=2 takes less")
+    args = parse(argv)
+    args.videos = []
+
+    def stopped() -> str:
+        return f"; what is in {args.output} is whole, and the same command continues" if args.videos else desk.NOTHING
+
+    return desk.serve("infer.py", lambda: main(args), stopped, memory="--set tiles=2 takes less")
 
 
 if __name__ == "__main__":

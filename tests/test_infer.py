@@ -422,6 +422,83 @@ def test_what_the_reader_noticed_is_said(tmp_path, capsys, stand_in):
     assert "holds 2 videos; read is the one of 96x64" in succeed(capsys, tmp_path / "in.mkv", tmp_path / "out.mp4")[1]
 
 
+# ---- a folder of videos ---------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_videos_is_done_with_one_model_whole_or_reported_and_continued(tmp_path, capsys, monkeypatch):
+    loaded = []
+    put(monkeypatch, lambda *path, **settings: (loaded.append(path), StandIn())[1])
+    clips, out = tmp_path / "clips", tmp_path / "out"
+    clips.mkdir()
+    for name, T in (("a.mp4", 3), ("b.mkv", 4), ("d.mov", 7)):
+        encode(clips / name, pictures(T))
+    (clips / "c.mp4").write_text("no video" * 99)
+    save_tensors(clips / "e.safetensors", {"x_ni": torch.zeros(3, 2, 16, 16, dtype=torch.uint8)})
+    (clips / "notes.txt").touch()
+    status, said, err = run(capsys, clips, out)
+    assert status == 1 and len(loaded) == 1
+    line, = err.splitlines()
+    assert re.match(r"infer.py: .*clips/c\.mp4: cannot be read as video", line), err
+    assert said.splitlines()[-1] == f"{out}: 4 videos done, 0 were there, 1 failed"
+    assert sorted(path.name for path in out.iterdir()) == ["a.mp4", "b.mp4", "d.mp4", "e.mp4"]
+    assert [len(shape_of(out / f"{name}.mp4")[1]) for name in "abde"] == [3, 4, 7, 2]
+
+    (clips / "c.mp4").unlink()
+    encode(clips / "c.mp4", pictures(5))
+    before = (out / "a.mp4").stat().st_mtime_ns
+    said, err = succeed(capsys, clips, out)
+    assert said.splitlines()[-1] == f"{out}: 1 videos done, 4 were there, 0 failed" and not err
+    assert (out / "a.mp4").stat().st_mtime_ns == before and len(shape_of(out / "c.mp4")[1]) == 5
+    succeed(capsys, clips, out, "--overwrite")
+    assert (out / "a.mp4").stat().st_mtime_ns > before
+    succeed(capsys, clips, out)
+    assert len(loaded) == 3, "the last run had nothing to do"
+
+
+def test_processes_share_a_folder_of_videos(tmp_path, capsys, monkeypatch, stand_in):
+    clips, out = tmp_path / "clips", tmp_path / "out"
+    clips.mkdir()
+    for name in ("v9", "v10", "v11"):
+        encode(clips / f"{name}.mp4", pictures(2))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, wanted in ((1, ["v10.mp4"]), (0, ["v10.mp4", "v11.mp4", "v9.mp4"])):
+        monkeypatch.setenv("RANK", str(rank))
+        succeed(capsys, clips, out)
+        assert sorted(path.name for path in out.iterdir()) == wanted
+    fail(capsys, "one video takes one process", clips / "v9.mp4", tmp_path / "a.mp4")
+
+
+def test_folders_that_are_not_one_thing_and_outputs_that_do_not_fit_are_refused(tmp_path, capsys, stand_in):
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    encode(clips / "a.mp4", pictures(2))
+    fail(capsys, "wanted a folder for the results", clips, tmp_path / "out.mp4")
+    fail(capsys, "clips: is the input: name another folder", clips, clips)
+    fail(capsys, "No such file or directory", clips, tmp_path / "nowhere" / "out")
+    encode(clips / "a.mkv", pictures(2))
+    fail(capsys, "the results of a.mkv and a.mp4 would have one name", clips, tmp_path / "out")
+    (clips / "a.mkv").unlink()
+    Image.fromarray(picture(0)).save(clips / "0.png")
+    fail(capsys, r"holds pictures \(0.png\), the frames of one video, and videos \(a.mp4\)", clips, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_signal_among_many_videos_leaves_those_that_are_done(tmp_path, capsys, stand_in):
+    clips, out = tmp_path / "clips", tmp_path / "out"
+    clips.mkdir()
+    for name, T in (("a", 9), ("b", 20)):
+        encode(clips / f"{name}.mp4", pictures(T))
+    stand_in.at[12] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    before = {each: signal.signal(each, desk.interrupt) for each in desk.SIGNALS}
+    try:
+        status, said, err = run(capsys, clips, out)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert status == 128 + signal.SIGTERM and [path.name for path in out.iterdir()] == ["a.mp4"]
+    assert err == f"infer.py: stopped by SIGTERM; what is in {out} is whole, and the same command continues\n"
+
+
 # ---- stopped --------------------------------------------------------------------------------------------------------
 
 

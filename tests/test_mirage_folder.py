@@ -61,7 +61,8 @@ def test_cogvideox_without_a_2d_vae_is_refused(folder):
 
 def test_wan_with_a_2d_vae_which_it_would_not_use_is_refused(tmp_path):
     small.save_wan(tmp_path)
-    assert Mirage.from_base(tmp_path / "base", "").vae2d is None
+    mirage = Mirage.from_base(tmp_path / "base", "")
+    assert mirage.vae2d is None and mirage.t == 200, "ChopGrad B.4's t"
     with pytest.raises(ValueError, match=r"is Wan, .* wanted no AutoencoderKL \(--vae2d ''\), got no/such"):
         Mirage.from_base(tmp_path / "base", "no/such")
 

@@ -176,6 +176,19 @@ def test_a_mirage_that_overflows_in_float16_ends_its_stream_with_one_line():
         list(mirage.half().stream(frames))
 
 
+def test_a_mirage_that_breaks_in_its_second_group_names_the_frame_of_the_video(monkeypatch):
+    mirage = small.mirage(window=3)
+    decode = mirage.vae.decode_group
+
+    def broken(z, cache=None, inject=None):
+        y, new = decode(z, cache, inject)
+        y[:, :, 3] = float("inf") if cache else 0.0
+        return y, new
+    monkeypatch.setattr(mirage.vae, "decode_group", broken)
+    with pytest.raises(ValueError, match="^frame 12 "):
+        list(mirage.stream(clip(17, 16, 16)[0].unbind(1)))
+
+
 @pytest.mark.parametrize("batch, sizes", [(1, [1] * 5), (2, [2, 2, 1]), (4, [4, 1]), (9, [5])])
 def test_single_images_go_through_in_batches_and_in_order(batch, sizes):
     frames, seen = [torch.full((3, 16, 18), t / 10) for t in range(5)], []
@@ -209,9 +222,9 @@ def test_tiles_of_a_vae_that_sees_single_cells_blend_to_the_untiled_result(tiles
 
     def decode_group(z, cache=None, inject=None):
         x = z[:, :3, -1:].repeat_interleave(8, 3).repeat_interleave(8, 4)
-        return counted(x.repeat(1, 1, 9 if not cache else 8, 1, 1) / 9, cache)
+        return counted(x.repeat(1, 1, 9 if not cache else 8, 1, 1) / 9 + inject[0], cache)
 
-    mirage.vae.encode_group, mirage.vae.decode_group, mirage.mids = encode_group, decode_group, lambda x: None
+    mirage.vae.encode_group, mirage.vae.decode_group, mirage.mids = encode_group, decode_group, lambda x: [x]
     mirage.denoise, x = lambda z: z, clip(25, 60, 76)
     x = x / 99
     difference = (streamed(mirage, x, tiles=tiles, margin=margin) - streamed(mirage, x)).abs().max()

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -18,6 +19,8 @@ from .containers import gif_images
 from .demux import open_file
 
 IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}  # what a folder's frames end in
+VIDEOS = {".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv",
+          ".safetensors", ".ts", ".webm", ".wmv"}  # and what a folder's videos end in
 Image.init()  # all of Pillow's formats
 FORMATS = [name for name in ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP") if name in Image.OPEN]
 ANIMATED = {"AVIF", "GIF", "PNG", "WEBP"}
@@ -121,6 +124,24 @@ def pictures_of(folder: Path) -> list[Path]:
     """The pictures of a folder in natural order; hidden files are passed over."""
     files = (file for file in folder.iterdir() if file.suffix.lower() in IMAGES and not file.name.startswith("."))
     return sorted(files, key=lambda file: natural_order(file.name))
+
+
+def videos_in(folder: Path) -> list[Path]:
+    """The videos and clips of a folder in natural order; none where the path is no folder, or is one of pictures.
+
+    ValueError if it holds videos and pictures, or two videos that differ in their ending alone.
+    """
+    if not folder.is_dir():
+        return []
+    files = [file for file in folder.iterdir() if file.suffix.lower() in VIDEOS and not file.name.startswith(".")]
+    files.sort(key=lambda file: natural_order(file.name))
+    if files and (pictures := pictures_of(folder)):
+        raise ValueError(f"{folder}: holds pictures ({pictures[0].name}), the frames of one video, and videos "
+                         f"({files[0].name}): wanted the one or the other")
+    for one, other in pairwise(files):
+        if one.stem == other.stem:
+            raise ValueError(f"{folder}: the results of {one.name} and {other.name} would have one name")
+    return files
 
 
 def natural_order(name: str) -> list:
