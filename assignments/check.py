@@ -8,6 +8,7 @@ machine is not left to it (cage.py).
 
 import ast
 import symtable
+import textwrap
 
 import source
 
@@ -90,9 +91,9 @@ def words(function: ast.FunctionDef) -> set[str]:
 
 def globals_of(body: list[ast.stmt], function: ast.FunctionDef) -> set[str]:
     """What a body with this function's arguments finds outside of itself, in whichever scope; dunders count too."""
-    alone = ast.FunctionDef("alone", function.args, body, [], None)
-    text = ast.unparse(ast.fix_missing_locations(ast.Module([alone], [])))
-    tables, found = [symtable.symtable(text, "body", "exec").get_children()[0]], set()
+    arguments = ", ".join(n.arg for n in ast.walk(function.args) if isinstance(n, ast.arg))
+    text = f"def alone({arguments}):\n" + textwrap.indent("\n".join(map(ast.unparse, body)) or "pass", "    ")
+    tables, found = symtable.symtable(text, "body", "exec").get_children(), set()
     while tables:
         table = tables.pop()
         tables += table.get_children()

@@ -302,7 +302,7 @@ def report(name: str, doc: str, args: argparse.Namespace, paper: dict, seeds: li
     paper: {region: {method: {metric: value}}}; seeds: scores.json of each seed; more: anything else to keep.
     """
     command = f"python -m experiments.{name} --steps {args.steps} --seeds {args.seeds} --clips {args.clips}"
-    parts = [f"# {doc.partition(chr(10))[0]}", f"`{command} --perceptual DIR`"]
+    parts = [f"# {(doc or name).partition(chr(10))[0]}", f"`{command} --perceptual DIR`"]
     parts += [region_table(region, paper.get(region, {}), [seed["mean"][region] for seed in seeds])
               for region in (CROPS, FULL)]
     parts.append("\n".join(f"* {what}: {remark}" for what, remark in seeds[0]["remarks"].items()))

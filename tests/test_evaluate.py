@@ -255,6 +255,19 @@ def test_dis_is_the_flow_where_no_other_is_given_and_is_named(work, tmp_path, ca
             close(found[label][name]["E*warp"], wanted, f"{label}, {name}")
 
 
+def test_what_the_backward_flow_does_not_confirm_does_not_count(monkeypatch):
+    """DIS in both directions, by hand: from a step of two pixels to the right the lower half does not come back."""
+    forward, wanted = torch.zeros(1, 2, 1, 12, 16), torch.zeros(1, 1, 1, 12, 16, dtype=torch.bool)
+    forward[:, 0] = 2
+    backward = -forward
+    backward[:, 0, :, 6:] = 3
+    wanted[..., :6, :14] = True
+    y = torch.rand(1, 3, 2, 12, 16, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(optical_flow, "flow_dis", lambda x: forward if torch.equal(x, y) else backward)
+    w, seen = evaluate.dis(y, 0)
+    assert torch.equal(w, forward) and torch.equal(seen, wanted)
+
+
 def test_frames_per_second_are_those_that_infer_printed(work, tmp_path, capsys, monkeypatch):
     model = SimpleNamespace(stream=iter, Options=Mirage.Options, from_pretrained=lambda path, **options: model)
     monkeypatch.setattr(infer, "system_in", lambda path: model)

@@ -197,6 +197,14 @@ def test_at_a_height_of_its_own_the_change_is_enlarged_and_the_detail_stays(tmp_
     assert (change[..., :left] + 0.4).abs().max() < 0.01 and change[..., right:].abs().max() < 0.01
 
 
+def test_frames_are_shrunk_with_a_filter_that_leaves_nothing_of_stripes_as_fine_as_pixels():
+    stripes, seen = torch.ones(3, 48, 48), []
+    stripes[..., ::2] = -1
+    list(infer.at_height(16, lambda frames: (seen.append(s) or s for s in frames), [stripes]))
+    assert seen[0].shape == (3, 16, 16)
+    assert seen[0].abs().max() < 0.2, "without a filter it is 1"
+
+
 def test_a_change_is_kept_inside_the_boxes_of_its_video_and_nowhere_else(tmp_path, capsys, monkeypatch):
     """With --compare, at a height of its own, and for a system that gives frames back late."""
     put(monkeypatch, lambda *path, **settings: SimpleNamespace(
