@@ -107,8 +107,8 @@ def verdict(report: str, status: int, nonce: str, tests: list[str]) -> tuple[boo
     if not told:
         return False, "the process ended without a report", ""
     for test in tests:
-        ran = [outcomes[name] for name in outcomes if name == test or name.startswith(f"{test}[")]
-        if ran and set(ran) != {"passed"} and set(ran) != {"passed", "not run"}:
+        ran = {outcomes[name] for name in outcomes if name == test or name.startswith(f"{test}[")}
+        if ran - {"passed", "not run"}:
             return False, f"{test}: {error if error in ERRORS else 'an error'}", message
     missing = [t for t in tests if not any(name == t or name.startswith(f"{t}[") for name in outcomes)]
     passed = not missing and set(outcomes.values()) == {"passed"}
@@ -157,8 +157,9 @@ def main(args: argparse.Namespace) -> None:
     for name in dict.fromkeys(chosen):
         grades.append(grade(args.submission, name, seed, args.limit, protections))
         for row in grades[-1]["functions"]:
-            message = row["message"] if args.messages else row.pop("message") * 0
-            print(f"{row['points']:3} of {row['of']:3}  {row['name']}  {row['reason']}  {message}".rstrip())
+            if not args.messages:
+                row["message"] = ""
+            print(f"{row['points']:3} of {row['of']:3}  {row['name']}  {row['reason']}  {row['message']}".rstrip())
         print(f"{grades[-1]['points']:3} of {grades[-1]['of']:3}  {name}, seed {seed}")
     if args.json:
         part = args.json.with_name(args.json.name + ".part")

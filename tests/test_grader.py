@@ -283,6 +283,9 @@ def test_a_report_counts_with_its_nonce_and_if_every_test_has_passed():
     assert grade.verdict(report(), 0, "n", ["t.py::a"]) == (True, "", "")
     assert grade.verdict(report(outcomes={"t.py::a[1]": "passed", "t.py::a[2]": "failed"}, error="KeyError",
                                 message="its text"), 0, "n", ["t.py::a"]) == (False, "t.py::a: KeyError", "its text")
+    outcomes = {"t.py::a[1]": "not run", "t.py::b": "failed", "t.py::c": "not run"}
+    assert grade.verdict(report(outcomes=outcomes, error="spam"), 0, "n", ["t.py::a", "t.py::b", "t.py::c"]) == (
+        False, "t.py::b: an error", "")
     for told, status, tests in (
             (report(), 1, ["t.py::a"]), (report(nonce="m"), 0, ["t.py::a"]), (report(), 0, ["t.py::a", "t.py::b"]),
             (report(outcomes={}), 0, ["t.py::a"]), (report(outcomes={"t.py::a[1]": "skipped"}), 0, ["t.py::a"]),
@@ -310,7 +313,7 @@ def test_a_forged_line_and_a_leaked_file_are_not_printed(tmp_path, monkeypatch, 
         assert len(told.splitlines()) == len(lora) + 1
         assert all(line.isprintable() and line.isascii() for line in told.splitlines())
         assert ("forged" in told) == messages and f"0 of {sum(f['points'] for f in lora):3}  lora" in told
-        assert all("message" not in row or messages for a in json.loads(args["json"].read_text())["assignments"]
+        assert all(row["message"] == "" or messages for a in json.loads(args["json"].read_text())["assignments"]
                    for row in a["functions"])
 
 
