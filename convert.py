@@ -282,8 +282,8 @@ def main(args: argparse.Namespace) -> None:
         desk.say(f"left out: {', '.join(left_out)}")
 
 
-def cli(argv: list[str] | None = None) -> int:
-    """Run; returns the exit status."""
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=desk.first_line(__doc__))
     parser.add_argument("file", type=Path, help="a .pkl, .pt, .pth, .ckpt or .bin")
     parser.add_argument("out", type=Path, help="folder for the result, new or empty")
@@ -292,7 +292,12 @@ def cli(argv: list[str] | None = None) -> int:
                              "(net.), which DiffusionHarmonizer trains and reads")
     parser.add_argument("--drop", metavar="PREFIX", action="append", default=[],
                         help="leave out entries whose names begin so; else an unknown one is refused")
-    return desk.serve("convert.py", lambda: main(parser.parse_args(argv)))
+    return parser
+
+
+def cli(argv: list[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    return desk.serve("convert.py", lambda: main(parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,15 @@
 import io
 import math
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
 
 from mirage_min.data import containers
-from mirage_min.data.containers import Matroska, gif_images, places, riff_is_cut
-from tests.media import encode, pictures
+from mirage_min.data.containers import Matroska, gif_images, places, riff_is_cut, transport_is_broken, webp_images
+from mirage_min.data.video import read_clip
+from tests.media import encode, picture, pictures
 
 
 def chain(*elements: tuple[str, int | None, bytes]) -> bytes:
@@ -124,3 +126,64 @@ def test_numbers_of_ebml_are_those_of_its_definition():
                 containers.number(coded[:-1])
     with pytest.raises(ValueError, match="no number"):
         containers.number(b"\0" + bytes(9))
+
+
+@pytest.fixture(scope="module")
+def transport(tmp_path_factory):
+    """A transport stream of 24 frames, a key frame every six; the number of its video."""
+    path = encode(tmp_path_factory.mktemp("ts") / "a.ts", pictures(24), options={"g": "6"}, sound="aac")
+    with av.open(str(path)) as file:
+        return path.read_bytes(), file.streams.video[0].id
+
+
+def of_video(data: bytes, pid: int) -> list[int]:
+    """Where the packets of a stream are."""
+    return [at for at in range(0, len(data), 188) if (data[at + 1] & 31) * 256 + data[at + 2] == pid]
+
+
+LAYOUTS = {"188 bytes": lambda d: d, "junk before": lambda d: b"\1\2\3" + d,
+           "192 bytes": lambda d: b"".join(b"\0\0\0\0" + d[i : i + 188] for i in range(0, len(d), 188)),
+           "204 bytes": lambda d: b"".join(d[i : i + 188] + bytes(16) for i in range(0, len(d), 188))}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_whole_transport_stream_is_whole_and_one_cut_off_is_not(transport, tmp_path, layout):
+    data, pid = transport
+    path = tmp_path / "a.ts"
+    path.write_bytes(LAYOUTS[layout](data))
+    assert not transport_is_broken(path, pid)
+    path.write_bytes(LAYOUTS[layout](data)[:-70])
+    assert transport_is_broken(path, pid)
+
+
+def test_what_is_missing_from_a_transport_stream_is_missed(transport, tmp_path):
+    data, pid = transport
+    ours, path = of_video(data, pid), tmp_path / "a.ts"
+    changes = {"a packet": data[: ours[9]] + data[ours[10] :], "four bytes": data[:5000] + data[5004:],
+               "a byte more": data[:5000] + b"x" + data[5000:], "600 zeros": data[:5000] + bytes(600) + data[5600:],
+               "nothing but junk": bytes(range(256)) * 40, "nothing": b""}
+    for what, changed in changes.items():
+        path.write_bytes(changed)
+        assert transport_is_broken(path, pid), what
+
+
+def test_recordings_that_were_joined_are_whole(transport, tmp_path):
+    data, pid = transport
+    (tmp_path / "a.ts").write_bytes(data + data)
+    assert not transport_is_broken(tmp_path / "a.ts", pid)
+
+
+def test_a_webps_chunks_are_counted(tmp_path):
+    images = [Image.fromarray(picture(20 * t)) for t in range(5)]
+    path = tmp_path / "a.webp"
+    images[0].save(path, save_all=True, append_images=images[1:])
+    data = path.read_bytes()
+    assert webp_images(path) == (5, True)
+    path.write_bytes(data[:-9])
+    assert webp_images(path) == (5, False)
+    images[0].save(path)
+    assert webp_images(path) == (0, True)
+    at = data.rindex(b"VP8 ")                            # a picture that Pillow no longer finds
+    path.write_bytes(data[:at] + b"JUNK" + data[at + 4 :])
+    with pytest.raises(ValueError, match="a.webp: frame . .* does not decode"):
+        read_clip(path)

@@ -292,6 +292,13 @@ def test_a_mismatch_names_file_config_counts_and_the_first_five_of_each_kind(mod
     assert listed.endswith(", ...") and sum(key in listed.split(", ") for key in gone) == 5
 
 
+@pytest.mark.parametrize("low, wanted", [(torch.float16, torch.float32), (torch.bfloat16, torch.float32),
+                                         (torch.float64, torch.float64)])
+def test_floats_of_several_types_become_the_one_that_holds_them_all(model, folder, low, wanted):
+    save_file(model.state_dict() | {"quant_conv.bias": torch.ones(8).to(low)}, folder / FILE)
+    assert {p.dtype for p in AutoencoderKL.from_pretrained(folder).parameters()} == {wanted}
+
+
 @pytest.mark.parametrize("kind", [torch.int64, torch.bool, torch.complex64, torch.uint8, torch.float8_e4m3fn])
 def test_weights_of_another_kind_are_refused_by_name_and_8_bits_are_cast_where_that_is_asked_for(model, folder, kind):
     state = model.state_dict() | {"quant_conv.bias": torch.ones(8).to(kind)}

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 # Matroska's elements (RFC 9559), by the element that holds them. None: the file. A track may hold anything.
 EBML, SEGMENT, TRACKS, TRACK, NUMBER, CLUSTER = 0x1A45DFA3, 0x18538067, 0x1654AE6B, 0xAE, 0xD7, 0x1F43B675
 GROUP, BLOCK, SIMPLE_BLOCK, VOID, CRC = 0xA0, 0xA1, 0xA3, 0xEC, 0xBF
@@ -127,6 +129,41 @@ def riff_is_cut(path: Path) -> bool:
                 return False
             at += 8 + length + length % 2
     return at - 1 > size
+
+
+def transport_is_broken(path: Path, pid: int) -> bool:
+    """Whether packets of a stream are missing from an MPEG transport stream (ISO 13818-1, 2.4.3), as far as it tells.
+
+    Every packet begins with 0x47, and those of a stream are numbered modulo 16. Where the numbers jump to a place from
+    which a decoder can start, recordings were joined. Packets may have 4 more bytes before them, or 16 after.
+    """
+    data = np.fromfile(path, np.uint8)
+    fits = [(start, n) for n in (188, 192, 204) for start in range(min(n, len(data)))
+            if (data[start : start + 5 * n : n] == 0x47).all()]
+    if not fits:
+        return True
+    start, n = fits[0]
+    count, rest = divmod(len(data) - start + n - 188, n)
+    at = start + n * np.arange(count)
+    sync, high, low, control, length, flags = (data[at + i].astype(int) for i in range(6))
+    if (sync != 0x47).any() or rest not in (0, n - 188):
+        return True
+    ours = (high % 32 * 256 + low == pid) & (control & 0x10 > 0)          # with payload
+    number, begins = control[ours] % 16, high[ours] & 0x40 > 0
+    # flags of the adaptation field, where there is one: 0x40 a decoder can start here, 0x80 the numbers start anew
+    flags = np.where((control & 0x20 > 0) & (length > 0), flags, 0)[ours]
+    joined = (flags & 0x80 > 0) | (begins & (flags & 0x40 > 0))
+    return bool((((number[1:] - number[:-1]) % 16 > 1) & ~joined[1:]).any())
+
+
+def webp_images(path: Path) -> tuple[int, bool]:
+    """How many images an animated WebP has (0: it does not move), and whether its chain of chunks is whole."""
+    data, images, at = path.read_bytes(), 0, 12
+    while at + 8 <= len(data):
+        images += data[at : at + 4] == b"ANMF"
+        length = int.from_bytes(data[at + 4 : at + 8], "little")
+        at += 8 + length + length % 2
+    return images, at == len(data) == 8 + int.from_bytes(data[4:8], "little")
 
 
 def gif_images(path: Path) -> tuple[int, bool]:

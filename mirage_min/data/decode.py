@@ -20,7 +20,7 @@ from av.stream import Disposition
 from av.video.frame import PictureType
 
 from .colour import BT709, UNKNOWN, Turn, matrix_of, rgb, turn_of_angle, turn_of_matrix
-from .containers import Matroska, riff_is_cut
+from .containers import Matroska, riff_is_cut, transport_is_broken
 from .demux import decode_packet, measured_rate, open_file, packets
 
 SILENT = {"hevc", "av1", "mpeg1video", "mpeg2video"}  # codecs whose decoders lose a frame without saying so
@@ -103,7 +103,9 @@ class File:
                 lost, time = due.take(frame)
                 yield from ((None, pts) for pts in lost)
                 yield (None if frame.is_corrupt else frame), time
-        missing = max(self._missing(read, due.latest), cut or (chain is not None and chain.breaks_before(math.inf)))
+        broken = chain.breaks_before(math.inf) if chain else (
+            self.container.format.name == "mpegts" and transport_is_broken(self.path, self.stream.id))
+        missing = max(self._missing(read, due.latest), cut or broken)
         yield from ((None, None if missing else pts) for pts in due.rest())
         yield from ((None, None) for _ in range(missing))
 

@@ -24,6 +24,7 @@ makes them with an explicit `device="cpu"`. Nothing is ever unpickled.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -47,7 +48,7 @@ def from_pretrained(cls, path: str | Path, subfolder: str | None = None, dtype: 
                     device: torch.device | str | None = None) -> nn.Module:
     """Build a `cls` from a local folder or a hub id ("org/name"), strictly: every tensor is used and none is missing.
 
-    `dtype` defaults to the file's own and `device` to the CPU; left at both, the parameters are the mapped file itself
+    `dtype` defaults to the file's own, `device` to the CPU; left at both, the parameters are the mapped file itself
     (training changes them, not the file). The model is in eval mode and its parameters require gradients. Whatever is
     wrong with the files is a ValueError that says which and how.
     """
@@ -57,14 +58,17 @@ def from_pretrained(cls, path: str | Path, subfolder: str | None = None, dtype: 
 
     source = find_tensors(cls, files)
     given = {key: file.get_slice(name).get_shape() for key, (file, name) in source.items()}
-    wanted = model.state_dict()
-    check_match(wanted, given, " + ".join(map(str, files)), f"the model that {folder / CONFIG} describes")
+    wanted, where = model.state_dict(), " + ".join(map(str, files))
+    check_match(wanted, given, where, f"the model that {folder / CONFIG} describes")
 
-    state = {}
-    for key, (file, name) in source.items():
-        tensor = file.get_tensor(name)
+    state = {key: file.get_tensor(name) for key, (file, name) in source.items()}
+    for key, tensor in state.items():
         if wanted[key].is_floating_point():
-            check_kind(name, tensor, " + ".join(map(str, files)), cast=dtype is not None)
+            check_kind(source[key][1], tensor, where, cast=dtype is not None)
+    floats = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    if dtype is None and floats:  # of several types the one that holds them all: a network computes in one
+        dtype = functools.reduce(torch.promote_types, floats)
+    for key, tensor in state.items():
         state[key] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
     model.load_state_dict(state, assign=True)
     if unmade := [key for key, tensor in model.named_buffers() if tensor.is_meta and key not in source]:

@@ -1,0 +1,377 @@
+"""The doors of fuzz.py: each prepares valid inputs in a folder of its own and returns what tries a changed one."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import shutil
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save
+
+import build_pairs
+import convert
+import evaluate
+import infer
+import train_base
+import train_harmonize
+import train_vae
+from mirage_min.data import desk, place, results
+from mirage_min.data.pairs import Pairs
+from mirage_min.data.real_clips import RealClips
+from mirage_min.data.scene import read_cameras, read_tracks
+from mirage_min.data.splat import Gaussians, load_ply, save_ply
+from mirage_min.data.video import Video, to_bytes, writing
+from mirage_min.networks import checked, weights
+from mirage_min.networks.dit_cosmos import CosmosDiT, CosmosDiTConfig
+from mirage_min.networks.vae_wan import WanVAE, WanVAEConfig
+from mirage_min.systems.harmonizer import Harmonizer, Settings
+from mirage_min.systems.mirage import Mirage
+from mirage_min.systems.mirage_folder import HARMONISATION, RECONSTRUCTION, TRANSFORMER
+from mirage_min.systems.r3d2 import R3D2
+from mirage_min.training import checkpoint, run, watch
+from tests import small
+from tests.fuzz_changes import VALUES, Lost, change_bytes, change_json, change_tensors
+from tests.media import encode, picture, pictures
+
+Door = Callable[[Random], object]
+T = 12  # frames of every video
+
+
+# ---- pictures and sound ----------------------------------------------------------------------------------------------
+
+def watched(path: Path, frames: int) -> None:
+    """Read a video; Lost if frames are missing and nobody said so."""
+    with Video(path) as video:
+        count = sum(1 for _ in video)
+    if count < frames:
+        raise Lost(f"{path.suffix}: frames are missing")
+
+
+def video(folder: Path) -> Door:
+    """Eight containers, as they are read and written again with their sound."""
+    kinds = {"a.mp4": ("libx264", "aac"), "b.mov": ("mjpeg", "aac"), "c.mkv": ("libx264", "ac3"),
+             "d.webm": ("libvpx-vp9", "libopus"), "e.avi": ("mpeg4", "mp3"), "f.ts": ("libx264", "aac"),
+             "g.mp4": ("libx265", None), "h.webm": ("libvpx", None)}
+    files = []
+    for name, (codec, sound) in kinds.items():
+        pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        options = {"x265-params": "log-level=none:pools=1:frame-threads=1"} if codec == "libx265" else {"g": "6"}
+        files.append(encode(folder / name, pictures(T), codec, pix_fmt, sound=sound, container={"fflags": "bitexact"},
+                            options=options | {"threads": "1"}))  # the same bytes in every run
+    for file in files:
+        watched(file, T)
+    data = {file: file.read_bytes() for file in files}
+
+    def door(draws: Random) -> None:
+        source = draws.choice(files)
+        file = folder / f"changed{source.suffix}"
+        file.write_bytes(change_bytes(data[source], draws))
+        if draws.random() < 0.8:
+            watched(file, T)
+            return
+        with Video(file) as given, writing(folder / "out.mp4", given.format, 30, "ultrafast", file) as out:
+            for frame in given:
+                out.write(frame, *given.times.popleft())
+    return door
+
+
+def animation(folder: Path) -> Door:
+    """GIF, WebP, AVIF and PNG that move."""
+    images, files = [Image.fromarray(picture(20 * t)) for t in range(6)], []
+    for name in ("a.gif", "b.webp", "c.png", "d.avif"):
+        images[0].save(folder / name, save_all=True, append_images=images[1:], duration=100)
+        watched(folder / name, 6)
+        files.append(folder / name)
+    data = {file: file.read_bytes() for file in files}
+
+    def door(draws: Random) -> None:
+        source = draws.choice(files)
+        file = folder / f"changed{source.suffix}"
+        file.write_bytes(change_bytes(data[source], draws))
+        watched(file, 6)
+    return door
+
+
+def picture_folder(folder: Path) -> Door:
+    """Three pictures, one of them changed."""
+    kinds = ("png", "jpg", "webp", "bmp", "tif", "ppm")
+    for kind in kinds:
+        (folder / kind).mkdir()
+        for t in range(3):
+            Image.fromarray(picture(20 * t)).save(folder / kind / f"{t}.{kind}")
+    data = {kind: (folder / kind / f"1.{kind}").read_bytes() for kind in kinds}
+
+    def door(draws: Random) -> None:
+        kind = draws.choice(kinds)
+        (folder / kind / f"1.{kind}").write_bytes(change_bytes(data[kind], draws))
+        watched(folder / kind, 3)
+    return door
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+def change_file(file: Path, whole: bytes, draws: Random) -> None:
+    """Change a JSON, a safetensors or any other file in one way that fits it."""
+    if file.suffix == ".json" and draws.random() < 0.8:
+        file.write_bytes(change_json(json.loads(whole), draws))
+    elif file.suffix == ".safetensors" and draws.random() < 0.8:
+        file.write_bytes(whole)
+        tensors, about = weights.load_tensors(file)
+        changed, about = change_tensors({k: v.clone() for k, v in tensors.items()}, about, draws)
+        file.write_bytes(save({k: v.contiguous() for k, v in changed.items()}, about))
+    else:
+        file.write_bytes(change_bytes(whole, draws))
+
+
+def any_file(folder: Path, read: Callable[[Path], object]) -> Door:
+    """One file of a folder changed, the folder read; then the file is as it was."""
+    files = {file: file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+    read(folder)
+
+    def door(draws: Random) -> object:
+        file = draws.choice(list(files))
+        try:
+            change_file(file, files[file], draws)
+            return read(folder)
+        finally:
+            file.unlink(missing_ok=True)
+            file.write_bytes(files[file])
+    return door
+
+
+def networks(folder: Path) -> Door:
+    """config.json and safetensors of every kind of network, used once where they are taken."""
+    vae, dit, vae2d = small.parts()
+    system = small.r3d2()
+    made = [(vae, lambda n: n.encode(torch.zeros(1, 3, 1, 16, 16))),
+            (vae2d, lambda n: n.encode(torch.zeros(1, 3, 16, 16))),
+            (dit, lambda n: n(torch.zeros(1, 4, 1, 4, 4), 9, torch.zeros(1, 2, 8))),
+            (WanVAE(WanVAEConfig(base_dim=4, num_res_blocks=1)), lambda n: n.encode(torch.zeros(1, 3, 1, 16, 16))),
+            (system.unet, lambda n: n(torch.zeros(1, 4, 8, 8), 9, torch.zeros(1, 7, 12))),
+            (small.r3d2(kl=False).vae, lambda n: n.encode(torch.zeros(1, 3, 16, 16)))]
+    doors = []
+    for i, (network, use) in enumerate(made):
+        network.save_pretrained(folder / str(i))
+
+        @torch.no_grad()
+        def read(path, cls=type(network), use=use):
+            return use(cls.from_pretrained(path))
+        doors.append(any_file(folder / str(i), read))
+    return lambda draws: draws.choice(doors)(draws)
+
+
+def use_system(system) -> None:
+    """Two frames through a system, as bytes."""
+    for frame in system.stream(iter(torch.zeros(2, 3, 16, 16))):
+        to_bytes(frame)
+
+
+def mirage(folder: Path) -> Door:
+    """A trained Mirage: stage files, prompt, and the base that they name; used once where it is taken."""
+    small.save_cogvideox(folder, None)
+    model = Mirage.from_base(folder / "base", folder / "vae_2d", torch.randn(1, 2, 8))
+    for name in (RECONSTRUCTION, HARMONISATION, TRANSFORMER):
+        model.add_lora(name, 2, 2.0)
+    weights.save_tensors(folder / "prompt.safetensors", {"text": model.text})
+    model.save_stage(folder / "stage_a.safetensors", [RECONSTRUCTION], {"base": "base", "vae2d": "vae_2d"}, fusion=True)
+    model.save_stage(folder / "stage_h.safetensors", [TRANSFORMER, HARMONISATION], {"t": "249", "window": "5"})
+    return any_file(folder, lambda path: use_system(Mirage.from_pretrained(path)))
+
+
+def harmonizer(folder: Path) -> Door:
+    """A DiffusionHarmonizer's folder."""
+    dit = CosmosDiT(CosmosDiTConfig(num_attention_heads=1, attention_head_dim=24, num_layers=1, text_embed_dim=12,
+                                    adaln_lora_dim=6, max_size=(16, 64, 64), rope_scale=(1.0, 4.0, 4.0)))
+    vae = WanVAE(WanVAEConfig(base_dim=4, num_res_blocks=1))
+    Harmonizer(vae, dit, Settings("release")).save_pretrained(folder)
+    return any_file(folder, lambda path: use_system(Harmonizer.from_pretrained(path)))
+
+
+def r3d2(folder: Path) -> Door:
+    """An R3D2's folder."""
+    small.r3d2(kl=False).save_pretrained(folder)
+    return any_file(folder, lambda path: use_system(R3D2.from_pretrained(path)))
+
+
+def pickles(folder: Path) -> Door:
+    """What convert.py reads, in both of torch.save's formats."""
+    state = {f"layer.{i}.weight": torch.randn(3, 4) for i in range(4)}
+    kinds = [{"state_dict_unet": state, "state_dict_vae": state, "rank_unet": 8}, state,
+             {"state_dict": state, "epoch": 1}]
+    data = []
+    for content in kinds:
+        for zipped in (True, False):
+            file = io.BytesIO()
+            torch.save(content, file, _use_new_zipfile_serialization=zipped)
+            data.append(file.getvalue())
+
+    def door(draws: Random) -> None:
+        file = folder / "a.pkl"
+        file.write_bytes(change_bytes(draws.choice(data), draws))
+        found = convert.recognise(convert.read(file), convert.parser().parse_args([str(file), str(folder / "out")]))
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        convert.write(folder / "out", found)
+    return door
+
+
+# ---- scenes, pairs, runs, scores -------------------------------------------------------------------------------------
+
+def scene(folder: Path) -> Door:
+    """transforms.json, tracks.json and build_pairs' manifest."""
+    pose = torch.eye(4).tolist()
+    cameras = {"fl_x": 50.0, "fl_y": 51.0, "cx": 20, "cy": 15, "w": 40, "h": 30, "k1": 0.0, "camera_model": "OPENCV",
+               "frames": [{"file_path": f"images/{t}.png", "transform_matrix": pose} for t in range(3)]}
+    sights = [{"frame": t, "pose": pose, "size": [4, 2, 1], "box": [0, 0, 9, 9], "visible": True} for t in range(3)]
+    tracks = {"objects": [{"id": 7, "category": "car", "reference": 1, "frames": sights}]}
+    manifest = {"s": {"settings": {"align": "full"}, "actor": 1, "clips": [
+        {"file": "s_000000.safetensors", "first_frame": 0, "box_iou": {"full": 0.9}, "crop_psnr": {"full": 20.0}}]}}
+    images = [folder / "images" / f"{t}.png" for t in range(3)]
+    kinds = [(cameras, lambda path: read_cameras(path, 40, 30, images)),
+             (cameras, lambda path: read_cameras(path, 40, 30)),
+             (tracks, lambda path: read_tracks(path, 3)), (manifest, lambda path: checked.value(
+                 dict[str, build_pairs.Entry], weights.read_json(path), path, ""))]
+
+    def door(draws: Random) -> object:
+        valid, read = draws.choice(kinds)
+        file = folder / "a.json"
+        file.write_bytes(change_json(valid, draws))
+        return read(file)
+    return door
+
+
+def ply(folder: Path) -> Door:
+    """Gaussians."""
+    torch.manual_seed(0)
+    N, file = 20, folder / "a.ply"
+    save_ply(file, Gaussians(torch.randn(N, 3), torch.randn(N, 3), torch.randn(N, 4), torch.randn(N),
+                             torch.randn(N, 4, 3), torch.arange(N)))
+    whole = file.read_bytes()
+    at = whole.index(b"end_header\n") + 11
+
+    def door(draws: Random) -> object:
+        header, body = whole[:at], whole[at:]
+        kind = draws.randrange(4)
+        if kind == 0:
+            lines = header.split(b"\n")
+            i = draws.randrange(len(lines))
+            lines[i : i + 1] = draws.choice(([], [lines[i]] * 2, [b"comment x", lines[i]], [b"property double x"],
+                                             [b"element vertex 99999999999"], [lines[i].replace(b"float", b"double")],
+                                             [lines[i] + b"\r"], [b"property list uchar int y"]))
+            header = b"\n".join(lines)
+        data = header + body if kind == 0 else change_bytes(header, draws) + body if kind == 1 else \
+            header + change_bytes(body, draws) if kind == 2 else change_bytes(whole, draws)
+        file.write_bytes(data)
+        return load_ply(file)
+    return door
+
+
+def pairs(folder: Path) -> Door:
+    """NI-GT pairs and real clips, read as training reads them."""
+    x = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
+    kinds = [({"x_ni": x, "x_gt": x + 9, "boxes": torch.tensor([[2.0, 2, 9, 9]] * 3)}, "pairs"), ({"x": x}, "real")]
+    for _, name in kinds:
+        (folder / name).mkdir()
+
+    def door(draws: Random) -> object:
+        tensors, name = draws.choice(kinds)
+        file = folder / name / "a.safetensors"
+        change_file(file, save(tensors, {"seed": "1"}), draws)
+        if name == "real":
+            return RealClips(folder / name, 2).crop((16, 16), torch.Generator().manual_seed(0))
+        found = Pairs(folder / name, 2)
+        for i in range(len(found)):
+            found.read(i, lambda n: 0)
+            found.crops(i)
+    return door
+
+
+def training(folder: Path) -> Door:
+    """A run's checkpoints and its log."""
+    def fresh():
+        trained = {name: torch.nn.Parameter(torch.ones(2, 3)) for name in ("a.w", "b.w")}
+        return trained, torch.optim.AdamW(trained.values())
+
+    trained, optimizer = fresh()
+    sum(p.square().sum() for p in trained.values()).backward()
+    optimizer.step()
+    checkpoint.save(folder, 3, trained, optimizer, {"lr": 0.1})
+    lines = b"".join(json.dumps({"step": i, "seconds": 1.5, "mse": 0.1}).encode() + b"\n" for i in range(4))
+    (folder / "log.jsonl").write_bytes(lines)
+
+    def read(path):
+        trained, optimizer = fresh()
+        with contextlib.redirect_stdout(io.StringIO()):
+            checkpoint.resume(path, trained, optimizer, {"lr": 0.1}, 5)
+        for p in trained.values():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        watch.read_lines(path / "log.jsonl")
+    return any_file(folder, read)
+
+
+def scores(folder: Path) -> Door:
+    """What evaluate.py reads next to videos: boxes, flow, logs."""
+    boxes = {"a": [[1, 2, 9, 9], None, [2.5, 2, 9, 9]]}
+    tensors = {"flow": torch.zeros(2, 2, 8, 8), "visible": torch.ones(1, 2, 8, 8), "boxes": torch.zeros(3, 4)}
+    log = b"out/a.mp4: 3 frames, 4.50 frames/s, peak memory 0.50 GiB\n" * 3
+
+    def door(draws: Random) -> object:
+        kind = draws.randrange(3)
+        if kind == 0:
+            (folder / "boxes.json").write_bytes(change_json(boxes, draws))
+            return results.read_boxes(folder / "boxes.json", "a", 3)
+        if kind == 1:
+            change_file(folder / "a.safetensors", save(tensors), draws)
+            return results.read_boxes(folder, "a", 3), results.exact_flow(folder / "a.safetensors", 3, 8, 8)
+        (folder / "a.log").write_bytes(change_bytes(log, draws))
+        return evaluate.logged_speed(folder)
+    return door
+
+
+# ---- what is typed ---------------------------------------------------------------------------------------------------
+
+def settings(folder: Path) -> Door:
+    """--set of every script."""
+    recipes = [infer.Settings(), *train_vae.RECIPES.values(), *train_harmonize.RECIPES.values(),
+               *train_base.RECIPES.values()]
+    texts = [str(value) for value in VALUES] + ["1_0", "0x10", " 1 ", "1e5", "٣", "true", "NO", "9" * 5000, "\0"]
+
+    def door(draws: Random) -> None:
+        recipe = draws.choice(recipes)
+        key = draws.choice([*(f.name for f in dataclasses.fields(recipe)), "", "x", "__class__"])
+        changed = desk.override(recipe, [draws.choice((f"{key}={draws.choice(texts)}", key, f"{key}=="))])
+        if not isinstance(recipe, infer.Settings):
+            run.check(changed)
+            [run.schedule(step, changed.warmup, changed.steps, changed.cosine) for step in (0, 5)]
+    return door
+
+
+def paths(folder: Path) -> Door:
+    """infer.py's input and output, by name."""
+    encode(folder / "in.mp4", pictures(2))
+    (folder / "dir").mkdir()
+    (folder / "pngs").mkdir()
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(folder / "pngs" / "000000.png")
+    (folder / "loop").symlink_to("loop")
+    (folder / "dangling").symlink_to("nowhere/out.mp4")
+    names = ["in.mp4", "dir", "pngs", "loop", "dangling", "", ".", "..", "/", "out.mp4", "out", "a" * 255, "a" * 256,
+             "é" * 127, "out.avi", "in.mp4/x.mp4", "pngs/000000.png", "\udcff.mp4", "a\nb.mp4", "x\0.mp4", "/dev/null",
+             "dir/../out.mp4", "%d.png", "pngs/%06d.png", "file:in.mp4", "pipe:0", "~/x.mp4", "C:\\x.mp4", "-"]
+
+    def door(draws: Random) -> None:
+        source, target = (Path(str(folder / name) if name else name) for name in draws.choices(names, k=2))
+        place.check_output(source, target, draws.random() < 0.5)
+        with Video(source, Fraction(25)) as video:
+            next(iter(video))
+    return door
+
+
+DOORS = {door.__name__: door for door in (video, animation, picture_folder, networks, mirage, harmonizer, r3d2, pickles,
+                                          scene, ply, pairs, training, scores, settings, paths)}
