@@ -36,6 +36,8 @@ from mirage_min.method.perceptual import Lpips, lpips_and_gram
 from mirage_min.method.skips import PUBLISHED_START
 from mirage_min.networks import small_base, weights
 from mirage_min.networks.imagenet import Features
+from mirage_min.networks.vae_2d import AutoencoderKL
+from mirage_min.networks.vae_tiny import AutoencoderTiny
 from mirage_min.systems.r3d2 import PROMPT, R3D2, read_vae
 from mirage_min.training import checkpoint, memory, processes, run, watch
 
@@ -74,12 +76,13 @@ RECIPES = {
     "small": Recipe(steps=3_000, batch=8, height=96, width=144, lr=1e-3, warmup=50, cosine=True, gram_from=600,
                     lambda_mse=2.0, lpips="squeeze", rank=16, alpha=16.0, real=0.1, half=True),
 }
-BASES = {  # --base and --vae where they are not given; None: the small untrained UNet, and the base's own VAE
+BASES = {  # --base and --vae where no --base is given; None: the small untrained UNet, and the base's own VAE
     "r3d2": ("stabilityai/sd-turbo", "madebyollin/taesd"),
     "r3d2-big": ("stabilityai/sd-turbo", None),
     "difix": ("stabilityai/sd-turbo", None),
     "small": (None, "weights/vae_2d"),
 }
+VAES = {"r3d2": AutoencoderTiny, "r3d2-big": AutoencoderKL, "difix": AutoencoderKL}  # that a recipe is for
 
 
 def build(args, recipe: Recipe) -> tuple[nn.ModuleList, dict[str, nn.Parameter]]:
@@ -91,6 +94,9 @@ def build(args, recipe: Recipe) -> tuple[nn.ModuleList, dict[str, nn.Parameter]]
         r3d2 = R3D2(unet, vae, skips, text, alpha_bar(zero_terminal_snr=False), recipe.t).float()
     else:
         r3d2 = R3D2.from_base(args.base, args.vae, text, recipe.t, recipe.skip_start, dtype=torch.float32)
+    wanted = VAES.get(args.recipe)
+    if wanted is not None and type(r3d2.vae) is not wanted:
+        raise ValueError(f"--vae: the recipe {args.recipe} is for an {wanted.CLASS_NAME}, got an {r3d2.vae.CLASS_NAME}")
     r3d2.vae.requires_grad_(False)
     lora.add(r3d2.vae.decoder, DECODER, recipe.rank, recipe.alpha)
     params = {f"unet.{name}": p for name, p in r3d2.unet.named_parameters()}
@@ -143,8 +149,9 @@ def forward_and_backward(models: nn.ModuleList, recipe: Recipe, x_ni: Tensor, x_
 
 def main(args, recipe: Recipe) -> None:
     torch.manual_seed(recipe.seed)
-    base, vae = BASES[args.recipe]
-    args.base, args.vae = args.base or base, args.vae or (vae if args.base is None else None)
+    if args.base is None:
+        args.base, vae = BASES[args.recipe]
+        args.vae = args.vae or vae
     data, val = run.open_data(args, recipe)
     models, params = build(args, recipe)
     r3d2, lpips, _ = models
@@ -190,8 +197,8 @@ if __name__ == "__main__":
     parser = run.flags(__doc__, "r3d2", RECIPES)
     parser.add_argument("--base", help="folder or hub id of a Stable Diffusion, or of a system to continue (default: "
                         "stabilityai/sd-turbo; of the recipe small an untrained UNet)")
-    parser.add_argument("--vae", help="folder or hub id of the VAE (default: the base's own; of the recipe r3d2 "
-                        "madebyollin/taesd, of small weights/vae_2d)")
+    parser.add_argument("--vae", help="folder or hub id of the VAE (default: the base's own; without --base of the "
+                        "recipe r3d2 madebyollin/taesd, of small weights/vae_2d)")
     parser.add_argument("--prompt", type=Path, help="the prompt's embedding (safetensors with `text`; default: that of "
                         "a system that continues, else zeros)")
     run.launch(main, parser.parse_args(), RECIPES)

@@ -182,8 +182,8 @@ def test_r3d2_proper_trains_on_a_tiny_vae_with_a_prompt_and_is_written_as_float1
     weights.save_tensors(tmp_path / "p.safetensors", {"text": torch.ones(1, 3, 12)})
     (tmp_path / "val").mkdir()
     (tmp_path / "val" / "0.safetensors").symlink_to(work / "pairs" / "0.safetensors")
-    out = train(work, tmp_path / "out", vae="taesd", prompt=tmp_path / "p.safetensors", steps=1, half=True, frames=2,
-                checkpoint_unet=True, bf16=True, val=tmp_path / "val")
+    out = train(work, tmp_path / "out", recipe="r3d2", vae="taesd", prompt=tmp_path / "p.safetensors", steps=1,
+                half=True, frames=2, checkpoint_unet=True, bf16=True, val=tmp_path / "val")
     trained = R3D2.from_pretrained(out)
     assert trained.vae.CLASS_NAME == "AutoencoderTiny" and (trained.text == 1).all()
     assert {p.dtype for p in trained.parameters()} == {torch.float16}
@@ -195,7 +195,7 @@ def test_r3d2_proper_trains_on_a_tiny_vae_with_a_prompt_and_is_written_as_float1
 def test_the_small_recipe_starts_from_committed_files_and_random_weights(work, tmp_path, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[1])
     recipe = train_r3d2.RECIPES["small"]
-    args = argparse.Namespace(base=None, vae="weights/vae_2d", prompt=None, perceptual=work)
+    args = argparse.Namespace(base=None, vae="weights/vae_2d", prompt=None, perceptual=work, recipe="small")
     models, params = train_r3d2.build(args, recipe)
     system = models[0]
     with torch.no_grad():
@@ -232,6 +232,11 @@ def test_a_run_that_is_interrupted_resumes_bit_equal_and_another_is_refused(work
 def save_prompt(folder: Path) -> Path:
     weights.save_tensors(folder / "prompt.safetensors", {"text": torch.ones(1, 2, 12)})
     return folder / "prompt.safetensors"
+
+
+def test_a_recipe_on_another_vae_than_its_own_is_refused(work, tmp_path):
+    with pytest.raises(ValueError, match="recipe r3d2 is for an AutoencoderTiny, got an AutoencoderKL"):
+        train(work, tmp_path, recipe="r3d2")
 
 
 def test_a_prompt_without_text_is_refused_by_its_file(work, tmp_path):

@@ -58,13 +58,6 @@ class Downsample(nn.Conv2d):
         super().__init__(c, c, 3, stride=2, padding=1, bias=False)
 
 
-class AfterUpsampling(nn.Conv2d):
-    """The convolution after each doubling of height and width."""
-
-    def __init__(self, c: int):
-        super().__init__(c, c, 3, padding=1, bias=False)
-
-
 class Encoder(nn.Module):
     """Images to latents, and the features just before each downsampling, finest first."""
 
@@ -96,17 +89,20 @@ class Decoder(nn.Module):
         c = one_width(config.decoder_block_out_channels, config.num_decoder_blocks)
         *earlier, last = config.num_decoder_blocks
         layers = [nn.Conv2d(config.latent_channels, c, 3, padding=1), nn.ReLU()]
+        self.upsampling = []  # which layers end one
         for n in earlier:
-            layers += [*(Block(c) for _ in range(n)), nn.Upsample(scale_factor=2), AfterUpsampling(c)]
+            layers += [*(Block(c) for _ in range(n)), nn.Upsample(scale_factor=2),
+                       nn.Conv2d(c, c, 3, padding=1, bias=False)]
+            self.upsampling.append(len(layers) - 1)
         layers += [*(Block(c) for _ in range(last)), nn.Conv2d(c, config.out_channels, 3, padding=1)]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, z: Tensor, skips: Iterable[Tensor] = ()) -> Tensor:
         skips = iter(skips)
         x = torch.tanh(z / 3) * 3                                      # a soft clamp of outliers
-        for layer in self.layers:
+        for i, layer in enumerate(self.layers):
             x = layer(x)
-            if isinstance(layer, AfterUpsampling):
+            if i in self.upsampling:
                 x = add_skip(x, next(skips, None))                     # [N, 64, 2^i h, 2^i w]
         return x * 2 - 1                                               # from [0, 1] to [-1, 1]
 

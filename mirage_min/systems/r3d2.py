@@ -6,8 +6,8 @@
 Every frame of a video is alone: nothing passes from one to the next, which is why R3D2 flickers (its B.2). Three
 systems are wired like this. The folder says which it is: its VAE has these features, and its file these convolutions.
 
-    R3D2        AutoencoderTiny (TAESD), three skips, from just before each downsampling. Its supplement names the three
-                places and no VAE; TAESD has three and the published speed, facts that fit no other
+    R3D2        AutoencoderTiny (TAESD), three skips, from just before each downsampling. An inference: its supplement
+                names no VAE, but three places, which TAESD has, and a speed that only TAESD's operations explain
     R3D2-BIG    AutoencoderKL, four skips, from the inputs of the down blocks, as img2img-turbo has them
     Difix       the same; its decoder's weights are stored as a base and a LoRA, which are merged when they are read
 
@@ -206,7 +206,8 @@ class R3D2(nn.Module):
                              "give it (Difix was trained at 199, img2img-turbo at 999)")
         file = Path(prompt or folder / PROMPT)
         if not file.exists():
-            raise ValueError(f"{file}: no such file; python encode_prompt.py --base {path} --out {PROMPT} makes it")
+            raise ValueError(f"{file}: no such file; python encode_prompt.py --base {path} --out {PROMPT} makes one, "
+                             f"for prompt={PROMPT}")
         text = weights.load_tensors(file)[0].get("text")
         if text is None:
             raise ValueError(f"{file}: wanted a tensor `text` (encode_prompt.py)")
@@ -242,7 +243,8 @@ def read_index(file: Path) -> Index:
     content = weights.read_json(file)
     index = checked.record(Index, content, file)
     for part, classes in (("unet", [UNet2D.CLASS_NAME]), ("vae", list(VAES))):
-        if (given := getattr(index, part))[-1:] not in [[name] for name in classes]:
+        given = getattr(index, part)
+        if not given or given[-1] not in classes:
             raise ValueError(f"{file}: {part}: wanted the class {' or '.join(classes)}, got {given}")
     index.t = T_OF.get(index._class_name) if index.t is None else index.t
     return index
