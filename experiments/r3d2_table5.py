@@ -74,7 +74,8 @@ def main(args: argparse.Namespace) -> None:
             models[name] = tables.once(folder / f"model {name}", settings, make)
         results = tables.harmonise(clips, folder, models, settings, tables.read_r3d2)
         seeds.append(tables.evaluate(args, clips, {"reconstruction": shown} | results, folder / "scores", exact=False))
-    tables.draw_strip(args.out / "reproduce" / "r3d2_table5.png", clips, results, frames=(4,))
+    pictures = {"reconstruction": shown} | results
+    tables.draw_strip(args.out / "reproduce" / "r3d2_table5.png", clips, pictures, frames=(4,))
     tables.report("r3d2_table5", __doc__, args, {tables.FULL: PAPER}, seeds)
 
 
