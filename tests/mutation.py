@@ -63,8 +63,8 @@ TESTS = {  # {file or folder: its tests}, where they are not tests/test_NAME.py;
     "experiments/walkthrough_figures.py": "locality", "experiments/skip_vae.py": "tables",
     "experiments/tables.py": "tables", "experiments/mirage_table1.py": "tables",
     "experiments/mirage_table2.py": "tables", "experiments/mirage_table3.py": "tables",
-    "experiments/mirage_table4.py": "tables", "experiments/chopgrad_table4.py": "tables",
-    "experiments/stage_h_losses.py": "tables",
+    "experiments/mirage_table4.py": "tables", "experiments/r3d2_table5.py": "tables",
+    "experiments/chopgrad_table4.py": "tables", "experiments/stage_h_losses.py": "tables",
 }
 SLOW = "not killed"  # names of tests, as for pytest's -k
 MEMORY = 10 * 2**30  # bytes of address space: some mistakes ask for all there is

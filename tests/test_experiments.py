@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import common, measuring, real_pairs, speed, streaming, training_cost
+from experiments import common, measuring, published, real_pairs, speed, speed_r3d2, streaming, training_cost
 from mirage_min.data.video import read_clip
 from mirage_min.systems.mirage import Mirage
 from tests import scripts, small
@@ -212,6 +212,19 @@ def test_the_operations_of_a_training_step_are_those_of_the_same_step_on_data(mo
         assert counts[stage] == pytest.approx(on_cpu, rel=1e-3), f"stage {stage}: {counts[stage]} and {on_cpu}"
     assert counts["H"] > counts["A"] > 0
     assert training_cost.gpu_hours(263e12, 80_000) == pytest.approx(14.8, abs=0.05)
+
+
+def test_r3d2s_operations_at_the_published_size_are_counted_part_by_part():
+    """Skips and attention's products by hand: 2 · C_in · C_out a pixel, 4 · tokens · keys · width a layer."""
+    system = published.r3d2("R3D2", "meta")
+    parts = {name: n / 1e12 for name, n in speed_r3d2.count_parts(system, 1080, 1920).items()}
+    assert parts["UNet"] == pytest.approx(13.07, abs=0.01) and parts["encoder"] == pytest.approx(0.97, abs=0.01)
+    assert parts["skips"] == pytest.approx(2 * 64 * 64 * 1080 * 1920 * (1 + 1 / 4 + 1 / 16) / 1e12, rel=1e-6)
+    products, sizes = 0, [(135, 240, 320, 5), (68, 120, 640, 5), (34, 60, 1280, 5), (17, 30, 1280, 1)]
+    for h, w, width, layers in sizes:  # to itself, and to the 77 tokens of the text
+        products += layers * 4 * (h * w) * (h * w + 77) * width
+    assert parts["of it attention's products"] == pytest.approx(products / 1e12, rel=1e-3)
+    assert parts["all"] == pytest.approx(parts["encoder"] + parts["UNet"] + parts["skips"] + parts["decoder"], rel=1e-6)
 
 
 def test_flags_can_be_changed_without_touching_the_others():
