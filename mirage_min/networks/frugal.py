@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from . import vae_2d, vae_cogvideox, vae_wan, vae_wan22
+from . import vae_2d, vae_cogvideox, vae_wan, vae_wan22, wan_blocks
 from .bands import TakenCache, is_tall, norm_of, normed_conv
 from .causal_conv import Cache, CausalConv3d
 
@@ -252,9 +252,9 @@ FRUGAL = {plain: with_frugal(plain, frugal) for plain, frugal in {
     vae_cogvideox.Encoder: CogVideoXHalf, vae_cogvideox.Decoder: CogVideoXHalf,
     vae_wan.Encoder: WanEncoder, vae_wan.Decoder: WanDecoder,
     vae_wan22.Encoder: WanEncoder, vae_wan22.Decoder: WanDecoder,
-    vae_cogvideox.ResnetBlock: CogVideoXBlock, vae_wan.ResnetBlock: WanBlock,
+    vae_cogvideox.ResnetBlock: CogVideoXBlock, wan_blocks.ResnetBlock: WanBlock,
     vae_cogvideox.Downsample: Resize, vae_cogvideox.Upsample: Resize,
-    vae_wan.Downsample: Resize, vae_wan.Upsample: Resize,
+    wan_blocks.Downsample: Resize, wan_blocks.Upsample: Resize,
     vae_2d.ResnetBlock: ImageBlock, vae_2d.Decoder: ImageDecoder}.items()}
 
 

@@ -25,7 +25,8 @@ from torch.nn import functional as nnf
 
 from . import vae_wan
 from .causal_conv import Cache, CausalConv3d
-from .vae_wan import Downsample, Layer, MidBlock, ResnetBlock, RMSNorm, Upsample, WanVAE, WanVAEConfig
+from .vae_wan import Layer, WanVAE, WanVAEConfig
+from .wan_blocks import Downsample, MidBlock, ResnetBlock, RMSNorm, Upsample
 
 PATCH, CELL = 2, 16  # pixels: the side of what enters as one position, and of a latent cell
 
