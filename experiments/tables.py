@@ -34,11 +34,11 @@ from mirage_min.data.video import from_bytes, to_bytes
 from mirage_min.method.perceptual import Lpips, gram_loss
 from mirage_min.networks import weights
 from mirage_min.networks.imagenet import Features
-from mirage_min.systems.mirage import Mirage
+from mirage_min.systems.load import system_in
 from mirage_min.systems.r3d2 import R3D2
 from mirage_min.training import run
 
-BETTER = {"PSNR": max, "SSIM": max, "LPIPS": min, "DISTS": min, "E*warp": min, "vFID": min}
+BETTER = {"PSNR": max, "SSIM": max, "LPIPS": min, "DISTS": min, "E*warp": min, "vFID": min, "temporal": max}
 CROPS, FULL = "actor-centric crops", "full frame"  # as evaluate.py calls them
 
 
@@ -220,9 +220,9 @@ def predict(clips: Path, to: Path, model: Callable[[Tensor, Tensor], Tensor]) ->
 def harmonise(clips: Path, folder: Path, models: dict[str, Path], settings: dict, read: Callable | None = None
               ) -> dict[str, Path]:
     """What each trained system makes of the clips, kept under `folder` -> {method: where}. read: that loads one from
-    its folder; None: as a Mirage."""
+    its folder; None: as what the folder holds."""
     def make(to: Path, model: Path) -> None:
-        system = (read or Mirage.from_pretrained)(model)
+        system = (read or system_in(model).from_pretrained)(model)
         predict(clips, to, lambda x_ni, x_gt: system(x_ni))
     return {name: once(folder / name, settings, lambda to: make(to, model)) for name, model in models.items()}
 
@@ -283,14 +283,16 @@ def region_table(region: str, paper: dict[str, dict[str, float]], rows: list[dic
 
     paper: {method: {metric: value}}; rows: of each seed {method: {metric: value or None}}.
     """
-    metrics = [m for m in BETTER if any(row[m] is not None for row in rows[0].values())]
+    metrics = [m for m in BETTER if any(row.get(m) is not None for row in rows[0].values())]
     title = f"{region}: ours (paper)" if paper else region
-    cells = [[method, *(cell([row[method][m] for row in rows], paper.get(method, {}).get(m)) for m in metrics)]
+    cells = [[method, *(cell([row[method].get(m) for row in rows], paper.get(method, {}).get(m)) for m in metrics)]
              for method in rows[0]]
     lines = [common.table([title, *metrics], cells), ""]
     for metric in metrics if paper else ():
         known = {method: row[metric] for method, row in paper.items() if metric in row}
-        agreed = [agreement(known, {m: row[m][metric] for m in known}, BETTER[metric]) for row in rows]
+        if not known:
+            continue
+        agreed = [agreement(known, {m: row[m].get(metric) for m in known}, BETTER[metric]) for row in rows]
         lines.append(f"* {metric}: pairs of methods in the paper's order, seed by seed: {', '.join(agreed)}")
     return "\n".join(lines)
 

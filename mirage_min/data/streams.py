@@ -10,8 +10,9 @@
                   `one camera`, another one's frames; `stopped`, after 25 to 75 % of the steps
 
 A stream is a function (shot, draws) -> Sample: one draw for all frames, and `did` says what was drawn. A shot is a
-made-up scene, or a car rendered into a recorded street, which has no artifacts (shots.py). One that is of no use to a
-stream (the object is too small, say) is a ValueError; the command then draws another.
+made-up scene, or a car rendered into a recorded street, which has no artifacts (shots.py), or a recorded vehicle, which
+has the ISP alone (vehicles.py). One that is of no use to a stream (the object is too small, say) is a ValueError; the
+command then draws another.
 
     python -m mirage_min.data.streams --out data/streams --count 400                            # made-up scenes
     python -m mirage_min.data.streams --out data/streams --count 400 --clips data/real/train    # recorded streets
@@ -45,6 +46,7 @@ from .splat import load_ply, render
 from .street_camera import Street, clips_of_known_streets
 from .toy_light import sample_light
 from .toy_world import WorldConfig, height_x_width
+from .vehicles import Vehicles, shoot_vehicle, vehicles_of
 from .video import Video, from_bytes, to_uint8
 
 LEAST_SHADOW = 0.0008  # share of the clip's pixels that the object must darken
@@ -216,6 +218,7 @@ class Job:
     size: tuple[int, int]
     clip: Path | None = None                 # None: a made-up scene
     street: Street | None = None             # of the clip
+    vehicles: Vehicles | None = None         # that were recorded in it
 
     def name(self) -> str:
         """The file's name without its suffix."""
@@ -235,9 +238,11 @@ def make(job: Job) -> Sample:
 
 
 def shot_of(job: Job, draws: Generator):
-    """A made-up scene; or a piece of the clip, with a car rendered into it."""
+    """A made-up scene; or a piece of the clip with a car rendered into it, for half of the ISP's one of its own."""
     if job.clip is None:
         return toy_shot(draws, WorldConfig(job.frames, *job.size))
+    if job.stream == "isp" and job.vehicles and integer(draws, 2):
+        return shoot_vehicle(job.clip, job.vehicles, job.size, job.frames, draws)
     return StreetShot(**vars(street.shoot(job.clip, job.street, job.size, job.frames, draws)))
 
 
@@ -253,6 +258,7 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     """What the command line asks for: the streams in turn, recorded clips by their lengths."""
     streets = clips_of_known_streets(args.clips) if args.clips else {}
     clips, lengths = list(streets), street.lengths_of(streets)
+    vehicles = {clip: vehicles_of(clip) for clip in clips}
     names = args.streams or (OF_STREETS if clips else list(STREAMS))
     if clips and "artifacts" in names:
         raise ValueError("artifacts want made-up scenes: leave --clips out, or artifacts out of --streams")
@@ -261,7 +267,8 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
         seed, clip = args.first_seed + i, None
         if clips:
             clip = clips[int(torch.multinomial(lengths, 1, generator=torch.Generator().manual_seed(seed)))]
-        jobs.append(Job(names[seed % len(names)], seed, args.frames, args.size, clip, streets.get(clip)))
+        jobs.append(Job(names[seed % len(names)], seed, args.frames, args.size, clip, streets.get(clip),
+                        vehicles.get(clip)))
     return jobs
 
 

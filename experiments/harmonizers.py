@@ -1,0 +1,49 @@
+"""What the experiments on DiffusionHarmonizer share: pairs of all five streams, and small harmonizers trained on them.
+
+A harmonizer's training has two parts of --steps steps each after as many on latents: single frames, then batches of
+which every other one is temporal. Methods that differ in the second part alone share the first.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from experiments import tables
+
+
+def flags(doc: str, steps: int) -> argparse.ArgumentParser:
+    """Those of tables.py, the VAE and the number of pairs."""
+    parser = tables.flags(doc, steps)
+    parser.add_argument("--vae", type=Path, default=Path("weights/vae_wan"), help="Wan's (default weights/vae_wan)")
+    parser.add_argument("--pairs", type=int, default=400, help="pairs of all streams to train on (default 400)")
+    return parser
+
+
+def pairs(args: argparse.Namespace) -> Path:
+    """Pairs of made-up scenes, the five streams in turn, with exact flow."""
+    def make(to: Path) -> None:
+        tables.python("-m", "mirage_min.data.streams", "--out", to, "--count", args.pairs, "--workers", 2)
+    return tables.once(args.runs / f"streams_{args.pairs}", {"pairs": args.pairs}, make)
+
+
+def train(args: argparse.Namespace, to: Path, seed: int, data: Path, base: Path | None = None, **settings) -> None:
+    """train_online.py, from nothing or on from `base`, into the folder `to`."""
+    settings = {"steps": args.steps, "seed": seed, "latent_until": 0} | settings
+    start = ("--base", base) if base else ()
+    tables.train_stage("train_online.py", args, to, settings, "--vae", args.vae, "--data", data, *start,
+                       "--run-folder", to / "run")
+
+
+def beginning(args: argparse.Namespace, seed: int, data: Path, name: str = "all") -> Path:
+    """A harmonizer after latents and single frames: it has seen no past. name: of the data, for its folder."""
+    never = 2 * args.steps
+    make = partial(train, args, seed=seed, data=data, steps=never, latent_until=args.steps, temporal_from=never)
+    settings = tables.trained_with(args, pairs=args.pairs, streams=name)
+    return tables.once(args.runs / "harmonizer_beginning" / name / f"seed_{seed}", settings, make)
+
+
+def trained_on(args: argparse.Namespace, seed: int, data: Path, folder: Path, start: Path, **settings) -> Path:
+    """The second part of the training, from `start`; kept in `folder`."""
+    settings = {"temporal_from": 0} | settings
+    make = partial(train, args, seed=seed, data=data, base=start, **settings)
+    return tables.once(folder, tables.trained_with(args, pairs=args.pairs, start=start, **settings), make)

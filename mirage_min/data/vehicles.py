@@ -1,0 +1,252 @@
+"""Recorded vehicles: where they are in a clip, so that another camera can develop one (isp.py).
+
+The 3D boxes of a drive, as its own camera saw them, lie next to the clip NAME.safetensors in NAME.vehicles.json:
+
+    {"width": 1920, "height": 1080,                        of the image that the corners are in
+     "vehicles": [{"id": 12, "frames": [{"frame": 0, "depth": 14.2, "corners": [[801.2, 455.0], …]}, …]}, …]}
+
+`corners` are the eight corners of a box in pixels, `depth` is its middle's in metres. A vehicle's mask is the convex
+hull of its corners without those of nearer vehicles: a little larger than the vehicle. PandaSet's boxes become such
+files by
+
+    python -m mirage_min.data.vehicles --pandaset DIR --clips data/real/train
+
+where DIR holds camera_json/CAMERA_poses.json and CAMERA_intrinsics.json, as published, and cuboids.json, its
+annotations without their pickles: {"fields": ["object", "label", "x", …], "frames": [[[0, "Car", 7.4, …], …], …]}.
+
+    python -m mirage_min.data.vehicles                     # a box two lanes away, its corners and its mask
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from safetensors import safe_open
+from torch import Generator, Tensor
+
+from ..networks import checked
+from ..networks.checked import Within
+from ..networks.weights import read_json, whole_file
+from . import desk
+from .align import mask_box
+from .photometric import integer, uniform
+from .real_clips import resize
+from .shots import Sample
+from .splat import rotations
+from .video import from_bytes
+
+LABELS = ("Car", "Pickup Truck", "Medium-sized Truck", "Semi-truck", "Bus", "Other Vehicle - Construction Vehicle")
+LEAST = 0.04           # of the image's width, that a vehicle must have
+MOST = 0.4             # of the piece, that it may cover: nearer ones are cut by the own car
+FREE = 0.6             # of its hull, that no nearer vehicle may cover
+PANDASET = 1920, 1080  # pixels of its images, to which its intrinsics belong
+CORNERS = torch.cartesian_prod(*(torch.tensor([-0.5, 0.5], dtype=torch.float64),) * 3)
+
+
+@dataclass
+class Sight:
+    """A vehicle in one frame."""
+
+    frame: Annotated[int, Within(0, 10**6)]
+    depth: Annotated[float, Within(0, 1e4)]
+    corners: Annotated[Tensor, (8, 2)]
+
+
+@dataclass
+class Vehicle:
+    """A vehicle in a clip."""
+
+    id: int
+    frames: list[Sight]
+
+
+@dataclass
+class Vehicles:
+    """What NAME.vehicles.json holds."""
+
+    width: Annotated[int, checked.COUNT]
+    height: Annotated[int, checked.COUNT]
+    vehicles: list[Vehicle]
+
+
+@dataclass
+class RecordedShot:
+    """A piece of a recording and the mask of a vehicle in it."""
+
+    x: Tensor        # [3, T, H, W] in [-1, 1]
+    mask: Tensor     # [1, T, H, W] 0 or 1
+
+    def pair(self, relit: bool, shadowed: bool) -> Sample:
+        """The piece itself: a recorded vehicle cannot be lit otherwise, or lose its shadow (ValueError)."""
+        if relit or not shadowed:
+            raise ValueError("a recorded vehicle has the ISP alone: its light and its shadow are not known")
+        return Sample(self.x, self.x, self.mask, torch.stack([mask_box(m) for m in self.mask[0]]))
+
+
+# ---- a clip's file ---------------------------------------------------------------------------------------------------
+
+def vehicles_of(clip: Path) -> Vehicles | None:
+    """What is next to a clip; None: nothing. ValueError of one line if it is wrong."""
+    file = clip.with_suffix(".vehicles.json")
+    return checked.record(Vehicles, read_json(file), file) if file.exists() else None
+
+
+def shoot_vehicle(clip: Path, known: Vehicles, size: tuple[int, int], frames: int, draws: Generator) -> RecordedShot:
+    """A random piece of `size` rows and columns with a vehicle that is there in all of its frames.
+
+    ValueError if no vehicle is, or the one drawn is hidden or too near.
+    """
+    sights = {v.id: {s.frame: s for s in v.frames if is_wide(s, known.width)} for v in known.vehicles}
+    with safe_open(clip, framework="pt") as file:
+        x = file.get_slice("x")
+        T, H, W = x.get_shape()[1:]
+        starts = [(i, t) for i, seen in sights.items() for t in range(T - frames + 1)
+                  if all(t + k in seen for k in range(frames))]
+        if not starts:
+            raise ValueError(f"{clip}: no vehicle is there in {frames} frames in a row")
+        chosen, t = starts[integer(draws, len(starts))]
+        x = from_bytes(x[:, t : t + frames])
+    h, w = size
+    low = max(h / H, w / W)
+    scale = min(1.0, low * float(uniform(draws, 1.0, 2.5)))
+    x = resize(x, (max(h, round(H * scale)), max(w, round(W * scale))))
+    mask = torch.stack([mask_of(known, chosen, t + k, tuple(x.shape[-2:])) for k in range(frames)], dim=1)
+    top, left = window_about(mask_box(mask[0, frames // 2]), tuple(x.shape[-2:]), size, draws)
+    rows, columns = slice(top, top + h), slice(left, left + w)
+    hull = hull_mask(sights[chosen][t + frames // 2].corners, known, tuple(x.shape[-2:]))
+    if mask[:, frames // 2].sum() < FREE * hull.sum() or mask[:, :, rows, columns].mean() > MOST:
+        raise ValueError(f"{clip}: vehicle {chosen} is hidden or too near at frame {t}")
+    return RecordedShot(x[:, :, rows, columns], mask[:, :, rows, columns])
+
+
+def is_wide(sight: Sight, width: int) -> bool:
+    """Whether a vehicle is large enough, and its middle in the image."""
+    x = sight.corners[:, 0]
+    return bool(x.amax() - x.amin() >= LEAST * width and 0 < x.mean() < width)
+
+
+def mask_of(known: Vehicles, vehicle: int, frame: int, size: tuple[int, int]) -> Tensor:
+    """[1, H, W]: 1 in the hull of a vehicle's corners, 0 where a nearer vehicle's is."""
+    here = {v.id: s for v in known.vehicles for s in v.frames if s.frame == frame}
+    mine = here[vehicle]
+    mask = hull_mask(mine.corners, known, size)
+    for i, sight in here.items():
+        if i != vehicle and sight.depth < mine.depth:
+            mask = mask * (1 - hull_mask(sight.corners, known, size))
+    return mask
+
+
+def hull_mask(corners: Tensor, known: Vehicles, size: tuple[int, int]) -> Tensor:
+    """[1, H, W]: 1 in the convex hull of corners [8, 2]."""
+    H, W = size
+    points = (corners * torch.tensor([W / known.width, H / known.height])).tolist()
+    picture = Image.new("L", (W, H))
+    ImageDraw.Draw(picture).polygon([tuple(p) for p in convex_hull(points)], fill=1)
+    return torch.from_numpy(np.array(picture)).float()[None]
+
+
+def convex_hull(points: list[list[float]]) -> list[list[float]]:
+    """The corners of the convex hull of points, in order (Andrew's monotone chain)."""
+    def half(points: list[list[float]]) -> list[list[float]]:
+        chain = []
+        for p in points:
+            while len(chain) > 1 and turn(chain[-2], chain[-1], p) <= 0:
+                chain.pop()
+            chain.append(p)
+        return chain[:-1]
+
+    ordered = sorted(points)
+    return half(ordered) + half(ordered[::-1])
+
+
+def turn(a: list[float], b: list[float], c: list[float]) -> float:
+    """Above 0 where the way from a over b to c turns left."""
+    return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
+
+
+def window_about(box: Tensor, whole: tuple[int, int], size: tuple[int, int], draws: Generator) -> tuple[int, int]:
+    """(top, left) of a window of a frame that holds as much of a box as fits, elsewhere random."""
+    x0, y0, x1, y1 = box.tolist()
+    found = []
+    for a, b, n, m in ((y0, y1, whole[0], size[0]), (x0, x1, whole[1], size[1])):
+        low, high = sorted((b - m, a))
+        found.append(int(min(max(float(uniform(draws, low, high)), 0), n - m)))
+    return found[0], found[1]
+
+
+# ---- PandaSet --------------------------------------------------------------------------------------------------------
+
+def project_box(box: dict, pose: dict, K: dict) -> tuple[Tensor, float]:
+    """A cuboid in a camera -> its corners [8, 2] in pixels, and its depth in metres; 0 if it reaches the camera.
+
+    A box is {x, y, z, width, length, height, yaw}, its length along its own y; a pose is world from camera.
+    """
+    yaw = torch.tensor(box["yaw"], dtype=torch.float64)
+    c, s, o = yaw.cos(), yaw.sin(), torch.zeros((), dtype=torch.float64)
+    turned = torch.stack([c, -s, o, s, c, o, o, o, o + 1]).view(3, 3)
+    size, middle = (torch.tensor([box[k] for k in keys], dtype=torch.float64)
+                    for keys in (("width", "length", "height"), ("x", "y", "z")))
+    heading = torch.tensor([[pose["heading"][k] for k in "wxyz"]], dtype=torch.float64)
+    camera = torch.tensor([pose["position"][k] for k in "xyz"], dtype=torch.float64)
+    seen = (CORNERS * size @ turned.T + middle - camera) @ rotations(heading)[0]        # x right, y down, z ahead
+    z = seen[:, 2].clamp(min=1e-3)
+    pixels = torch.stack([K["fx"] * seen[:, 0] / z + K["cx"], K["fy"] * seen[:, 1] / z + K["cy"]], dim=1)
+    return pixels, float(seen[:, 2].mean() if seen[:, 2].min() > 0.5 else 0.0)
+
+
+def from_pandaset(folder: Path, camera: str) -> dict:
+    """The content of NAME.vehicles.json for one of PandaSet's cameras ("front", "back", …)."""
+    about = read_json(folder / "cuboids.json")
+    poses = json.loads((folder / "camera_json" / f"{camera}_poses.json").read_text(encoding="utf-8"))
+    K, found = read_json(folder / "camera_json" / f"{camera}_intrinsics.json"), {}
+    for t, (rows, pose) in enumerate(zip(about["frames"], poses)):
+        for row in rows:
+            box = dict(zip(about["fields"], row))
+            if box["label"] not in LABELS:
+                continue
+            corners, depth = project_box(box, pose, K)
+            if depth > 0 and corners[:, 0].amax() > 0 and corners[:, 0].amin() < PANDASET[0]:
+                sight = {"frame": t, "depth": round(depth, 2), "corners": corners.round(decimals=1).tolist()}
+                found.setdefault(box["object"], []).append(sight)
+    return {"width": PANDASET[0], "height": PANDASET[1],
+            "vehicles": [{"id": i, "frames": frames} for i, frames in found.items()]}
+
+
+def main(args: argparse.Namespace) -> None:
+    """A file next to each of PandaSet's clips; or a demonstration."""
+    if args.pandaset is None:
+        return demonstrate()
+    clips = {path: path.stem.removesuffix("_camera") for path in sorted(args.clips.glob("*_camera.safetensors"))}
+    if not clips:
+        raise ValueError(f"{args.clips}: no clip of PandaSet's cameras (CAMERA_camera.safetensors: real_clips.py)")
+    for clip, camera in clips.items():
+        content = from_pandaset(args.pandaset, camera)
+        with whole_file(clip.with_suffix(".vehicles.json")) as temporary:
+            temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+        print(f"{clip.stem}: {len(content['vehicles'])} vehicles")
+
+
+def demonstrate() -> None:
+    """A box in a camera that looks along the world's y."""
+    box = {"x": 3.0, "y": 12.0, "z": 0.8, "width": 1.9, "length": 4.6, "height": 1.6, "yaw": 0.0}
+    half = 0.5**0.5
+    pose = {"position": {"x": 0.0, "y": 0.0, "z": 1.6}, "heading": {"w": half, "x": -half, "y": 0.0, "z": 0.0}}
+    corners, depth = project_box(box, pose, {"fx": 1970.0, "fy": 1970.0, "cx": 960.0, "cy": 540.0})
+    known = Vehicles(*PANDASET, [Vehicle(1, [Sight(0, depth, corners)])])
+    mask = mask_of(known, 1, 0, (90, 160))
+    print(f"{depth:.1f} m away, columns {corners[:, 0].amin():.0f} to {corners[:, 0].amax():.0f} of 1920, "
+          f"{mask.mean():.1%} of the frame")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=desk.first_line(__doc__))
+    parser.add_argument("--pandaset", type=Path, metavar="DIR", help="PandaSet's cuboids.json and camera_json/")
+    parser.add_argument("--clips", type=Path, default=Path("data/real/train"), help="folder of clips (real_clips.py)")
+    args = parser.parse_args()
+    sys.exit(desk.serve("vehicles", lambda: main(args)))

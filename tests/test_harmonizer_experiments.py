@@ -1,0 +1,116 @@
+"""Experiments on DiffusionHarmonizer: each method differs in what it is named for, each measure sees its fault."""
+
+import argparse
+
+import pytest
+import torch
+
+from experiments import harmonizer_losses, harmonizer_streams, harmonizer_temporal, harmonizers, tables
+from mirage_min.data.video import to_bytes
+from mirage_min.networks import weights
+
+EXPERIMENTS = {"temporal": harmonizer_temporal, "losses": harmonizer_losses, "streams": harmonizer_streams}
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """Commands in place of what they would do: {where the result goes: its settings}; and the flags of a small run."""
+    ran, scored = {}, {}
+
+    def record(*argv):
+        argv = [str(word) for word in argv]
+        settings = dict(word.split("=") for flag, word in zip(argv, argv[1:]) if flag == "--set")
+        given = {flag: value for flag, value in zip(argv, argv[1:]) if flag.startswith("--") and flag != "--set"}
+        ran[given["--out"]] = (argv[0] if argv[0] != "-m" else argv[1], settings, given)
+        if argv[1] == "mirage_min.data.streams":
+            for name in harmonizer_streams.STREAMS:
+                weights.save_tensors(f"{given['--out']}/{name}_toy_000001.safetensors", {"x": torch.zeros(1)})
+
+    def evaluate(args, clips, results, to):
+        scored.update(results)
+        return {"mean": {tables.FULL: {name: {} for name in results}}, "remarks": {}}
+    monkeypatch.setattr(tables, "python", record)
+    monkeypatch.setattr(tables, "harmonise", lambda clips, folder, models, settings: models)
+    monkeypatch.setattr(tables, "evaluate", evaluate)
+    monkeypatch.setattr(tables, "draw_strip", lambda *given: None)
+    monkeypatch.setattr(tables, "report", lambda *given: None)
+    monkeypatch.setattr(harmonizer_temporal, "temporal_score", lambda *given: 0.98)
+    monkeypatch.setattr(harmonizer_losses, "residual_spectrum", lambda *given: torch.ones(73))
+
+    def run(name):
+        parser = EXPERIMENTS[name].flags()
+        args = parser.parse_args(["--steps", "3", "--seeds", "1", "--clips", "1", "--pairs", "5", "--perceptual", "p",
+                                  "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+        EXPERIMENTS[name].main(args)
+        return {method: ran[str(where)] for method, where in scored.items()}
+    return run
+
+
+def test_the_temporal_methods_share_their_beginning_and_differ_in_the_loss_or_the_past(commands):
+    ran = commands("temporal")
+    assert {script for script, _, _ in ran.values()} == {"train_online.py"}
+    assert len({given["--base"] for _, _, given in ran.values()}) == 1
+    common = {"steps": "3", "seed": "1", "latent_until": "0", "temporal_from": "0"}
+    assert ran["whole"][1] == common
+    assert ran["no temporal loss"][1] == common | {"lambda_warp": "0.0"}
+    assert ran["no past"][1] == common | {"past": "0"}
+
+
+def test_the_losses_are_trained_from_nothing_on_the_same_pairs(commands):
+    ran = commands("losses")
+    assert all("--base" not in given for _, _, given in ran.values())
+    assert len({given["--data"] for _, _, given in ran.values()}) == 1
+    common = {"steps": "6", "seed": "1", "latent_until": "3", "temporal_from": "6"}
+    assert ran["patch"][1] == common and ran["L2"][1] == common | {"lambda_patch": "0.0"}
+    assert ran["LPIPS"][1] == common | {"lambda_patch": "0.0", "lambda_lpips": "1.0", "lpips": "vgg"}
+
+
+def test_each_stream_is_left_out_once(commands):
+    ran = commands("streams")
+    assert list(ran) == ["all", *(f"no {name}" for name in harmonizer_streams.STREAMS)]
+    assert len({str(settings) for _, settings, _ in ran.values()}) == 1
+    for method, (_, _, given) in ran.items():
+        names = {path.name.partition("_")[0] for path in tables.Path(given["--data"]).glob("*.safetensors")}
+        assert names == set(harmonizer_streams.STREAMS) - {method.removeprefix("no ")}
+
+
+def test_settings_of_every_method_are_those_of_the_script():
+    from mirage_min.data import desk
+    from train_online import RECIPES
+    for methods in (harmonizer_temporal.METHODS, harmonizer_losses.METHODS):
+        for settings in methods.values():
+            desk.override(RECIPES["small"], [f"{key}={value}" for key, value in settings.items()])
+
+
+def test_pairs_of_one_stream_alone_cannot_be_left_out(tmp_path):
+    weights.save_tensors(tmp_path / "isp_toy_000001.safetensors", {"x": torch.zeros(1)})
+    with pytest.raises(ValueError, match="wanted pairs of isp and of others, found 0 others of 1"):
+        harmonizer_streams.without(tmp_path, "isp", tmp_path / "out")
+
+
+def test_a_grid_sticks_out_of_the_spectrum_and_noise_does_not():
+    noise = torch.randn(20, 3, 24, 144, generator=torch.Generator().manual_seed(0))
+    plain = harmonizer_losses.grid(harmonizer_losses.spectrum(noise), 144)
+    assert 0.9 < plain < 1.1
+    comb = (torch.arange(144) % 16 == 0).float()
+    assert harmonizer_losses.grid(harmonizer_losses.spectrum(noise + 2 * comb), 144) > 2
+    wave = torch.cos(2 * torch.pi * torch.arange(144) * 9 / 144).expand(1, 1, 144)
+    assert harmonizer_losses.spectrum(wave).argmax() == 9, "nine cycles in 144 pixels"
+
+
+def test_the_temporal_score_of_a_still_clip_is_1_and_of_a_flickering_one_less(tmp_path):
+    still = torch.zeros(3, 4, 8, 8)
+    weights.save_tensors(tmp_path / "a.safetensors", {"x_dr": to_bytes(still)})
+    assert harmonizer_temporal.temporal_score(tmp_path, "x_dr") == 1
+    flicker = still + 0.2 * torch.tensor([1.0, -1, 1, -1]).view(1, 4, 1, 1)
+    weights.save_tensors(tmp_path / "a.safetensors", {"x_dr": to_bytes(flicker)})
+    assert harmonizer_temporal.temporal_score(tmp_path, "x_dr") == pytest.approx(0.8, abs=0.01)
+
+
+def test_what_was_trained_is_kept_until_a_setting_changes(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(tables, "python", lambda *argv: calls.append(argv))
+    args = argparse.Namespace(runs=tmp_path, steps=2, data="d", weights="w", perceptual="p", vae="v", pairs=5)
+    for settings in ({}, {}, {"past": 0}):
+        harmonizers.trained_on(args, 1, tmp_path, tmp_path / "model", tmp_path / "start", **settings)
+    assert len(calls) == 2

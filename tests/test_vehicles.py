@@ -1,0 +1,135 @@
+"""Recorded vehicles: a box is seen where its camera says, its mask is its hull without what is nearer."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from mirage_min.data import streams, vehicles
+from mirage_min.data.street_camera import Street
+from mirage_min.data.vehicles import Sight, Vehicle, Vehicles
+from mirage_min.networks import weights
+
+HALF = 0.5**0.5
+AHEAD = {"position": {"x": 2.0, "y": 1.0, "z": 1.5}, "heading": {"w": HALF, "x": -HALF, "y": 0.0, "z": 0.0}}  # along +y
+K = {"fx": 100.0, "fy": 90.0, "cx": 80.0, "cy": 40.0}
+BOX = {"x": 4.0, "y": 11.0, "z": 1.0, "width": 2.0, "length": 4.0, "height": 1.5, "yaw": 0.0}
+
+
+def rectangle(x0, y0, x1, y1):
+    """The eight corners of a box that is seen straight from behind."""
+    return torch.tensor([[x0, y0], [x1, y0], [x1, y1], [x0, y1]] * 2, dtype=torch.float64)
+
+
+def known(*sights, width=160, height=80):
+    return Vehicles(width, height, [Vehicle(i, list(s)) for i, s in enumerate(sights)])
+
+
+def test_a_box_is_seen_where_its_camera_says():
+    corners, depth = vehicles.project_box(BOX, AHEAD, K)
+    # the camera looks along +y: right is +x, down is −z, ahead is +y
+    wanted = {(round(100 * (x - 2) / (y - 1) + 80, 6), round(90 * (1.5 - z) / (y - 1) + 40, 6))
+              for x in (3, 5) for y in (9, 13) for z in (0.25, 1.75)}
+    assert {(round(x, 6), round(y, 6)) for x, y in corners.tolist()} == wanted and depth == pytest.approx(10)
+    turned, _ = vehicles.project_box(BOX | {"yaw": math.pi / 2}, AHEAD, K)
+    assert turned[:, 0].amax() == pytest.approx(100 * 4 / 9 + 80), "its length lies across now"
+    assert vehicles.project_box(BOX | {"y": 1.5}, AHEAD, K)[1] == 0, "it reaches behind the camera"
+
+
+def test_a_mask_is_the_hull_without_what_is_nearer():
+    far, near, beyond = (Sight(0, d, rectangle(*r)) for d, r in
+                         ((20.0, (40, 20, 79, 59)), (10.0, (60, 20, 99, 59)), (30.0, (40, 20, 59, 39))))
+    mask = vehicles.mask_of(known([far], [near], [beyond]), 0, 0, (80, 160))
+    assert mask.shape == (1, 80, 160) and mask[0, 30, 41:59].all() and not mask[0, 30, 61:].any()
+    assert abs(float(mask.sum()) - 20 * 40) < 90
+    half = vehicles.mask_of(known([far], [near]), 1, 0, (40, 80))
+    assert abs(float(half.sum()) - 20 * 20) < 50 and half[0, 15, 35], "in a frame of half the size"
+
+
+def test_a_hull_leaves_the_inner_points_out():
+    points = [[0, 0], [4, 0], [4, 3], [0, 3], [2, 1], [1, 2], [2, 0]]
+    assert sorted(vehicles.convex_hull(points)) == [[0, 0], [0, 3], [4, 0], [4, 3]]
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """Six frames; a vehicle that is there from the second on, and one that is too small."""
+    path = tmp_path / "front_camera.safetensors"
+    x = torch.randint(60, 200, (3, 6, 80, 160), dtype=torch.uint8)
+    weights.save_tensors(path, {"x": x})
+    here = [{"frame": t, "depth": 9.0, "corners": rectangle(40 + t, 30, 80 + t, 60).tolist()} for t in range(1, 6)]
+    small = [{"frame": t, "depth": 60.0, "corners": rectangle(90, 30, 93, 33).tolist()} for t in range(6)]
+    content = {"width": 160, "height": 80, "vehicles": [{"id": 7, "frames": here}, {"id": 8, "frames": small}]}
+    path.with_suffix(".vehicles.json").write_text(json.dumps(content))
+    return path
+
+
+def test_a_piece_holds_a_vehicle_in_all_its_frames_and_isp_changes_it_alone(clip):
+    found = vehicles.vehicles_of(clip)
+    for seed in range(6):
+        shot = vehicles.shoot_vehicle(clip, found, (48, 96), 3, torch.Generator().manual_seed(seed))
+        assert shot.x.shape == (3, 3, 48, 96) and shot.mask.shape == (1, 3, 48, 96)
+        assert (shot.mask.sum(dim=(0, 2, 3)) > 300).all()
+        sample = streams.isp(shot, torch.Generator().manual_seed(seed))
+        assert torch.equal(sample.clean, shot.x) and torch.equal(sample.actor, shot.mask)
+        outside = torch.nn.functional.max_pool2d(shot.mask[0], 5, 1, 2)[None] == 0
+        assert ((sample.degraded - sample.clean).abs() * outside).max() < 1e-5
+        assert (sample.degraded - sample.clean)[:, shot.mask[0] == 1].abs().mean() > 0.01
+    with pytest.raises(ValueError, match="no vehicle is there in 6 frames in a row"):
+        vehicles.shoot_vehicle(clip, found, (48, 96), 6, torch.Generator())
+
+
+def test_a_vehicle_that_is_hidden_or_fills_the_piece_is_refused(clip):
+    front = [Sight(t, 5.0, rectangle(30, 20, 75, 70)) for t in range(6)]
+    mine = [Sight(t, 9.0, rectangle(40, 30, 80, 60)) for t in range(6)]
+    with pytest.raises(ValueError, match="vehicle 0 is hidden or too near"):
+        hidden = known(mine, front)
+        hidden.vehicles[1].frames.pop(0)  # it is not chosen: there in five frames alone
+        vehicles.shoot_vehicle(clip, hidden, (48, 96), 6, torch.Generator().manual_seed(0))
+    near = known([Sight(t, 3.0, rectangle(0, 5, 150, 80)) for t in range(6)])
+    with pytest.raises(ValueError, match="vehicle 0 is hidden or too near"):
+        vehicles.shoot_vehicle(clip, near, (48, 96), 2, torch.Generator().manual_seed(0))
+
+
+def test_a_recorded_vehicle_has_no_other_light_and_no_shadow_to_lose(clip):
+    shot = vehicles.shoot_vehicle(clip, vehicles.vehicles_of(clip), (48, 96), 2, torch.Generator().manual_seed(0))
+    for relit, shadowed in ((True, True), (False, False)):
+        with pytest.raises(ValueError, match="has the ISP alone"):
+            shot.pair(relit, shadowed)
+
+
+def test_half_of_the_isps_pairs_of_such_a_clip_show_a_recorded_vehicle(clip):
+    job = streams.Job("isp", 0, 2, (48, 96), clip, Street(0.9, 0.4), vehicles.vehicles_of(clip))
+    kinds = [type(streams.shot_of(job, torch.Generator().manual_seed(seed))).__name__ for seed in range(12)]
+    assert 2 < kinds.count("RecordedShot") < 10
+    other = streams.shot_of(streams.replace(job, stream="shadows"), torch.Generator().manual_seed(0))
+    assert type(other).__name__ == "StreetShot"
+
+
+@pytest.mark.parametrize("change, line", [
+    ({"width": 0}, "width: wanted an integer from 1"), ({"vehicles": [{"id": 1}]}, "vehicles[0].frames: wanted"),
+    ({"vehicles": [{"id": 1, "frames": [{"frame": 0, "depth": 3, "corners": [[1, 2]]}]}]},
+     "vehicles[0].frames[0].corners: wanted 8x2 finite numbers")])
+def test_a_wrong_file_is_one_line_with_the_field(clip, change, line):
+    file = clip.with_suffix(".vehicles.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError) as error:
+        vehicles.vehicles_of(clip)
+    assert line in str(error.value) and file.name in str(error.value)
+
+
+def test_pandasets_boxes_become_a_file_next_to_the_clip(clip, tmp_path):
+    (tmp_path / "camera_json").mkdir()
+    fields = ["object", "label", *BOX]
+    rows = [[5, "Car", *BOX.values()], [6, "Pedestrian", *BOX.values()],
+            [9, "Car", *(BOX | {"y": -20.0}).values()]]  # a pedestrian, and a car behind the camera
+    (tmp_path / "cuboids.json").write_text(json.dumps({"fields": fields, "frames": [rows, rows]}))
+    (tmp_path / "camera_json" / "front_poses.json").write_text(json.dumps([AHEAD, AHEAD]))
+    (tmp_path / "camera_json" / "front_intrinsics.json").write_text(json.dumps(K))
+    vehicles.main(vehicles.argparse.Namespace(pandaset=tmp_path, clips=tmp_path))
+    found = vehicles.vehicles_of(clip)
+    assert [v.id for v in found.vehicles] == [5] and [s.frame for s in found.vehicles[0].frames] == [0, 1]
+    assert (found.width, found.height) == (1920, 1080) and found.vehicles[0].frames[0].depth == 10.0
+    wanted, _ = vehicles.project_box(BOX, AHEAD, K)
+    assert (found.vehicles[0].frames[0].corners - wanted).abs().max() < 0.051
