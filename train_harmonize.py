@@ -184,8 +184,8 @@ def save(args, recipe: Recipe, mirage: Mirage) -> None:
         prompt = weights.load_tensors(args.mirage / "prompt.safetensors")
         weights.save_tensors(args.out / "prompt.safetensors", *prompt)
     latents = (mirage.vae.legal_length(recipe.frames) - 1) // 4 + 1
-    patch = getattr(mirage.dit.config, "patch_size_t", None) or 1
-    window = min(max(latents, 2 * patch + 1), 9)  # streaming shows as many latents as were trained on, if it can
+    # streaming shows as many latents as were trained on, if it can
+    window = min(max(latents, 2 * mirage.temporal_patch + 1), 9)
     about = bases | run.about(recipe) | {"t": str(mirage.t), "window": str(window)}
     mirage.save_stage(args.out / "stage_h.safetensors", [TRANSFORMER, HARMONISATION], about)
 
