@@ -162,7 +162,7 @@ def networks(folder: Path) -> Door:
 
         @torch.no_grad()
         def read(path, cls=type(network), use=use):
-            return use(cls.from_pretrained(path))
+            return use(cls.from_pretrained(path, dtype=torch.float32))
         doors.append(any_file(folder / str(i), read))
     return lambda draws: draws.choice(doors)(draws)
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import struct
 from pathlib import Path
 
 import pytest
@@ -302,3 +303,13 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(weights, "save_tensors", full_disk)
     assert "No space left" in refused(capsys, file, tmp_path / "out")
+
+
+@pytest.mark.parametrize("error", [AssertionError("storage key '7' not found"), KeyError("x"), TypeError("x"),
+                                   struct.error("unpack requires a buffer of 4 bytes")])
+def test_whatever_a_damaged_file_makes_torch_raise_is_one_line(tmp_path, capsys, monkeypatch, error):
+    def load(*args, **settings):
+        raise error
+    (tmp_path / "a.pt").write_bytes(b"\x80\x02damaged")
+    monkeypatch.setattr(torch, "load", load)
+    assert "truncated, damaged or no checkpoint" in refused(capsys, tmp_path / "a.pt", tmp_path / "out")

@@ -389,6 +389,15 @@ def test_hidden_entries_are_no_videos_and_others_that_are_none_are_named(work, t
     assert f"passed over in {tmp_path / 'gt'}: empty\n" in out
 
 
+@pytest.mark.parametrize("out", [True, False])
+def test_scores_that_cannot_be_printed_are_written_all_the_same_or_missed(work, tmp_path, capsys, monkeypatch, out):
+    monkeypatch.setattr(evaluate.desk, "say", lambda text, end="": False)
+    argv = ["--pred", work / "good", "--gt", work / "gt", "--flow", work / "gt"]
+    status, _, err = run(capsys, *argv, *(["--out", tmp_path / "scores"] if out else []))
+    assert status == (0 if out else 2) and (tmp_path / "scores" / "scores.json").exists() == out
+    assert out or "stdout takes no more (--out DIR" in err
+
+
 def test_a_log_of_another_kind_does_not_stop_the_scores(tmp_path):
     (tmp_path / "a.log").write_bytes(b"caf\xe9.mp4: 3 frames, 1.2.3 frames/s\nb.mp4: 3 frames, 4.50 frames/s\n")
     (tmp_path / "._b.log").write_bytes(b"\0")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from mirage_min.data.pictures import rate_of
 from mirage_min.data.video import Video
 from tests.media import HEIGHT, WIDTH, assert_close, picture, pictures, read
 
@@ -182,3 +183,8 @@ def test_a_header_that_claims_a_picture_too_large_for_memory_is_refused(tmp_path
     for path in (tmp_path / f"0.{kind.lower()}", *([tmp_path] if kind != "GIF" else [])):
         with pytest.raises(ValueError, match="cannot be read|does not decode|holds no frames"):
             Video(path)
+
+
+@pytest.mark.parametrize("milliseconds", [1, 1000, 10**7])
+def test_a_rate_is_never_nothing(milliseconds):
+    assert 0 < rate_of(milliseconds) <= 1000

@@ -27,6 +27,7 @@ CHILDREN = {
 }
 
 
+WEBP = {b"VP8X", b"VP8 ", b"VP8L", b"ANIM", b"ANMF", b"ALPH", b"ICCP", b"EXIF", b"XMP "}  # its chunks
 INTEGERS = {0xE7, 0xA7, 0xAB, 0x9B, 0xFA, 0xFB, NUMBER}  # of at most eight bytes
 
 
@@ -158,12 +159,13 @@ def transport_is_broken(path: Path, pid: int) -> bool:
 
 def webp_images(path: Path) -> tuple[int, bool]:
     """How many images an animated WebP has (0: it does not move), and whether its chain of chunks is whole."""
-    data, images, at = path.read_bytes(), 0, 12
+    data, images, at, known = path.read_bytes(), 0, 12, True
     while at + 8 <= len(data):
         images += data[at : at + 4] == b"ANMF"
+        known &= data[at : at + 4] in WEBP
         length = int.from_bytes(data[at + 4 : at + 8], "little")
         at += 8 + length + length % 2
-    return images, at == len(data) == 8 + int.from_bytes(data[4:8], "little")
+    return images, known and at == len(data) == 8 + int.from_bytes(data[4:8], "little")
 
 
 def gif_images(path: Path) -> tuple[int, bool]:

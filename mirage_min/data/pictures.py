@@ -109,7 +109,7 @@ class Animation:
 
 def rate_of(milliseconds: float) -> Fraction:
     """Frames a second, if each lasts so long."""
-    return Fraction(1000 / milliseconds).limit_denominator(1001)
+    return max(Fraction(1, 1001), Fraction(1000 / milliseconds).limit_denominator(1001))
 
 
 def animates(path: Path) -> bool:
