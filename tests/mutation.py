@@ -50,6 +50,7 @@ TESTS = {  # {file or folder: its tests}, where they are not tests/test_NAME.py;
     "mirage_min/data/colour.py": "decode video", "mirage_min/data/demux.py": "decode sound",
     "mirage_min/data/results.py": "evaluate", "mirage_min/method/camera.py": "splat latent_memory street",
     "mirage_min/networks/bands.py": "frugal", "mirage_min/networks/vae_cogvideox.py": "vae_cogvideox frugal",
+    "mirage_min/networks/wan_names.py": "vae_wan dit_wan",
     "mirage_min/networks/rotary.py": "dit_wan dit_cogvideox dit_cosmos",
     "mirage_min/networks/small_base.py": "train_base", "mirage_min/training/latents.py": "train_base",
     "mirage_min/systems/mirage_folder.py": "mirage_folder adapters",
@@ -288,6 +289,8 @@ def main(args: argparse.Namespace) -> None:
     args.out.write_text("".join(lines))
     done = [json.loads(line) for line in lines]
     wanted = sample(args.count, args.seed)
+    if without := [file for file in files() if candidates(file) and not tests_of(file)]:
+        print("no test is about", ", ".join(without))
     known = {json.dumps([d[k] for k in ("file", "span", "old", "new")]): d for d in done}
     results, clean = [], {}
     load()

@@ -227,7 +227,6 @@ EMPTY = {
     "zeros": lambda names: f"return {names[0]} * 0",
     "no numbers": lambda names: f"return {names[0]} * float('nan')",
     "its argument": lambda names: f"return {names[0]}",
-    "its argument twice": lambda names: f"return {names[0]}, {names[0]}",
     "spoiled inputs": lambda names: SPOIL.format(names=", ".join(names)),
 }
 SPOIL = """

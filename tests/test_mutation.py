@@ -1,4 +1,4 @@
-"""The script that plants mistakes: every file that computes has tests, and a campaign that was stopped continues."""
+"""The script that plants mistakes: one at a time, everywhere, and a campaign that was killed continues."""
 
 import ast
 import json
@@ -9,12 +9,11 @@ import pytest
 from tests import mutation
 
 
-def test_every_file_that_computes_has_tests_and_the_table_of_tests_names_what_there_is():
-    without = [file for file in mutation.files() if mutation.candidates(file) and not mutation.tests_of(file)]
+def test_the_table_of_tests_names_what_there_is():
     gone = [file for file in mutation.TESTS if not (mutation.ROOT / file).exists()]
     unknown = [name for names in mutation.TESTS.values() for name in names.split()
                if not (mutation.ROOT / f"tests/test_{name}.py").exists()]
-    assert (without, gone, unknown) == ([], [], [])
+    assert (gone, unknown) == ([], [])
 
 
 def test_mistakes_are_planted_in_the_package_the_scripts_and_the_experiments():
