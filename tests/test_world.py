@@ -187,6 +187,10 @@ def test_what_does_not_fit_is_refused():
         model.step(state, [camera(0, 32, 48)], wall, draws)
     with pytest.raises(ValueError, match=r"the frame's size 32 x 64, got \[32, 48\]"):
         model.start(frame, Geometry(torch.ones(1, 32, 48)), camera(0))
+    with pytest.raises(ValueError, match=r"frame must be \[3, 32, 64\], the camera's size, got \[3, 32, 48\]"):
+        model.start(frame[:, :, :48], wall(frame, [camera(0)]), camera(0))
+    with pytest.raises(ValueError, match="asked for 2 frames and gave the depth of 1"):
+        model.step(state, [camera(0)] * 8, lambda frames, cameras: wall(frames, cameras[:1]), draws)
     with pytest.raises(ValueError, match="shared must be from 1 to latents - 1 = 2, got 3"):
         WorldSettings(latents=3, shared=3)
     deaf = Repeat()

@@ -51,7 +51,8 @@ class WanBranchConfig(WanDiTConfig):
 class WanBranch(nn.Module):
     """Hints for a WanDiT. `activation_checkpointing` keeps only the input of each block.
 
-    Published inside `WanVACETransformer3DModel`, and alone in DiffSynth's and Spatia's files.
+    Published inside `WanVACETransformer3DModel`, and alone in DiffSynth's and Spatia's files. Spatia's come without a
+    config.json: it is TI2V-5B's, with this class's name and vace_layers 0, 4, ..., 28.
     """
 
     CLASS_NAME = "WanVACETransformer3DModel"

@@ -91,7 +91,13 @@ class World(nn.Module):
 
     @torch.no_grad()
     def start(self, frame: Tensor, geometry: Geometry, camera: Camera) -> State:
-        """The state that holds one frame [3, H, W] in [-1, 1], which seeds the memory; geometry has n = 1."""
+        """The state that holds one frame [3, H, W] in [-1, 1], which seeds the memory; geometry has n = 1.
+
+        ValueError if frame, depth and camera are not of one size.
+        """
+        if frame.shape != (3, camera.height, camera.width):
+            raise ValueError(f"frame must be [3, {camera.height}, {camera.width}], the camera's size, "
+                             f"got {list(frame.shape)}")
         past = pad(frame[None, :, None])                               # [1, 3, 1, H', W']
         z = self.vae.encode(past)
         memory = Memory.empty(z.shape[1], z.dtype, z.device)
@@ -168,6 +174,8 @@ class World(nn.Module):
 
     def remember(self, memory: Memory, z: Tensor, geometry: Geometry, cameras: list[Camera]) -> Memory:
         """The memory and the cells of latents z [C, n, h, w], with the geometry and the cameras of their n frames."""
+        if len(geometry.depth) != len(cameras):
+            raise ValueError(f"observe was asked for {len(cameras)} frames and gave the depth of {len(geometry.depth)}")
         for i, camera in enumerate(cameras):
             depth, dynamic, sky = (None if image is None else fill(image[i], camera)
                                    for image in (geometry.depth, geometry.dynamic, geometry.sky))
