@@ -182,7 +182,7 @@ def mirage(folder: Path) -> Door:
     weights.save_tensors(folder / "prompt.safetensors", {"text": model.text})
     model.save_stage(folder / "stage_a.safetensors", [RECONSTRUCTION], {"base": "base", "vae2d": "vae_2d"}, fusion=True)
     model.save_stage(folder / "stage_h.safetensors", [TRANSFORMER, HARMONISATION], {"t": "249", "window": "5"})
-    return any_file(folder, lambda path: use_system(Mirage.from_pretrained(path)))
+    return any_file(folder, lambda path: use_system(Mirage.from_pretrained(path, dtype=torch.float32)))
 
 
 def harmonizer(folder: Path) -> Door:
@@ -191,13 +191,13 @@ def harmonizer(folder: Path) -> Door:
                                     adaln_lora_dim=6, max_size=(16, 64, 64), rope_scale=(1.0, 4.0, 4.0)))
     vae = WanVAE(WanVAEConfig(base_dim=4, num_res_blocks=1))
     Harmonizer(vae, dit, Settings("release")).save_pretrained(folder)
-    return any_file(folder, lambda path: use_system(Harmonizer.from_pretrained(path)))
+    return any_file(folder, lambda path: use_system(Harmonizer.from_pretrained(path, dtype=torch.float32)))
 
 
 def r3d2(folder: Path) -> Door:
     """An R3D2's folder."""
     small.r3d2(kl=False).save_pretrained(folder)
-    return any_file(folder, lambda path: use_system(R3D2.from_pretrained(path)))
+    return any_file(folder, lambda path: use_system(R3D2.from_pretrained(path, dtype=torch.float32)))
 
 
 def pickles(folder: Path) -> Door:

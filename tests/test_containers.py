@@ -9,7 +9,15 @@ import pytest
 from PIL import Image
 
 from mirage_min.data import containers
-from mirage_min.data.containers import Matroska, gif_images, places, riff_is_cut, transport_is_broken, webp_images
+from mirage_min.data.containers import (
+    Matroska,
+    gif_images,
+    places,
+    png_images,
+    riff_is_cut,
+    transport_is_broken,
+    webp_images,
+)
 from mirage_min.data.video import read_clip
 from tests.media import encode, picture, pictures
 
@@ -171,6 +179,19 @@ def test_recordings_that_were_joined_are_whole(transport, tmp_path):
     data, pid = transport
     (tmp_path / "a.ts").write_bytes(data + data)
     assert not transport_is_broken(tmp_path / "a.ts", pid)
+
+
+@pytest.mark.parametrize("name", [b"acTL", b"fcTL"])
+def test_an_animated_png_whose_chunks_are_spoilt_is_missed(tmp_path, name):
+    images = [Image.fromarray(picture(20 * t)) for t in range(5)]
+    path = tmp_path / "a.png"
+    images[0].save(path, save_all=True, append_images=images[1:])
+    data = path.read_bytes()
+    assert png_images(path) == 5 and read_clip(path).shape[1] == 5
+    at = data.rindex(name)
+    path.write_bytes(data[:at] + b"juNK" + data[at + 4 :])
+    with pytest.raises(ValueError, match="a.png: (frame . .* does not decode|cannot be read as a picture)"):
+        read_clip(path)
 
 
 def test_a_webps_chunks_are_counted(tmp_path):

@@ -168,6 +168,15 @@ def webp_images(path: Path) -> tuple[int, bool]:
     return images, known and at == len(data) == 8 + int.from_bytes(data[4:8], "little")
 
 
+def png_images(path: Path) -> int:
+    """How many images of an animation the chunks of a PNG announce; 0 if it does not move."""
+    data, images, at = path.read_bytes(), 0, 8
+    while at + 8 <= len(data):
+        images += data[at + 4 : at + 8] == b"fcTL"
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+    return images
+
+
 def gif_images(path: Path) -> tuple[int, bool]:
     """How many images a GIF has, and whether its chain of blocks is whole to the trailer (GIF89a, appendix B)."""
     data, images = path.read_bytes(), 0

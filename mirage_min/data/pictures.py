@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from .colour import BT709, UNKNOWN, Turn, over_black, rgb, turn_of_angle
-from .containers import gif_images, webp_images
+from .containers import gif_images, png_images, webp_images
 from .demux import open_file
 
 IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}  # what a folder's frames end in
@@ -72,6 +72,8 @@ class Animation:
         elif self.image.format == "WEBP" and self.images > 1:
             images, self.whole = webp_images(path)
             self.images = max(images, self.images)
+        elif self.image.format == "PNG":
+            self.whole = png_images(path) <= self.images
         # A PNG may begin with a picture for viewers that cannot animate.
         self.start = int(getattr(self.image, "default_image", False) and self.images > 1)
         self.count = self.images - self.start
@@ -120,8 +122,10 @@ def animates(path: Path) -> bool:
         with Image.open(path, formats=FORMATS) as image:
             return image.format in ANIMATED or path.suffix.lower() in IMAGES
     except Exception:
-        with open(path, "rb") as file:  # of a damaged AVIF libav would read what it finds
-            return "AVIF" in FORMATS and file.read(12)[4:] in (b"ftypavif", b"ftypavis")
+        with open(path, "rb") as file:  # of a damaged animation libav would read what it finds
+            head = file.read(12)
+        avif = "AVIF" in FORMATS and head[4:] in (b"ftypavif", b"ftypavis")
+        return avif or (head.startswith(b"\x89PNG") and png_images(path) > 0)
 
 
 def pictures_of(folder: Path) -> list[Path]:
