@@ -136,6 +136,14 @@ def test_numbers_of_ebml_are_those_of_its_definition():
         containers.number(b"\0" + bytes(9))
 
 
+@pytest.mark.parametrize("length, missing, cut", [(6, 0, False), (6, 1, True), (5, 0, False), (5, 1, False),
+                                                  (5, 2, True)])
+def test_an_avi_may_lack_what_fills_up_its_last_chunk_and_nothing_else(tmp_path, length, missing, cut):
+    whole = b"RIFF" + length.to_bytes(4, "little") + bytes(length + length % 2)
+    (tmp_path / "a.avi").write_bytes(whole[: len(whole) - missing])
+    assert riff_is_cut(tmp_path / "a.avi") == cut
+
+
 @pytest.fixture(scope="module")
 def transport(tmp_path_factory):
     """A transport stream of 24 frames, a key frame every six; the number of its video."""

@@ -120,7 +120,7 @@ def number(head: bytes) -> tuple[int, int]:
 
 def riff_is_cut(path: Path) -> bool:
     """Whether an AVI is shorter than its RIFF chunks say."""
-    at, size = 0, path.stat().st_size
+    at, size, length = 0, path.stat().st_size, 0
     with open(path, "rb") as file:
         while at + 8 <= size:
             file.seek(at)
@@ -129,7 +129,7 @@ def riff_is_cut(path: Path) -> bool:
             if head[:4] != b"RIFF" or length in (0, 2**31 - 1, 2**32 - 1):  # the last three: never filled in
                 return False
             at += 8 + length + length % 2
-    return at - 1 > size
+    return at - length % 2 > size  # what fills up the last chunk may be left out
 
 
 def transport_is_broken(path: Path, pid: int) -> bool:
