@@ -4,17 +4,12 @@
     model = CogVideoXDiT.from_pretrained("folder/of/CogVideoX1.5-5B", subfolder="transformer", dtype=torch.bfloat16)
     model.save_pretrained("folder")
 
-A folder holds config.json and one *.safetensors, or shards with *.safetensors.index.json. Every model class names its
-published counterpart and says which fields of config.json it understands:
+A folder holds config.json (config.py) and one *.safetensors, or shards with *.safetensors.index.json. Two optional
+attributes of a model class say more of its files:
 
-    CLASS_NAME        `_class_name` in config.json
-    Config            a dataclass: the fields that the code reads, with the published defaults
-    FIXED             {field: value} understood at this one value (of a list: at every element)
-    IGNORED           fields that cannot change the result
-    translate_key     optional, static: a tensor's name in the file -> its name in the model (older or other layouts);
-                      None: known, and without effect
-    translate_config  optional, static: config.json as another layout has it -> config.json as published by diffusers
-    PUBLISHED         optional: where these weights are as safetensors, for whoever has another file
+    translate_key     static: a tensor's name in the file -> its name in the model (older or other layouts); None:
+                      known, and without effect
+    PUBLISHED         where these weights are as safetensors, for whoever has another file
 
 The model is built on the meta device and the tensors of the memory-mapped file are assigned to it, so the weights are
 in memory once. What is not in the file does not exist then: a model computes its tables when they are first used, or
@@ -38,6 +33,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from . import checked
+from .config import config_fields, hint, read_config
 
 Named = Mapping[str, Tensor | Sequence[int]]  # tensors, or no more than their shapes, by name
 CONFIG, WEIGHTS, INDEX = "config.json", "diffusion_pytorch_model.safetensors", "*.safetensors.index.json"
@@ -101,48 +97,6 @@ def save_pretrained(self: nn.Module, folder: str | Path) -> None:
     save_tensors(folder / WEIGHTS, {key: state[key] for key in keys}, {"format": "pt"})
     with whole_file(folder / CONFIG) as temporary:
         temporary.write_text(json.dumps(config_fields(self), indent=2) + "\n")
-
-
-# ---- config.json ----------------------------------------------------------------------------------------------------
-
-
-def read_config(cls, config: dict, where: str | Path):
-    """config.json as a dict -> cls.Config. A field that is neither known, fixed nor ignored is refused by its name."""
-    if hasattr(cls, "translate_config"):
-        try:
-            config = cls.translate_config(config)
-        except (LookupError, TypeError) as error:
-            raise ValueError(f"{where}: {cls.__name__} does not understand this layout: {error!r}") from error
-    if (name := config.get("_class_name")) != cls.CLASS_NAME:
-        raise ValueError(f"{where}: wanted _class_name {cls.CLASS_NAME!r}, got {name!r}{hint(cls)}")
-    known = {field.name for field in dataclasses.fields(cls.Config)}
-    values = {}
-    for name, value in config.items():
-        if name in known:
-            values[name] = value
-        elif name in cls.FIXED:
-            wanted = cls.FIXED[name]
-            if not matches(value, wanted):
-                raise ValueError(f"{where}: {cls.__name__} understands {name} only as {wanted!r}, got {value!r}")
-        elif name not in cls.IGNORED and not name.startswith("_"):
-            raise ValueError(f"{where}: {cls.__name__} does not know the field {name} (here {value!r})")
-    return checked.record(cls.Config, values, where, integers=checked.COUNT)
-
-
-def matches(value, wanted) -> bool:
-    """Whether a field has its one understood value; a list does if each element has, or if all of `wanted` is meant."""
-    if isinstance(wanted, (list, tuple)):
-        return isinstance(value, list) and value == list(wanted)
-    return all(v == wanted for v in value) if isinstance(value, list) else value == wanted
-
-
-def config_fields(model: nn.Module) -> dict:
-    """What config.json says of a model: its class, its Config and the fields that are fixed."""
-    config = {"_class_name": model.CLASS_NAME} | dataclasses.asdict(model.config)
-    for name, value in model.FIXED.items():
-        # A list of block types has an entry per stage, and diffusers builds as many stages as it has entries.
-        config[name] = [value] * len(model.config.block_out_channels) if name.endswith("_block_types") else value
-    return config
 
 
 # ---- which files ----------------------------------------------------------------------------------------------------
@@ -224,11 +178,6 @@ def unpickling(cls) -> str:
     """Why a pickle is refused, and how to convert it."""
     return ("not loaded, because unpickling a file can run any code in it; convert it once with "
             f"python convert.py FILE FOLDER{hint(cls)}")
-
-
-def hint(cls) -> str:
-    """Where these weights are as safetensors, if that is known."""
-    return f"; as safetensors: {cls.PUBLISHED}" if hasattr(cls, "PUBLISHED") else ""
 
 
 # ---- reading and writing single files -------------------------------------------------------------------------------
