@@ -35,17 +35,20 @@ class TakenCache(dict):
 
 
 def is_tall(x: Tensor) -> bool:
-    """Whether x [..., H, W] is tall enough to be worked on in pieces."""
+    """Whether x [..., H, W] has enough rows, more than ROWS, to be worked on in pieces."""
     return x.shape[-2] > ROWS
 
 
 def normed_conv(norm: RowNorm, conv: CausalConv3d, x: Tensor, old: Cache | None, new: Cache, *,
                 onto: Tensor | None = None) -> Tensor:
-    """conv(silu(norm(x)), old, new), or onto + that; x [B, C, T, H, W], without gradients.
+    """conv(silu(norm(x)), old, new), or `onto` plus that: x [B, C, T, H, W] -> [B, C', T, H, W], without gradients.
 
-    If x is tall, the sum is made in `onto` itself, and where `old` is a TakenCache the new entry takes the old one's
-    storage. The convolution's stride must be 1, its kernel longer than one frame, and a band higher than what the
-    kernel sees around it.
+    norm  from norm_of(…, x)
+    old   the cache that the convolution reads, None at a video's start; `new` gets its entry
+    onto  [B, C', T, H, W]; if x is tall, the sum is made in it
+
+    If x is tall and `old` is a TakenCache, the new entry takes the old one's storage. The convolution's stride must be
+    1, its kernel longer than one frame, and a band higher than the rows that the kernel sees around it.
     """
     H, halo = x.shape[3], conv.kernel_size[1] // 2
     borders = cut_bands(x, conv)
@@ -78,7 +81,7 @@ def normed_conv(norm: RowNorm, conv: CausalConv3d, x: Tensor, old: Cache | None,
 
 
 def cut_bands(x: Tensor, conv: CausalConv3d) -> list[int]:
-    """The borders of the bands that x [B, C, T, H, W] is cut into before `conv`: [0, H] is one band."""
+    """The rows at which x [B, C, T, H, W] is cut into bands before `conv`, from 0 to H: [0, H] is one band."""
     B, C, T, H, W = x.shape
     rows = max(ROWS, ENOUGH // (B * C * (T + conv.kernel_size[0] - 1)) + 1)
     count = max(H // rows, 1) if is_tall(x) else 1
@@ -86,7 +89,7 @@ def cut_bands(x: Tensor, conv: CausalConv3d) -> list[int]:
 
 
 def empty_like_rows(band: Tensor, H: int) -> Tensor:
-    """An empty [B, C, T, H, W] to be filled with such bands, in their order in memory (channels last)."""
+    """An empty [B, C, T, H, W] for bands like `band` [B, C, T, rows, W], channels last in memory as theirs are."""
     B, C, T, _, W = band.shape
     return band.new_empty(B, T, H, W, C).movedim(-1, 1)
 
@@ -94,7 +97,10 @@ def empty_like_rows(band: Tensor, H: int) -> Tensor:
 # ---- norms -----------------------------------------------------------------------------------------------------------
 
 def norm_of(norm: nn.Module, x: Tensor, *z: Tensor) -> RowNorm:
-    """norm(x, *z) [B, C, T, H, W] by bands of rows: a function that normalises some rows as when all of x are."""
+    """norm(x, *z), x [B, C, T, H, W], by bands of rows: f(x[:, :, :, rows], rows) are these rows of it.
+
+    z: what the norm is given besides x, nothing or CogVideoX's latents [B, C_z, F, h, w].
+    """
     if isinstance(norm, SpatialNorm):
         return SpatialRows(norm, x, *z)
     if isinstance(norm, nn.GroupNorm) and is_tall(x):
@@ -117,7 +123,7 @@ class GroupRows:
         self.gain, self.bias = gain[:, :, None], bias[:, :, None]                # [B, C, 1, 1, 1]
 
     def over_groups(self, v: Tensor) -> Tensor:
-        """[B, C] -> [B, C, 1, 1]: each channel's group mean."""
+        """v [B, C], a number for each channel -> [B, C, 1, 1]: the mean over the channel's group."""
         mean = rearrange(v, "b (g c) -> b g c", g=self.norm.num_groups).mean(dim=2)
         return mean.repeat_interleave(v.shape[1] // self.norm.num_groups, dim=1)[..., None, None]
 

@@ -41,10 +41,11 @@ Depth = Annotated[int, Within(1, 1000)]  # of layers or blocks: a larger number 
 
 
 def record(cls: type, given: Any, file, field: str = "", integers: Within = INT64):
-    """A JSON object -> an instance of the dataclass `cls`; what the dataclass does not name is passed over.
+    """A JSON object -> an instance of the dataclass `cls`; fields that the dataclass does not name are ignored.
 
-    file and field: where the object is, for the errors. integers: the range of those that the dataclass gives none.
-    ValueError of one line.
+    file, field  where the object is, for the errors
+    integers     the range of integers for which the dataclass names none
+    ValueError of one line for a value of another type or out of range, and for a missing field without a default.
     """
     if not isinstance(given, dict):
         raise refusal(cls, given, file, field)
@@ -58,7 +59,7 @@ def record(cls: type, given: Any, file, field: str = "", integers: Within = INT6
 
 
 def within(field: str, name: str) -> str:
-    """How a field inside another one is called, or inside the file."""
+    """The full name of a field inside the field `field`: "field.name", or "name" at the top of the file."""
     return f"{field}.{name}" if field else name
 
 
@@ -69,7 +70,7 @@ def metadata(cls: type, texts: dict[str, str], file):
 
 
 def parse(text: str) -> Any:
-    """The JSON value that a text spells, or the text itself if it spells none."""
+    """The value of a JSON text, or the text itself if it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -77,7 +78,10 @@ def parse(text: str) -> Any:
 
 
 def value(kind, given: Any, file, field: str, integers: Within = INT64) -> Any:
-    """One value, if it is of the kind that a type annotation names; ValueError of one line otherwise."""
+    """`given`, if it fits the type annotation `kind`, lists as tuples or tensors where it says so.
+
+    file and field name it in the error; integers as in `record`. ValueError of one line otherwise.
+    """
     if kind is int and integers != INT64:
         kind = Annotated[int, integers]
     wanted, limit = kind, INT64 if kind is int else Within()
@@ -108,7 +112,7 @@ def value(kind, given: Any, file, field: str, integers: Within = INT64) -> Any:
 
 
 def alternative(kind, given: Any, file, field: str, integers: Within) -> Any:
-    """One value, if it is of one of the kinds of a union."""
+    """`given`, if it fits one of the types of the union `kind`, the first that it fits; ValueError otherwise."""
     kinds = [each for each in get_args(kind) if each is not type(None) or given is None]
     if len(kinds) == 1:
         return value(kinds[0], given, file, field, integers)
@@ -121,8 +125,9 @@ def alternative(kind, given: Any, file, field: str, integers: Within) -> Any:
 
 
 def numbers(given: Any, shape: tuple[int, ...], file, field: str) -> Tensor:
-    """A JSON list of lists -> a float64 tensor of this shape, its elements finite in float32 too, which is what is
-    computed in; ValueError of one line otherwise.
+    """A JSON list, or list of lists, -> a float64 tensor of this shape; ValueError of one line otherwise.
+
+    Its elements must be finite in float32 too, in which networks and renderers compute.
     """
     try:
         tensor = torch.tensor(given, dtype=torch.float64)
@@ -134,12 +139,12 @@ def numbers(given: Any, shape: tuple[int, ...], file, field: str) -> Tensor:
 
 
 def refusal(kind, given: Any, file, field: str) -> ValueError:
-    """The error of a value that is not of the kind wanted."""
+    """The ValueError, to be raised, for a value that does not fit the type annotation `kind`."""
     return ValueError(f"{file}: {f'{field}: ' if field else ''}wanted {describe(kind)}, got {reprlib.repr(given)}")
 
 
 def describe(kind) -> str:
-    """A type annotation in words."""
+    """A type annotation in words, for an error: int is "an integer", int | None "an integer or null"."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated and args[0] is Tensor:
         return f"{'x'.join(map(str, args[1]))} finite numbers"

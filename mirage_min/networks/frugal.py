@@ -4,8 +4,8 @@
 
 With gradients the plain forwards run and nothing changes. Without, the image VAE activates and adds in place; the
 causal VAEs do more, on tall frames:
-  - a norm, its SiLU and its convolution go by bands of rows (bands.py), and a residual sum overwrites a block's input;
-  - what works on single frames, and in Wan all that works at the full frame rate, goes frame by frame;
+  - a norm, its SiLU and its convolution run by bands of rows (bands.py), and a residual sum overwrites a block's input;
+  - layers that see single frames, and in Wan all layers at the full frame rate, run frame by frame;
   - a group takes over the cache that the group before it handed on, so that one cache is held and not two.
 
 So a hook that keeps a block's input without a copy sees it change; hook a VAE that is not frugal. Weights, keys and
@@ -26,7 +26,10 @@ from .causal_conv import Cache, CausalConv3d
 
 
 def apply(vae: nn.Module) -> nn.Module:
-    """Give the layers of a VAE their frugal class, in place; returns it. Twice is as once."""
+    """Give the layers of a VAE their frugal classes, in place, and return it. Applying it twice changes nothing more.
+
+    Layers of other classes stay as they are.
+    """
     for layer in [*vae.modules()]:
         layer.__class__ = FRUGAL.get(type(layer), type(layer))
     for block in getattr(vae, "fusion", None) or ():
@@ -36,14 +39,14 @@ def apply(vae: nn.Module) -> nn.Module:
 
 
 def with_frugal(plain: type, frugal: type) -> type:
-    """A class whose forward is the frugal one where no gradient is asked for, and otherwise the plain one."""
+    """A class with the methods of `frugal` over those of `plain`, which run where gradients are asked for."""
     return type(f"Frugal{plain.__name__}", (frugal, plain), {})
 
 
 # ---- the cache -------------------------------------------------------------------------------------------------------
 
 class SingleUseCache(dict):
-    """The cache of a frugal group. The next group empties it, unless gradients are on; a third is refused it.
+    """The cache of a frugal group. The next group empties it, unless gradients are on; after that nobody can read it.
 
     To continue one video twice, give each group a plain dict of clones: {key: c.clone() for key, c in cache.items()}.
     """
@@ -52,9 +55,9 @@ class SingleUseCache(dict):
 
 
 def take_over(cache: Cache | None) -> Cache | None:
-    """A cache as a group may read it: a SingleUseCache is emptied, any other left alone.
+    """A cache {key: [B, C, T', H, W]} as a group may read it: a SingleUseCache is emptied, any other left alone.
 
-    ValueError if another group has taken it over before: what was in it is gone.
+    ValueError if another group has taken it over before: its tensors are gone.
     """
     if not isinstance(cache, SingleUseCache):
         return cache
@@ -70,7 +73,7 @@ def take_over(cache: Cache | None) -> Cache | None:
 
 
 def hand_on(cache: Cache) -> Cache:
-    """The cache that a group made, as the caller gets it."""
+    """The cache that a group made, as its caller gets it: single-use, unless gradients are on."""
     return cache if torch.is_grad_enabled() else SingleUseCache(cache)
 
 
@@ -78,11 +81,19 @@ class VAE:
     """The groups of any of the VAEs, with caches that are taken over."""
 
     def posterior_group(self, x_g: Tensor, cache: Cache | None = None) -> tuple[Tensor, Tensor, Cache]:
+        """The VAE's own posterior_group, frames [B, 3, T, H, W] -> (mean, log-variance, cache); empties `cache`.
+
+        ValueError if `cache` was used before.
+        """
         mean, logvar, new = super().posterior_group(x_g, take_over(cache))
         return mean, logvar, hand_on(new)
 
     def decode_group(self, z_g: Tensor, cache: Cache | None = None,
                      inject: list[Tensor] | None = None) -> tuple[Tensor, Cache]:
+        """The VAE's own decode_group, latents [B, C, F, h, w] -> (frames [B, 3, T, H, W], cache); empties `cache`.
+
+        ValueError if `cache` was used before.
+        """
         x_g, new = super().decode_group(z_g, take_over(cache), inject)
         return x_g, hand_on(new)
 
@@ -105,6 +116,7 @@ class Resize:
     """Downsample or Upsample of either VAE."""
 
     def resize(self, x: Tensor) -> Tensor:
+        """The change of height and width, [B, C, T, H, W] -> [B, C', T, H', W']; tall frames one by one."""
         if torch.is_grad_enabled() or not is_tall(x):
             return super().resize(x)
         return each_frame(super().resize, x)
@@ -114,6 +126,7 @@ class FusionBlock:
     """The Cross-Modal Fusion Block; on tall frames its result overwrites h."""
 
     def forward(self, h: Tensor, f: Tensor) -> Tensor:
+        """h and f [B, C, T, H, W] and [B, C_f, T, H, W] -> like h; tall frames one by one, each written over h's."""
         if torch.is_grad_enabled() or not is_tall(h) or h.shape[2] == 1:
             return super().forward(h, f)
         for t in range(h.shape[2]):
@@ -123,7 +136,11 @@ class FusionBlock:
 
 
 def run_by_frames(layers: list[Callable], x: Tensor, old: Cache | None, new: Cache) -> Tensor:
-    """Layers that keep the frame rate, in turn; on tall frames, all of them on one frame before the next."""
+    """Layers that keep the frame rate, in turn, x [B, C, T, H, W] -> [B, C', T, H', W'].
+
+    On tall frames all of them run on one frame before the next, so no layer's output is held for all frames. `old` and
+    `new` are the caches that are read and written, as of a causal convolution.
+    """
     done: list[Tensor] = []
     frame_new: Cache = {}
     for frame in x.split(1, dim=2) if is_tall(x) else [x]:
@@ -144,7 +161,10 @@ def causal(layer: nn.Module) -> CausalConv3d:
 
 
 def run_block(block: nn.Module, x: Tensor, z: tuple[Tensor, ...], old: Cache | None, new: Cache) -> Tensor:
-    """x + conv(silu(norm(conv(silu(norm(x)))))) without gradients; on tall frames the sum is made in x."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))), x [B, C, T, H, W], without gradients; on tall frames made in x.
+
+    z: what the norms are given besides x, nothing or CogVideoX's latents [B, C_z, F, h, w].
+    """
     h = normed_conv(norm_of(block.norm1, x, *z), causal(block.conv1), x, old, new)
     if block.conv_shortcut is not None:
         x = block.conv_shortcut(x)
@@ -152,7 +172,7 @@ def run_block(block: nn.Module, x: Tensor, z: tuple[Tensor, ...], old: Cache | N
 
 
 def run_output(half: nn.Module, x: Tensor, z: tuple[Tensor, ...], old: Cache | None, new: Cache) -> Tensor:
-    """The end of an encoder or decoder, conv(silu(norm(x))), without gradients."""
+    """The end of an encoder or decoder, conv(silu(norm(x))), [B, C, T, H, W] -> [B, C', T, H, W], without gradients."""
     return normed_conv(norm_of(half.norm_out, x, *z), causal(half.conv_out), x, old, new)
 
 
@@ -160,6 +180,7 @@ class CogVideoXBlock:
     """CogVideoX's ResnetBlock."""
 
     def forward(self, x: Tensor, z: tuple[Tensor, ...], old: Cache | None, new: Cache) -> Tensor:
+        """x [B, C, T, H, W] -> [B, C', T, H, W], as the plain block's."""
         if torch.is_grad_enabled():
             return super().forward(x, z, old, new)
         return run_block(self, x, z, old, new)
@@ -169,6 +190,7 @@ class CogVideoXHalf:
     """CogVideoX's Encoder or Decoder."""
 
     def output(self, x: Tensor, z: tuple[Tensor, ...], old: Cache | None, new: Cache) -> Tensor:
+        """conv(silu(norm(x))), [B, C, T, H, W] -> [B, C', T, H, W]."""
         if torch.is_grad_enabled():
             return super().output(x, z, old, new)
         return run_output(self, x, z, old, new)
@@ -178,6 +200,7 @@ class WanBlock:
     """Wan's ResnetBlock."""
 
     def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
+        """x [B, C, T, H, W] -> [B, C', T, H, W], as the plain block's."""
         if torch.is_grad_enabled():
             return super().forward(x, old, new)
         return run_block(self, x, (), old, new)
@@ -187,15 +210,17 @@ class WanHalf:
     """What Wan's Encoder and Decoder share."""
 
     def output(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
+        """conv(silu(norm(x))), [B, C, T, H, W] -> [B, C', T, H, W]."""
         if torch.is_grad_enabled():
             return super().output(x, old, new)
         return run_output(self, x, (), old, new)
 
 
 class WanEncoder(WanHalf):
-    """Wan's Encoder: the layers before the first change of the frame rate go frame by frame."""
+    """Wan's Encoder: the layers before the first change of the frame rate run frame by frame."""
 
     def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
+        """Frames [B, C, T, H, W] -> the posterior's moments [B, C', F, h, w], as the plain encoder's."""
         if torch.is_grad_enabled():
             return super().forward(x, old, new)
         full_rate, lower = self.layers_by_rate()
@@ -206,10 +231,11 @@ class WanEncoder(WanHalf):
 
 
 class WanDecoder(WanHalf):
-    """Wan's Decoder: the layers after the last change of the frame rate go frame by frame."""
+    """Wan's Decoder: the layers after the last change of the frame rate run frame by frame."""
 
     def forward(self, z: Tensor, old: Cache | None, new: Cache, fusion: nn.ModuleList | None = None,
                 inject: list[Tensor] | None = None) -> Tensor:
+        """Latents [B, C, F, h, w] -> frames [B, C', T, H, W], as the plain decoder's; `fusion[0]` takes inject[0]."""
         if torch.is_grad_enabled():
             return super().forward(z, old, new, fusion, inject)
         lower, full_rate = self.layers_by_rate()
@@ -227,6 +253,7 @@ class ImageBlock:
     """AutoencoderKL's ResnetBlock."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [N, C, H, W] -> [N, C', H, W]; x is left as it was."""
         if torch.is_grad_enabled():
             return super().forward(x)
         h = nnf.silu(self.norm1(x), inplace=True)
@@ -241,6 +268,7 @@ class ImageDecoder:
 
     @staticmethod
     def add_skip(x: Tensor, skip: Tensor | None) -> Tensor:
+        """x + skip, both [N, C, H, W], written over x; x itself where skip is None. ValueError if the shapes differ."""
         if torch.is_grad_enabled() or skip is None:
             return vae_2d.add_skip(x, skip)
         vae_2d.check_skip(x, skip)

@@ -3,9 +3,10 @@
     z [N, 4, h, w] ──conv_in──> down_blocks ──> mid_block ──> up_blocks ──conv_out──> ε [N, 4, h, w]
                                     └────────── skips ───────────┘
 
-Every layer is a resnet block, told the timestep, and in most stages a transformer, told the text (unet_attention.py).
-What the way down leaves on a stack, the way up takes from it. A stage halves and rounds up, so any size works, and the
-way up crops to the size that it meets again: 135 x 240 latents, 1080 x 1920 pixels, become 68 x 120, 34 x 60, 17 x 30.
+Every layer is a resnet block, which is told the timestep, followed in most stages by a transformer, which is told the
+text (unet_attention.py). The way down pushes its tensors on a stack, and the way up pops them. A stage halves the size
+and rounds up, so any size works, and the way up crops to the size of what it pops: 135 x 240 latents, 1080 x 1920
+pixels, become 68 x 120, 34 x 60, 17 x 30.
 
 Reads SD-Turbo and SD 2.1 (linear projections, heads 64 wide, text 1024 wide) and SD 1.5 (convolutions, 8 heads, text
 768 wide); attribute names are the published keys. Left out: SDXL's further embeddings, class labels, ControlNet's
@@ -47,7 +48,7 @@ class UNet2DConfig:
     norm_num_groups: int = 32
 
     def heads(self) -> tuple[int, ...]:
-        """The number of heads of each stage, finest first."""
+        """The number of attention heads of each stage, finest first; one for each of block_out_channels."""
         n = self.attention_head_dim
         return (n,) * len(self.block_out_channels) if isinstance(n, int) else n
 
@@ -88,7 +89,7 @@ class UNet2D(nn.Module):
         self.time_embedding = TimeEmbedding(widths[0])
 
         c = widths[0]     # channels of the stream
-        skips = [c]       # channels of what the way down leaves for the way up
+        skips = [c]       # channels of each tensor that the way down leaves for the way up
         self.down_blocks = nn.ModuleList()
         for i, kind in enumerate(config.down_block_types):
             c_in = []
@@ -120,6 +121,7 @@ class UNet2D(nn.Module):
 
         Any h, w and L. views: so many consecutive images, "(b v)", share their self-attention. In the shapes below,
         i counts the stages, C_i is block_out_channels[i], and h/2^i is rounded up.
+        ValueError for other shapes, or if N is no multiple of `views`.
         """
         self._check(z, text, views)
         N, C, h, w = z.shape
@@ -203,6 +205,7 @@ class Stage(nn.Module):
         self.upsamplers = nn.ModuleList([Upsample(c)] if up else [])
 
     def layers(self) -> Iterator[Layer]:
+        """The layers in order, without the change of size."""
         return starmap(Layer, zip_longest(self.resnets, self.attentions))
 
 
@@ -220,6 +223,7 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(c_in, c, 1) if c_in != c else None
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """x [N, C, h, w], time [N, 4 C_0] after its SiLU -> [N, C', h, w]"""
         h = self.conv1(nnf.silu(self.norm1(x)))                        # [N, C, h, w]
         h = h + self.time_emb_proj(time)[:, :, None, None]             # the same at every position
         h = self.conv2(nnf.silu(self.norm2(h)))
@@ -246,6 +250,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(c, c, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """x [N, C, ⌈h/2⌉, ⌈w/2⌉], size (h, w) -> [N, C, h, w]"""
         h, w = size
         return self.conv(nnf.interpolate(x, scale_factor=2.0)[:, :, :h, :w])
 

@@ -2,8 +2,8 @@
 
     x [N, C, h, w] ──norm, project──> tokens [N, hw, C] ──self-attention, text, feed-forward──> project ──> + x
 
-`views` = v lets the tokens of v images attend to each other: Difix's reference view. It asks for no weights, knows no
-order of the views, and with v = 1 is the published Transformer2DModel.
+`views` = v lets the tokens of v images attend to each other: Difix's reference view. It needs no further weights and
+treats all views alike; with v = 1 this is the published Transformer2DModel.
 
     python -m mirage_min.networks.unet_attention     # what a second view changes
 """
@@ -27,6 +27,7 @@ class Transformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(c, heads, c_text)])
 
     def forward(self, x: Tensor, text: Tensor, views: int) -> Tensor:
+        """x [N, C, h, w], text [N, L, C_text] -> like x; `views` consecutive images attend to each other, N = b · v."""
         N, C, h, w = x.shape
         y = self.norm(x)
         if isinstance(self.proj_in, nn.Linear):
@@ -50,6 +51,7 @@ class TransformerBlock(nn.Module):
         self.norm3, self.ff = nn.LayerNorm(c), FeedForward(c)
 
     def forward(self, x: Tensor, text: Tensor, views: int) -> Tensor:
+        """x [N, hw, C], text [N, L, C_text] -> like x"""
         # All tokens of the views of one scene attend to each other                        Difix, mv_unet.py
         x = rearrange(x, "(b v) l c -> b (v l) c", v=views)
         y = self.norm1(x)
@@ -71,7 +73,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(c, c)])
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """x [N, L, C], y [N, L_y, C_y] -> [N, L, C]"""
+        """x [N, L, C], which asks, y [N, L_y, C_y], which is looked at -> [N, L, C]"""
         q, k, v = (rearrange(u, "n l (heads d) -> n heads l d", heads=self.heads)
                    for u in (self.to_q(x), self.to_k(y), self.to_v(y)))
         out = nnf.scaled_dot_product_attention(q, k, v)                # [N, heads, L, d]
@@ -86,6 +88,7 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleDict({"0": nn.ModuleDict({"proj": nn.Linear(c, 8 * c)}), "2": nn.Linear(4 * c, c)})
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [N, L, C] -> like x"""
         value, gate = self.net["0"]["proj"](x).chunk(2, dim=-1)        # [N, L, 4 C] each
         return self.net["2"](value * nnf.gelu(gate))
 

@@ -113,21 +113,23 @@ class Stage(nn.Module):
         self.upsamplers = nn.ModuleList([Upsample(c_out)]) if up else None
 
     def features(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C', H, W]: up to the change of size."""
+        """[N, C, H, W] -> [N, C', H, W]: the resnet blocks, without the change of size."""
         for resnet in self.resnets:
             x = resnet(x)
         return x
 
     def resize(self, x: Tensor) -> Tensor:
+        """[N, C', H, W] -> [N, C', ⌊H/2⌋, ⌊W/2⌋] or [N, C', 2H, 2W], or x itself in a stage that keeps the size."""
         for layer in self.downsamplers or self.upsamplers or ():
             x = layer(x)
         return x
 
     def layers(self) -> Iterator[nn.Module]:
-        """All of it, for whoever must not hold a layer's input longer than the layer."""
+        """All layers in order, for a caller that must free each layer's input as soon as the layer has run."""
         return chain(self.resnets, self.downsamplers or self.upsamplers or ())
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C', H', W'], halved, doubled or as it was"""
         return self.resize(self.features(x))
 
 
@@ -168,12 +170,12 @@ class Encoder(nn.Module):
         return self.finish(x)
 
     def finish(self, x: Tensor) -> Tensor:
-        """From the last down block's output on."""
+        """The last down block's output [N, 512, H/8, W/8] -> [N, 2·4, H/8, W/8]: the rest of forward."""
         return self.conv_out(nnf.silu(self.conv_norm_out(self.mid_block(x))))
 
 
 def add_skip(x: Tensor, skip: Tensor | None) -> Tensor:
-    """x + skip."""
+    """x + skip, both [N, C, H, W]; x itself where skip is None. ValueError if the shapes differ."""
     if skip is None:
         return x
     check_skip(x, skip)
@@ -202,6 +204,7 @@ class Decoder(nn.Module):
     add_skip = staticmethod(add_skip)  # frugal.py has another
 
     def forward(self, z: Tensor, skips: Iterable[Tensor] = ()) -> Tensor:
+        """z [N, 4, h, w] after post_quant_conv -> x [N, 3, 8h, 8w]; skips as of AutoencoderKL.decode."""
         skips = iter(skips)
         x = self.mid_block(self.conv_in(z))
         for stage in self.up_blocks:
@@ -240,7 +243,7 @@ class AutoencoderKL(nn.Module):
         """The encoder's features just before each downsampling, finest first; each frame is seen alone.
 
         frames [N, 3, H, W] in [-1, 1] -> [N, C0, H, W], [N, C1, H/2, W/2], [N, C2, H/4, W/4]: the first `count` of
-        them, or all. No more of the encoder is run than they need.
+        them, or all. No more of the encoder is run than they need. ValueError if it has fewer than `count`.
         """
         stages = self.encoder.down_blocks[:-1]
         if count is not None and not 1 <= count <= len(stages):
@@ -259,7 +262,7 @@ class AutoencoderKL(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, x: Tensor) -> Tensor:
-        """x [N, 3, H, W] in [-1, 1] -> posterior mean x scaling_factor [N, 4, H/8, W/8]"""
+        """x [N, 3, H, W] in [-1, 1] -> the posterior's mean times scaling_factor, [N, 4, H/8, W/8]"""
         return self.posterior(x)[0] * self.config.scaling_factor
 
     def encode_with_features(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -272,7 +275,7 @@ class AutoencoderKL(nn.Module):
         return mean * self.config.scaling_factor, features
 
     def skip_channels(self) -> list[tuple[int, int]]:
-        """Channels of each of these features, and of what the decoder takes for it, coarsest first."""
+        """(channels of a feature, channels of the skip that the decoder takes for it), coarsest first."""
         c = self.config.block_out_channels
         return [(c[max(i - 1, 0)], c[min(i + 1, len(c) - 1)]) for i in reversed(range(len(c)))]
 
@@ -280,7 +283,8 @@ class AutoencoderKL(nn.Module):
         """z [N, 4, h, w] as encode gives it -> x [N, 3, 8h, 8w], not clamped.
 
         skips: what is added to the input of each up block, coarsest first: [N, 512, h, w], [N, 512, 2h, 2w],
-        [N, 512, 4h, 4w], [N, 256, 8h, 8w]. They may be made one by one, as they are asked for.
+        [N, 512, 4h, 4w], [N, 256, 8h, 8w]. An iterator may make them one by one, as they are needed; missing ones are
+        left out. ValueError if a skip has another shape.
         """
         z = z / self.config.scaling_factor
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z), skips)

@@ -3,9 +3,9 @@
     x [N, 3, H, W] -> encode -> z [N, 4, H/8, W/8] -> decode -> x [N, 3, H, W]
                    -> features [N, 64, H, W], [N, 64, H/2, W/2], [N, 64, H/4, W/4]
 
-64 channels at every size, ReLU and no norms, no posterior. R3D2 takes the encoder's features just before each of the
-three downsamplings and adds what its zero convolutions make of them (method/skips.py) after each of the decoder's three
-upsamplings (R3D2 A.1).
+It has 64 channels at every size, ReLU, no norms and no posterior. R3D2 takes the encoder's features just before each of
+the three downsamplings, passes them through zero convolutions (method/skips.py) and adds the results after each of the
+decoder's three upsamplings (R3D2 A.1).
 
 Reads madebyollin/taesd; attribute names are the published checkpoint's keys. Left out: tiling and slicing.
 
@@ -48,6 +48,7 @@ class Block(nn.Module):
                                   nn.Conv2d(c, c, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, 64, H, W] -> like x"""
         return nnf.relu(self.conv(x) + x)
 
 
@@ -72,6 +73,7 @@ class Encoder(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """x [N, 3, H, W] in [-1, 1] -> (z [N, 4, H/8, W/8], features [N, 64, H/2^i, W/2^i] for i = 0, 1, 2)"""
         x = (x + 1) / 2                                                # from [-1, 1] to [0, 1]
         features = []
         for layer in self.layers:
@@ -98,6 +100,10 @@ class Decoder(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, z: Tensor, skips: Iterable[Tensor] = ()) -> Tensor:
+        """z [N, 4, h, w], skips [N, 64, 2^i h, 2^i w] for i = 1, 2, 3 -> x [N, 3, 8h, 8w], not clamped.
+
+        ValueError if a skip has another shape; missing ones are left out.
+        """
         skips = iter(skips)
         x = torch.tanh(z / 3) * 3                                      # a soft clamp of outliers
         for i, layer in enumerate(self.layers):
@@ -130,7 +136,7 @@ class AutoencoderTiny(nn.Module):
         self.encoder, self.decoder = Encoder(config), Decoder(config)
 
     def encode(self, x: Tensor) -> Tensor:
-        """x [N, 3, H, W] in [-1, 1] -> z [N, 4, H/8, W/8], rounded up"""
+        """x [N, 3, H, W] in [-1, 1] -> z [N, 4, H/8, W/8], H/8 and W/8 rounded up, times scaling_factor"""
         return self.encode_with_features(x)[0]
 
     def encode_with_features(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -140,7 +146,7 @@ class AutoencoderTiny(nn.Module):
         return z * self.config.scaling_factor, features
 
     def skip_channels(self) -> list[tuple[int, int]]:
-        """Channels of each of these features, and of what the decoder takes for it, coarsest first."""
+        """(channels of a feature, channels of the skip that the decoder takes for it), coarsest first."""
         c = self.config
         return [(c.encoder_block_out_channels[0], c.decoder_block_out_channels[0])] * (len(c.num_decoder_blocks) - 1)
 
@@ -148,7 +154,7 @@ class AutoencoderTiny(nn.Module):
         """z [N, 4, h, w] as encode gives it -> x [N, 3, 8h, 8w], not clamped.
 
         skips: what is added after each upsampling, coarsest first: [N, 64, 2h, 2w], [N, 64, 4h, 4w], [N, 64, 8h, 8w].
-        They may be made one by one, as they are asked for.
+        An iterator may make them one by one, as they are needed. ValueError if a skip has another shape.
         """
         return self.decoder(z / self.config.scaling_factor, skips)
 

@@ -12,8 +12,8 @@ attributes of a model class say more of its files:
     PUBLISHED         where these weights are as safetensors, for whoever has another file
 
 The model is built on the meta device and the tensors of the memory-mapped file are assigned to it, so the weights are
-in memory once. What is not in the file does not exist then: a model computes its tables when they are first used, or
-makes them with an explicit `device="cpu"`. Nothing is ever unpickled.
+in memory once. A tensor that is not in the file has no values then, so a model computes its tables when they are first
+used, or makes them with an explicit `device="cpu"`. Nothing is ever unpickled.
 
     python -m mirage_min.networks.weights            # a model saved, loaded, and loaded wrongly
 """
@@ -44,9 +44,9 @@ def from_pretrained(cls, path: str | Path, subfolder: str | None = None, dtype: 
                     device: torch.device | str | None = None) -> nn.Module:
     """Build a `cls` from a local folder or a hub id ("org/name"), strictly: every tensor is used and none is missing.
 
-    `dtype` defaults to the file's own, `device` to the CPU; left at both, the parameters are the mapped file itself
-    (training changes them, not the file). The model is in eval mode and its parameters require gradients. Whatever is
-    wrong with the files is a ValueError that says which and how.
+    `dtype` defaults to the file's own, `device` to the CPU; with both defaults the parameters are the memory-mapped
+    file itself (training changes them, not the file). The model is in eval mode and its parameters require gradients.
+    ValueError for any fault of the files, naming the file and the fault.
     """
     folder = locate(cls, path, subfolder)
     files = weight_files(cls, folder)
@@ -85,7 +85,8 @@ def without_weights(cls, config: dict, where: Path) -> nn.Module:
 def save_pretrained(self: nn.Module, folder: str | Path) -> None:
     """Write config.json and the weights as diffusers lays them out and reads them: each file whole or not at all.
 
-    Written is exactly what from_pretrained asks for; adapters and fusion blocks have files of their own.
+    The tensors are exactly those that from_pretrained wants; adapters and fusion blocks are saved elsewhere. ValueError
+    if the folder holds other weights.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +104,10 @@ def save_pretrained(self: nn.Module, folder: str | Path) -> None:
 
 
 def locate(cls, path: str | Path, subfolder: str | None, config: str = CONFIG) -> Path:
-    """The folder with the file `config` and the weights; fetched from the hub if `path` is an id, not a folder."""
+    """The folder with the file `config` and the weights; fetched from the hub if `path` is an id, not a folder.
+
+    ValueError if there is none, it lacks `config`, or the path is a file.
+    """
     local = Path(path).expanduser()
     if local.suffix in PICKLES or local.is_file():
         raise ValueError(f"{path}: {unpickling(cls) if local.suffix in PICKLES else 'is a file: name its folder'}")
@@ -120,12 +124,15 @@ def locate(cls, path: str | Path, subfolder: str | None, config: str = CONFIG) -
 
 
 def download(repo: str, subfolder: str | None, config: str = CONFIG) -> Path:
-    """Fetch config and weights of a hub repository, or of one of its subfolders, into the hub's own cache."""
+    """Fetch config and weights of a hub repository, or of one of its subfolders, into the hub's cache -> its folder.
+
+    ValueError if the hub does not have it or cannot be reached.
+    """
     from huggingface_hub import snapshot_download  # imported here: local folders do without it
     from huggingface_hub.errors import RepositoryNotFoundError
 
     # A star also matches "/", so every pattern starts with the folder and the usual stem; shards are matched to their
-    # last digit, so that fp16 copies beside the full weights are left where they are.
+    # last digit, so that fp16 copies of the same weights are not fetched.
     start = f"{subfolder}/" if subfolder else ""
     stem = WEIGHTS.removesuffix(".safetensors")
     names = [config, WEIGHTS, f"{stem}-*-of-?????.safetensors", f"{stem}{INDEX[1:]}"]
@@ -144,6 +151,7 @@ def weight_files(cls, folder: Path) -> list[Path]:
     """The safetensors files of a folder: the shards that its index names, the file of the usual name, or the only.
 
     Of several indices the one of the usual name counts: the others name the shards of variants, such as fp16.
+    ValueError if shards are missing, the choice is ambiguous, or the folder has no safetensors.
     """
     if indices := sorted(folder.glob(INDEX), key=lambda path: (path.name != f"{WEIGHTS}.index.json", path)):
         names = checked.record(Index, read_json(indices[0]), indices[0]).weight_map.values()
@@ -175,7 +183,7 @@ class Index:
 
 
 def unpickling(cls) -> str:
-    """Why a pickle is refused, and how to convert it."""
+    """The end of an error: why a pickle of the class `cls` is refused, and how to convert it."""
     return ("not loaded, because unpickling a file can run any code in it; convert it once with "
             f"python convert.py FILE FOLDER{hint(cls)}")
 
@@ -184,7 +192,10 @@ def unpickling(cls) -> str:
 
 
 def find_tensors(cls, files: list[Path]) -> dict[str, tuple[safe_open, str]]:
-    """{name in the model: (the open file that has it, its name there)}; nothing is read but the files' headers."""
+    """{name in the model: (the open file that has it, its name there)}; only the files' headers are read.
+
+    ValueError if a file cannot be read, or two tensors have one name in the model.
+    """
     source = {}
     for path in files:
         with one_line(path):
@@ -225,7 +236,7 @@ def check_kind(name: str, tensor: Tensor, file: str | Path, cast: bool = False) 
 
 
 def shapes(named: Named) -> dict[str, list[int]]:
-    """{name: shape} of named tensors, or of named shapes."""
+    """{name: shape} of named tensors; named shapes pass through, as lists."""
     return {key: list(value.shape if isinstance(value, Tensor) else value) for key, value in named.items()}
 
 
@@ -236,13 +247,13 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[st
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A safetensors file -> (its tensors, memory-mapped on the CPU, and its metadata)."""
+    """A safetensors file -> (its tensors, memory-mapped on the CPU, and its metadata); ValueError if it is none."""
     with one_line(Path(path)), safe_open(path, framework="pt") as tensors:
         return {key: tensors.get_tensor(key) for key in tensors.keys()}, tensors.metadata() or {}
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file; ValueError of one line otherwise."""
+    """The JSON object in a file, UTF-8; ValueError of one line if there is no file, or it holds none."""
     with one_line(path):
         content = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows' editors begin it with a byte order mark
     if not isinstance(content, dict):
@@ -273,7 +284,10 @@ def whole_file(path: Path):
 
 @contextmanager
 def one_line(path: Path):
-    """Turn what can be wrong with a file into a ValueError of one line that names it."""
+    """Turn errors of reading the file `path` into a ValueError of one line that names it.
+
+    Missing, unreadable, truncated or corrupt files, Git LFS pointers, and paths that are no files, such as pipes.
+    """
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: is no file")  # a pipe would be waited for, without end
     try:
@@ -288,7 +302,7 @@ def one_line(path: Path):
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Whether a file is the stand-in that a clone without Git LFS holds."""
+    """Whether a path is a Git LFS pointer, the small text file that a clone without LFS has in place of the weights."""
     if not path.is_file():
         return False
     with open(path, "rb") as file:
