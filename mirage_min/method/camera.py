@@ -19,30 +19,33 @@ class Camera:
 
     K: Tensor                # [3, 3] intrinsics in pixels, last row 0 0 1
     world_to_camera: Tensor  # [4, 4]
-    width: int
+    width: int               # of the image, in pixels
     height: int
 
     @classmethod
     def from_pose(cls, K: Tensor, camera_to_world: Tensor, width: int, height: int, *,
                   integer_pixels: bool = False) -> "Camera":
-        """A camera from its pose [4, 4]; `integer_pixels` says that K has the centres of pixels at integers."""
+        """A camera from K [3, 3], its pose [4, 4] and its image's size in pixels.
+
+        `integer_pixels` says that K has the centres of pixels at integers: then ½ is added to its principal point.
+        """
         shift = torch.tensor([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]]).to(K)
         return cls(K + shift if integer_pixels else K, inverse(camera_to_world), width, height)
 
     @property
     def camera_to_world(self) -> Tensor:
-        """The pose, [4, 4]."""
+        """The pose [4, 4], in the dtype of world_to_camera."""
         return inverse(self.world_to_camera)
 
     def resized(self, width: int, height: int) -> "Camera":
-        """The same view on another grid of pixels, or on a grid of latent cells."""
+        """The same view on a grid of another size: K is scaled to width x height pixels, or latent cells."""
         # K' = diag(w / W, h / H, 1) · K
         scale = torch.tensor([width / self.width, height / self.height, 1], dtype=torch.float64).to(self.K)
         return Camera(scale[:, None] * self.K, self.world_to_camera, width, height)
 
 
 def inverse(M: Tensor) -> Tensor:
-    """M⁻¹, computed in float64, in M's dtype."""
+    """M⁻¹ of M [..., n, n], computed in float64 and returned in M's dtype. RuntimeError if M is singular."""
     return torch.linalg.inv(M.double()).to(M.dtype)
 
 

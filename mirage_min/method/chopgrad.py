@@ -39,13 +39,16 @@ class CausalDecoder(Protocol):
     """What ChopGrad asks of a VAE."""
 
     def decode_groups(self, F: int) -> list[slice]:
-        """The latents of each group, in order."""
+        """The latents of each group of a video of F latents, in order: slices that cover 0 to F."""
 
     def decode_group(self, z_g: Tensor, cache: Cache | None, inject: list[Tensor] | None) -> tuple[Tensor, Cache]:
-        """A group after `cache` (None: the first) -> (its frames, a new cache: a flat dict of tensors)."""
+        """z_g [B, C, f, h, w] after `cache` (None: the first group) -> (its frames [B, 3, t, H, W], a new cache).
+
+        The cache is a flat dict of tensors. inject: the group's features, finest first, or None.
+        """
 
     def encode_groups(self, T: int) -> list[slice]:
-        """The frames of each group; asked for only where features are injected."""
+        """The frames of each group of a video of T frames, in order; called only where features are injected."""
 
 
 # ---- the algorithm ---------------------------------------------------------------------------------------------------
@@ -56,9 +59,9 @@ def algorithm_1(vae: CausalDecoder, z: Tensor, loss_fn: Loss, d_trunc: int) -> t
 
     Groups are decoded in order, i from 1, each from the cache that the one before it left (the first from None). That
     cache enters detached, as leaves that require grad where it did. L_i = loss_fn(x_i, where) is backpropagated into
-    z_i and those leaves; `where` are the five slices that cut x_i's frames from a video [B, 3, T, H, W]. What the
-    leaves receive is carried on through the caches that earlier groups left, d_trunc groups back at most. No leaf keeps
-    a gradient that a later loss would carry again, and no graph is kept that no later loss can reach. loss is Σ L_i.
+    z_i and those leaves; `where` are the five slices that cut x_i's frames from a video [B, 3, T, H, W]. The leaves'
+    gradients are pushed back through the caches that earlier groups left, d_trunc groups at most. No leaf keeps a
+    gradient that a later loss would push again, and no graph is kept that no later loss can reach. loss is Σ L_i.
     """
     latents = [z[:, :, group].detach().requires_grad_() for group in vae.decode_groups(z.shape[2])]
     entered, left = {}, {}                                  # of every group i: z^c_{i-1} as leaves, and z^c_i
@@ -88,7 +91,7 @@ def algorithm_1(vae: CausalDecoder, z: Tensor, loss_fn: Loss, d_trunc: int) -> t
 
 
 def take_gradients(leaves: Cache) -> Cache:
-    """The gradients of those leaves that have one, which lose it ("cache gradients are zeroed", App. A)."""
+    """Take the gradients of those leaves that have one, and clear them ("cache gradients are zeroed", App. A)."""
     gradients = {key: c.grad for key, c in leaves.items() if c.grad is not None}
     for c in leaves.values():
         c.grad = None
@@ -125,7 +128,10 @@ def backward(vae: CausalDecoder, z: Tensor, loss_fn: Loss, d_trunc: int | None =
 
 
 class Clip:
-    """A clip to be decoded group by group and tile by tile: latents and features that collect their gradients."""
+    """A clip to be decoded group by group and tile by tile: latents and features that collect their gradients.
+
+    ValueError if inject has other groups than z, or requires grad and is no leaf.
+    """
 
     def __init__(self, vae: CausalDecoder, z: Tensor, inject: list[Tensor], checkpoint: bool):
         self.vae, self.checkpoint = vae, checkpoint
@@ -142,7 +148,7 @@ class Clip:
                 v.grad = torch.zeros_like(v)
 
     def decode(self, i: int, tile: Tile, cache: Cache) -> tuple[Tensor, Cache]:
-        """What a tile sees of group i, after `cache` -> (x [B, 3, T_i, H', W'], a new cache)."""
+        """Decode the part of group i that a tile sees, after `cache` -> (x [B, 3, T_i, H', W'], a new cache)."""
         z_i = take_leaf(self.z, self.groups[i], tile, 1)
         inject_i = [take_leaf(m, self.frames[i], tile, m.shape[4] // self.z.shape[4]) for m in self.inject]
         given = z_i, cache or None, inject_i or None
@@ -152,7 +158,7 @@ class Clip:
 
 
 def take_leaf(whole: Tensor, time: slice, tile: Tile, s: int) -> Tensor:
-    """Cuts what a tile sees of some frames of whole [B, C, T, h·s, w·s], as a new leaf [B, C, T', height·s, width·s].
+    """Cut the part that a tile sees of some frames of whole [B, C, T, h·s, w·s]: a leaf [B, C, T', height·s, width·s].
 
     If `whole` requires grad, so does the leaf. After each backward pass its gradient is added to the same region of
     whole.grad, which must exist, and then cleared.
@@ -170,9 +176,9 @@ def take_leaf(whole: Tensor, time: slice, tile: Tile, s: int) -> Tensor:
 
 @dataclass
 class Graph:
-    """What is alive of one group: its graph lies between the leaves of cache_in and the tensors that it gave."""
+    """The graph of one group, from the leaves cache_in to its results x and cache_out."""
 
-    cache_in: Cache                # z^c_{i-1}, detached; the gradient that its leaves get is the group before's
+    cache_in: Cache                # z^c_{i-1}, detached: its gradients are those of the previous cache_out
     x: Tensor | None               # pixels, until their gradient has been pushed back
     cache_out: Cache               # z^c_i
     grad_x: Tensor | None = None   # dL_i/dx_i
@@ -181,11 +187,11 @@ class Graph:
 def backpropagate_tile(clip: Clip, tile: Tile, loss_fn: Loss, d_trunc: int, delayed: bool) -> list[Tensor]:
     """Algorithm 1 on one tile of a clip, whose z and inject collect the gradients -> every L_i, detached.
 
-    Different from algorithm_1: the loss has a graph of its own, which ends at the pixels and is gone before the
-    decoder's backward begins (then dL_i/dx is the group's grad_x; None if the loss has no graph). A cache enters as
-    leaves that require grad only if d_trunc > 0. push_back(window, reach) follows every loss, or if `delayed` only a
-    window of more than `reach` graphs; `reach` is how many graphs the next loss can reach: d_trunc, or 0 after the last
-    group. Graphs out of reach leave the window then.
+    Three things differ from algorithm_1. The loss has a separate graph, which ends at the pixels and is freed before
+    the decoder's backward begins; dL_i/dx is kept as the group's grad_x, None if the loss has no graph. A cache enters
+    as leaves that require grad only if d_trunc > 0. push_back(window, reach) follows every loss or, if `delayed`, only
+    once the window has more than `reach` graphs; `reach` is how many graphs the next loss can reach: d_trunc, or 0
+    after the last group. Graphs out of reach then leave the window.
     """
     window, cache, losses, t = deque(), {}, [], 0
     for i in range(len(clip.groups)):
@@ -209,8 +215,8 @@ def backpropagate_tile(clip: Clip, tile: Tile, loss_fn: Loss, d_trunc: int, dela
 def push_back(window: deque[Graph], reach: int) -> None:
     """Lines 5 to 9 of Algorithm 1 for a window of graphs, newest first; the newest `reach` stay usable afterwards.
 
-    One pass a graph at most: from x with grad_x, which is pushed once and then dropped, and from cache_out with what
-    the group after it left in its cache_in, whose leaves are cleared.
+    Each graph has one pass at most: from x with grad_x, which is pushed once and then dropped, and from cache_out with
+    the gradients that the next group's pass left in its cache_in, whose leaves are cleared.
     """
     grad_cache = {}
     for k, graph in enumerate(reversed(window)):
@@ -220,7 +226,7 @@ def push_back(window: deque[Graph], reach: int) -> None:
         if roots:
             tensors, gradients = zip(*roots)
             torch.autograd.backward(tensors, gradients, retain_graph=k < reach)
-        graph.x = graph.grad_x = None  # pushed once; what only the pixels needed of the graph goes with them
+        graph.x = graph.grad_x = None  # pushed once; this frees the part of the graph that only the pixels needed
         grad_cache = take_gradients(graph.cache_in)
 
 

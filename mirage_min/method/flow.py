@@ -11,8 +11,8 @@ shift it towards 1, where the large shapes are decided:
 
 The latents of a video may have different σ. So a video continues what is known: its first latent, an image or the last
 of the chunk before, is clean, at t = 0, in training as in sampling, and is left out of the loss. `predict` is a
-transformer with what else it needs: lambda z, t: dit(z, t, text). One step at a fixed t is in one_step.py. Left out:
-samplers of higher order (UniPC), and guidance, which is a matter of `predict`.
+transformer with its other inputs bound: lambda z, t: dit(z, t, text). One step at a fixed t is in one_step.py. Left
+out: samplers of higher order (UniPC), and guidance, which belongs in `predict`.
 
     python -m mirage_min.method.flow         # the best possible network for data of a known spread, in 1 to 50 steps
 """
@@ -27,7 +27,7 @@ Predict = Callable[[Tensor, Tensor], Tensor]  # (z_t [B, C, F, h, w], t [B, F] i
 
 
 def shifted(u: Tensor, shift: float) -> Tensor:
-    """u in 0 .. 1 -> σ in 0 .. 1."""
+    """Even noise levels u in 0 .. 1 -> σ in 0 .. 1, like u, shifted towards 1 by shift > 1 (Wan 2.2: 5)."""
     # σ = s u / (1 + (s − 1) u)
     return shift * u / (1 + (shift - 1) * u)
 
@@ -35,9 +35,10 @@ def shifted(u: Tensor, shift: float) -> Tensor:
 def flow_loss(predict: Predict, z: Tensor, draws: Generator, shift: float = 5.0, clean: int = 1) -> Tensor:
     """The mean squared error of the flow at random noise levels, one for each latent; a number.
 
-    z      [B, C, F, h, w], what the network shall learn to make
-    draws  on z's device
-    clean  how many of the first latents are given as they are, at t = 0, and not judged; at least 0, fewer than F
+    z      [B, C, F, h, w], latents of the data
+    draws  a generator on z's device
+    clean  how many of the first latents are given as they are, at t = 0, and left out of the loss
+    ValueError unless 0 <= clean < F.
     """
     B, _, F = z.shape[:3]
     if not 0 <= clean < F:
@@ -58,6 +59,7 @@ def sample(predict: Predict, noise: Tensor, steps: int, shift: float = 5.0, give
 
     noise  [B, C, F, h, w]
     given  [B, C, n, h, w]: clean latents in place of the first n, which the network sees at t = 0; n may be 0
+    ValueError if `given` does not fit the noise, or steps < 1.
     """
     given = noise[:, :, :0] if given is None else given
     n = given.shape[2]
@@ -77,7 +79,7 @@ def sample(predict: Predict, noise: Tensor, steps: int, shift: float = 5.0, give
 
 
 def each_latent(sigma: Tensor) -> Tensor:
-    """[B, F] -> [B, 1, F, 1, 1]"""
+    """A noise level for each latent, [B, F] -> [B, 1, F, 1, 1], to be multiplied with latents [B, C, F, h, w]."""
     return sigma[:, None, :, None, None]
 
 

@@ -30,14 +30,14 @@ NEAR = 0.01  # what is nearer than this, in the unit of the poses, is not seen
 
 @dataclass
 class Memory:
-    """N latent cells as points; `add` makes a new one and leaves this one alone. The oldest come first."""
+    """N latent cells as points, the oldest first; `add` returns a new Memory and does not change the old one."""
 
     points: Tensor    # [N, 3] in the world, in the unit that poses and depth share
     features: Tensor  # [N, C] latents, normalised as the network expects them: 0 is the mean latent
 
     @classmethod
     def empty(cls, channels: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> "Memory":
-        """One without points. Features get this dtype, points at least float32."""
+        """A memory without points, for latents of so many channels in this dtype; points are at least float32."""
         wide = torch.promote_types(dtype, torch.float32)
         return cls(torch.empty(0, 3, dtype=wide, device=device), torch.empty(0, channels, dtype=dtype, device=device))
 
@@ -55,15 +55,15 @@ def pixel_frame(f: int) -> int:
 
 def add(memory: Memory, z: Tensor, depth: Tensor, camera: Camera, *, dynamic: Tensor | None = None,
         sky: Tensor | None = None, known: float | None = None) -> Memory:
-    """The memory and the cells of one latent frame, those of unknown depth left out. M ← M ∪ {(p, z)}
+    """A memory with the cells of one latent frame added, except those of unknown depth: M ← M ∪ {(p, z)}.
 
     z        [C, h, w]
     depth    [H, W] along the camera's z axis, not along the ray; 0, inf and nan are unknown
     camera   of the H x W frame; H and W are whole multiples of h and w
     dynamic  [H, W] bool, where something moves: a cell is left out if any of its pixels is
     sky      [H, W] bool: a cell is left out if most of its pixels are
-    known    cells are also left out where the memory, seen by this camera, is at this depth already up to this share of
-             it (.05): growth is bounded then. The paper adds all.
+    known    a share of the depth, .05 say: a cell is also left out if the memory, seen by this camera, already has a
+             point within that share of its depth. This bounds the growth; the paper adds all cells.
     ValueError for shapes that do not fit together and a camera that is not finite.
     """
     C, h, w = z.shape if z.ndim == 3 else (0, 0, 0)
@@ -94,9 +94,10 @@ def add(memory: Memory, z: Tensor, depth: Tensor, camera: Camera, *, dynamic: Te
 
 
 def read(memory: Memory, camera: Camera, h: int, w: int) -> tuple[Tensor, Tensor]:
-    """What a camera sees of the memory, on h x w cells: z [C, h, w], 0 where there is nothing, and mask [1, h, w].
+    """The memory as a camera sees it, on h x w cells: z [C, h, w], 0 where it sees no point, and mask [1, h, w].
 
-    The mask is 1 where z was read. Both have the dtype of the features. ValueError as in `add`.
+    The mask is 1 where z was read, else 0. Both have the dtype of the features. ValueError for a camera that is not
+    finite, or whose frame is not a whole multiple of h x w.
     """
     first, _ = nearest(memory, camera, h, w)
     seen = first < len(memory)
@@ -106,10 +107,10 @@ def read(memory: Memory, camera: Camera, h: int, w: int) -> tuple[Tensor, Tensor
 
 
 def nearest(memory: Memory, camera: Camera, h: int, w: int) -> tuple[Tensor, Tensor]:
-    """The point that each cell shows, and how deep: indices [h*w], N where there is none, and depth [h*w], inf there.
+    """The point that each cell shows, and its depth: indices [h*w], N where there is none, and depth [h*w], inf there.
 
-    Two minima over the points of a cell: of their depth, then of the index among those at that depth. A minimum does
-    not depend on the order in which it is taken.
+    Both are minima over the points of a cell: first of their depth, then of the index among those at that depth. A
+    minimum does not depend on the order in which it is taken. ValueError as in `read`.
     """
     K, w2c = cell_camera(camera, h, w)
     x, y, z = transform(K @ w2c[:3], *memory.points.detach().unbind(dim=1))
@@ -130,7 +131,7 @@ def nearest(memory: Memory, camera: Camera, h: int, w: int) -> tuple[Tensor, Ten
 # ---- geometry --------------------------------------------------------------------------------------------------------
 
 def cell_camera(camera: Camera, h: int, w: int) -> tuple[Tensor, Tensor]:
-    """K [3, 3] in cells of an h x w grid, and world to camera [4, 4], both in float64."""
+    """K [3, 3] in cells of an h x w grid, and world to camera [4, 4], both in float64. ValueError as in `read`."""
     if min(h, w) < 1 or camera.height % h or camera.width % w:
         raise ValueError(f"a frame of {camera.height} x {camera.width} pixels cannot be cut into {h} x {w} cells of "
                          f"whole pixels: pad frame and depth as the VAE does")
@@ -143,7 +144,7 @@ def cell_camera(camera: Camera, h: int, w: int) -> tuple[Tensor, Tensor]:
 def cell_depth(depth: Tensor, h: int, w: int) -> Tensor:
     """Depth [H, W] -> [h, w]: the median of a cell's known pixels if at least half of them are known, and else 0.
 
-    Of an even number it is the nearer of the two in the middle: their mean would lie in the air behind an edge.
+    Of an even number it is the nearer of the two in the middle: at an edge, their mean would lie on neither surface.
     """
     pixels = blocks(depth, h, w)                                       # [h, w, pixels of a cell]
     known = (pixels > 0) & pixels.isfinite()
@@ -152,14 +153,15 @@ def cell_depth(depth: Tensor, h: int, w: int) -> Tensor:
 
 
 def blocks(image: Tensor, h: int, w: int) -> Tensor:
-    """[H, W] -> [h, w, pixels of a cell]"""
+    """An image [H, W], H and W whole multiples of h and w -> [h, w, pixels of a cell]"""
     return rearrange(image, "(h p) (w q) -> h w (p q)", h=h, w=w)
 
 
 def transform(M: Tensor, x: Tensor, y: Tensor, z: Tensor) -> list[Tensor]:
     """M [3, 4] on points: the three coordinates of M · [x, y, z, 1].
 
-    Written out, for a matrix product may round one point in two ways, depending on where in the array it lies.
+    x, y, z have one shape, as each result has. The sum is written out, because a matrix product may round the same
+    point in two ways, depending on its place in the array.
     """
     return [a * x + b * y + c * z + d for a, b, c, d in M.to(x)]
 

@@ -82,13 +82,19 @@ def _gaussian_band(n: int, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def lpips(x: Tensor, y: Tensor, model: Lpips) -> Tensor:
-    """LPIPS v0.1 of each frame at its own size, mean over frames -> [B]. The field evaluates with alex."""
+    """LPIPS v0.1 of each frame at its own size, mean over frames, of videos x, y [B, 3, T, H, W] in [-1, 1] -> [B].
+
+    0 for equal videos, and the lower the nearer. The field evaluates with alex. ValueError if x and y do not match.
+    """
     return per_video(model, x, y)
 
 
 @torch.no_grad()
 def dists(x: Tensor, y: Tensor, model: Dists) -> Tensor:
-    """DISTS of each frame at its own size (no resize to 256), mean over frames -> [B]."""
+    """DISTS of each frame at its own size (no resize to 256), mean over frames, of videos x, y as for lpips -> [B].
+
+    0 for equal videos, and the lower the nearer. ValueError if x and y do not match.
+    """
     return per_video(model, x, y)
 
 

@@ -1,4 +1,4 @@
-"""Optical flow: fetch a frame along it, which pixels it shows, how much a video flickers, and a loss against that.
+"""Optical flow: warping frames along it, the pixels seen in both, the warp error of a video, and a loss on it.
 
     forward, backward = flow_dis(x_gt), flow_dis(x_gt.flip(2)).flip(2)
     warp_error(x_dr, forward, visible_by_consistency(forward, backward))          # the metric: Mirage §4.1, Table 1

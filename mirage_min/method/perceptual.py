@@ -6,8 +6,8 @@
     patch_loss(vgg, x, y, torch.Generator().manual_seed(0))       # DiffusionHarmonizer Eq. 4
 
 In every distance y is the target: no gradient flows into it. DISTS reads VGG's weights but pools differently, so it
-makes a pass of its own. The learned vectors of LPIPS and DISTS are data files of the packages `lpips` and
-`DISTS_pytorch`, found but never imported (importing either needs torchvision).
+needs a separate pass. The learned vectors of LPIPS and DISTS are data files of the packages `lpips` and
+`DISTS_pytorch`, which are found but never imported (importing either needs torchvision).
 
     python -m mirage_min.method.perceptual             # what each distance notices, and why Gram is computed per sample
 """
@@ -43,7 +43,7 @@ class Lpips(nn.Module):
     """LPIPS v0.1 (Zhang et al. 2018): `lpips(x, y) -> [N]` on frames [N, 3, H, W] in [-1, 1], lower is nearer.
 
     Equals the package `lpips` on the same network. The field trains with vgg and evaluates with alex. ValueError if
-    the network's file ends before its last tap.
+    the network's file ends before its last tap; ModuleNotFoundError without the package.
     """
 
     def __init__(self, features: Features):
@@ -60,13 +60,16 @@ class Lpips(nn.Module):
             for i in range(len(state)))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Frames x, y [N, 3, H, W] in [-1, 1] -> [N]."""
+        """Frames x, y [N, 3, H, W] in [-1, 1] -> [N], differentiable in x alone."""
         with torch.no_grad():
             taps_y = self.features(y)
         return self.distance(self.features(x), taps_y)
 
     def distance(self, taps_x: list[Tensor], taps_y: list[Tensor]) -> Tensor:
-        """The same from taps that are already computed, two lists of [N, C_i, H_i, W_i] -> [N]."""
+        """The same from taps that are already computed, two lists of [N, C_i, H_i, W_i] -> [N].
+
+        ValueError if a list has another number of taps than LPIPS.
+        """
         total = 0.0
         for fx, fy, w in zip(taps_x, taps_y, self.weights, strict=True):
             with torch.autocast(fx.device.type, enabled=False):
@@ -118,8 +121,8 @@ def gram(f: Tensor) -> Tensor:
 def lpips_and_gram(lpips: Lpips, texture: Features, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Both of Mirage's distances of frames x, y [N, 3, H, W] in [-1, 1] -> (LPIPS [N], Gram [N]) (Mirage Eq. 4).
 
-    texture  the network whose taps Gram compares. Give it as `lpips.features` where LPIPS reads the same one: then
-             each image goes through it once, and not twice.
+    texture  the network whose taps Gram compares. Pass `lpips.features` where LPIPS reads the same one: each image
+             then passes through it once, not twice.
     """
     with torch.no_grad():
         taps_y = lpips.features(y)
@@ -138,8 +141,8 @@ def patch_loss(vgg: Features, x: Tensor, y: Tensor, draws: torch.Generator | Non
     """Squared difference of VGG's features on one random square of frames x, y [N, 3, H, W] -> [N].
 
     DiffusionHarmonizer Eq. 4. Every call draws another square (`random_square`), the same one for all N frames; the
-    mean over squares comes with the training steps. The paper does not give its λ_l: here each layer counts alike on
-    photos (PATCH_WEIGHTS). Fewer than five taps use the first weights.
+    expectation over squares is taken by the training steps. The paper does not give its λ_l: here they are chosen so
+    that all layers weigh the same on photos (PATCH_WEIGHTS). Fewer than five taps use the first weights.
 
     draws  a generator on the CPU; None: the largest square, in the middle (what a step costs at most)
     ValueError if x and y differ in shape or are too small for VGG.
@@ -158,7 +161,7 @@ def patch_loss(vgg: Features, x: Tensor, y: Tensor, draws: torch.Generator | Non
 
 
 def random_square(H: int, W: int, least: int, draws: torch.Generator | None) -> tuple[slice, slice]:
-    """Rows and columns of a square in a frame of H × W pixels: side and place uniform, over all that fit.
+    """Rows and columns of a random square in a frame of H × W pixels: its side is uniform, then its place.
 
     The side is 128 to 512 pixels, as in the paper, whose frames are 576 high. Where the frame's shorter side is smaller
     than that, both bounds shrink with it; the square is never smaller than `least`, and never larger than the frame.
@@ -178,7 +181,7 @@ def random_square(H: int, W: int, least: int, draws: torch.Generator | None) -> 
 # ---- DISTS -----------------------------------------------------------------------------------------------------------
 
 class L2Pool(nn.Module):
-    """Halve the size by the root of a Hanning-weighted mean of squares, which aliases less than the maximum."""
+    """Halve the size by the root of a Hann-weighted mean of squares, which aliases less than the maximum."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, C, h, w] -> [N, C, ceil(h / 2), ceil(w / 2)]."""
@@ -195,7 +198,7 @@ class Dists(nn.Module):
     size given (the authors' demo first resizes the short side to 256; pyiqa and DOVE do not).
 
     vectors  the authors' weights.pt with alpha and beta; None: the installed package's
-    ValueError unless `features` is VGG up to its last tap.
+    ValueError unless `features` is VGG up to its last tap; ModuleNotFoundError without vectors and package.
     """
 
     def __init__(self, features: Features, vectors: str | Path | None = None):
@@ -212,7 +215,7 @@ class Dists(nn.Module):
         self.beta = nn.Parameter(state["beta"].flatten() / total, requires_grad=False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Frames x, y [N, 3, H, W] in [-1, 1] -> [N]."""
+        """Frames x, y [N, 3, H, W] in [-1, 1] -> [N], differentiable in x alone."""
         x, y = (frames.to(self.features.mean.dtype) for frames in (x, y))
         with torch.no_grad():
             taps_y = [(y + 1) / 2, *self.features.walk(self.layers, y)]

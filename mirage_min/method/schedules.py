@@ -38,7 +38,7 @@ class VPrediction:
     ignored: ClassVar = SPACING | {"clip_sample"}  # declared, but the published sampler never clips
 
     def table(self) -> Tensor:
-        """ᾱ, [1000]."""
+        """ᾱ of every timestep, [1000], falling from about 1 to 0."""
         return alpha_bar(self.snr_shift_scale)
 
 
@@ -55,7 +55,7 @@ class Flow:
         "rescale_betas_zero_snr"}
 
     def table(self) -> None:
-        """None."""
+        """None: a flow has no ᾱ."""
 
 
 @dataclass(kw_only=True)
@@ -75,13 +75,13 @@ class Epsilon:
     ignored: ClassVar = SPACING | {"sigma_min", "sigma_max", "interpolation_type", "skip_prk_steps", "variance_type"}
 
     def table(self) -> Tensor:
-        """ᾱ, [1000]."""
+        """ᾱ of every timestep, [1000], falling from about 1 to .005."""
         return alpha_bar(zero_terminal_snr=False)
 
 
 @dataclass(kw_only=True)
 class ClippingEpsilon(Epsilon):
-    """The same by samplers that clip z0 to ±1 unless their file says otherwise."""
+    """The same network, in the files of samplers that clip z0 to ±1 unless told otherwise."""
 
     clip_sample: Literal[False] = dataclasses.field()  # without a default
 
@@ -117,7 +117,7 @@ def schedule_from_config(config: dict, *accepted: type, file="scheduler_config.j
 
 
 def config_from_schedule(schedule: VPrediction | Flow | Epsilon) -> dict:
-    """The scheduler_config.json that describes a schedule: the inverse of reading it."""
+    """The content of a scheduler_config.json that describes a schedule, under the first class name that fits it."""
     name = next(name for name, kind in SCHEDULERS.items() if kind is type(schedule))
     return {"_class_name": name} | dataclasses.asdict(schedule)
 

@@ -3,10 +3,10 @@
     z, features = vae.encode_with_features(x)      # finest first
     x = vae.decode(z, skips(features))             # each made as the decoder reaches its place, coarsest first
 
-One 1 x 1 convolution a feature. R3D2 starts them at zero: a new skip changes nothing, and yet it has a gradient, since
-its feature is not zero. img2img-turbo and Difix start at 1e-5, the same for every weight. Names and shapes are those
-of their files (`decoder.skip_conv_1.weight`, the coarsest, and so on), with no bias. R3D2 says "zero convolutions" and
-nothing of a bias or a kernel.
+Each feature has one 1 x 1 convolution. R3D2 starts them at zero: a new skip changes nothing, and yet it has a gradient,
+since its feature is not zero. img2img-turbo and Difix start at 1e-5, the same for every weight. Names and shapes are
+those of their files (`decoder.skip_conv_1.weight`, the coarsest, and so on), with no bias. R3D2 says "zero
+convolutions", and names neither bias nor kernel.
 
     python -m mirage_min.method.skips
 """
@@ -23,8 +23,7 @@ class Skips(nn.Module):
     """A convolution for each feature of the encoder, coarsest first: skip_conv_1, skip_conv_2, ..."""
 
     def __init__(self, channels: list[tuple[int, int]], start: float = 0.0):
-        """channels: of each feature, and of what the decoder takes for it (a VAE's skip_channels()). All weights are
-        `start`."""
+        """channels: (of a feature, of its skip), coarsest first (a VAE's skip_channels()). All weights are `start`."""
         super().__init__()
         for k, (c_in, c_out) in enumerate(channels, start=1):
             conv = nn.Conv2d(c_in, c_out, 1, bias=False)
@@ -32,9 +31,10 @@ class Skips(nn.Module):
             self.add_module(f"skip_conv_{k}", conv)
 
     def forward(self, features: list[Tensor]) -> Iterator[Tensor]:
-        """Features [N, C, h, w], finest first -> what is added to the decoder, coarsest first, made as it is asked for.
+        """Features [N, C, h, w], finest first -> the skips [N, C', h, w], coarsest first, each made when it is needed.
 
-        At full size one of them is as large as all that the decoder holds, so they are not all made at once.
+        At full size one skip is as large as all that the decoder holds, so they are not all made at once. ValueError
+        unless there is a feature for each convolution.
         """
         if len(features) != len(self._modules):
             raise ValueError(f"wanted {len(self._modules)} features, one for each skip, got {len(features)}")
@@ -42,7 +42,7 @@ class Skips(nn.Module):
 
     def _make(self, features: list[Tensor]) -> Iterator[Tensor]:
         for conv in self.children():
-            yield conv(features.pop())  # which is held no longer than needed, if nobody else holds it
+            yield conv(features.pop())  # popped, so that a feature which nobody else holds is freed at once
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Tiles: a frame that is too large for memory, cut into pieces of latent cells that are worked on one after the other.
+"""Tiles: a frame that is too large for memory, cut into pieces of latent cells that are processed one by one.
 
-A tile sees `margin` cells more on every side than are its own, because convolutions look beyond its border:
+A tile owns its cells, and sees `margin` more on every side, because convolutions look beyond its border:
 
     for rows, columns in cut(h, w, tiles=(2, 2), margin=8):     # h x w latent cells
         rows.seen, rows.own                                      # slices: with the margin, and without
 
-A training step decodes what a tile sees and takes the loss of its own pixels alone (`without_margin`). A stream keeps
-all that is seen and blends tiles where they overlap (`assemble`), so that no edge shows. No VAE tiles exactly: Wan's
-attention and CogVideoX's GroupNorm look at whole frames (measured: docs/streaming.md, docs/chopgrad).
+A training step decodes all cells that a tile sees, and takes the loss only of the pixels that it owns
+(`without_margin`). A stream keeps the margins too and blends tiles where they overlap (`assemble`), so that no edge
+shows. No VAE tiles exactly: Wan's attention and CogVideoX's GroupNorm look at whole frames (measured:
+docs/streaming.md, docs/chopgrad).
 
     python -m mirage_min.method.tiles                            # a cut, and the weights of a blend
 """
@@ -34,7 +35,7 @@ def cut(h: int, w: int, tiles: tuple[int, int], margin: int) -> list[Tile]:
     """A frame of h x w latent cells -> its tiles, row by row.
 
     tiles   rows and columns of tiles; need not divide h and w
-    margin  cells around each tile that it sees besides its own
+    margin  cells on each side of a tile that it sees in addition to those it owns
     ValueError if there are more tiles than cells, or the margin is negative.
     """
     if not (1 <= tiles[0] <= h and 1 <= tiles[1] <= w and margin >= 0):
@@ -43,24 +44,24 @@ def cut(h: int, w: int, tiles: tuple[int, int], margin: int) -> list[Tile]:
 
 
 def cut_side(n: int, pieces: int, margin: int) -> list[Side]:
-    """n cells in pieces that begin at n·k // pieces -> a Side for each; a margin ends where the cells do."""
+    """Cut n cells into pieces that begin at n·k // pieces -> a Side for each; margins do not leave 0 to n."""
     edges = [n * k // pieces for k in range(pieces + 1)]
     return [Side(slice(max(a - margin, 0), min(b + margin, n)), slice(a, b)) for a, b in pairwise(edges)]
 
 
 def scale(cells: slice, s: int, origin: int = 0) -> slice:
-    """The pixels of these cells, s to a cell, counted from cell `origin`."""
+    """A slice of cells -> the slice of their pixels, s to a cell, counted from the first pixel of cell `origin`."""
     return slice((cells.start - origin) * s, (cells.stop - origin) * s)
 
 
 def select(x: Tensor, tile: Tile, s: int) -> Tensor:
-    """What a tile sees of a frame x [..., h·s, w·s]: a view [..., height·s, width·s]."""
+    """The part of a frame x [..., h·s, w·s] that a tile sees: a view [..., height·s, width·s]; s pixels to a cell."""
     rows, columns = (scale(side.seen, s) for side in tile)
     return x[..., rows, columns]
 
 
 def without_margin(x: Tensor, t: int, tile: Tile) -> tuple[Tensor, tuple[slice, ...]]:
-    """The pixels of a decoded tile that are its own, and where in the video they lie.
+    """The pixels of a decoded tile that it owns, and where in the video they lie.
 
     x [B, C, T, height·s, width·s] begins at frame t of the video, for any number s of pixels to a cell
     -> (a view of x, the five slices that cut the same pixels from the video).
@@ -72,12 +73,12 @@ def without_margin(x: Tensor, t: int, tile: Tile) -> tuple[Tensor, tuple[slice, 
 
 
 def pixels_to_a_cell(x: Tensor, tile: Tile) -> int:
-    """s of what a tile sees, x [..., height·s, width·s]: 8 for frames, 1 for latents."""
+    """How many pixels a cell has along a side of x [..., height·s, width·s]: s, 8 for frames and 1 for latents."""
     return x.shape[-1] // (tile[1].seen.stop - tile[1].seen.start)
 
 
 def assemble(tiles: Iterable[tuple[Tile, Tensor]], h: int, w: int) -> Tensor:
-    """What tiles see, margins included -> the frame, blended where tiles overlap.
+    """Tiles with their margins -> the frame, blended where tiles overlap.
 
     tiles  pairs (tile, y [B, C, T, height·s, width·s]), all of one `cut`; a generator keeps one of them in memory
     h, w   latent cells of the frame -> [B, C, T, h·s, w·s] in y's dtype
