@@ -1,12 +1,12 @@
 """Two-stage alignment of a generated asset to the object whose place it takes (Mirage §3.3, §8.3).
 
     s, R, t = coarse_3d(asset, obj, heading)              # x_dst = s·R·x_src + t, from two sets of Gaussians
-    scale, shift = fine_2d(boxes_rendered, boxes_gt)      # what is left, by boxes: one affine map for the whole video
+    scale, shift = fine_2d(boxes_rendered, boxes_gt)      # the rest, by boxes: one affine map for the whole video
     boxes = move_boxes(boxes_rendered, scale, shift)      # build_pairs.py moves the camera by the same map
 
 The paper says what is matched, not how. A reconstructed object is noisy, has floaters and was often seen from one side
-only; the asset is whole and uniform. So the coarse stage draws the object's points onto the asset's surface, and what
-the object does not show pulls at nothing. DEVIATION: both are taken to stand upright, R turns about the vertical alone.
+only; the asset is whole and uniform. So the coarse stage draws the object's points onto the asset's surface, and parts
+of the asset that the object lacks do not matter. DEVIATION: both are taken to be upright: R turns about the vertical.
 
     python -m mirage_min.data.align              # half of a noisy box, and the similarity that put it where it is
 """
@@ -25,8 +25,8 @@ Similarity = tuple[Tensor, Tensor, Tensor]  # s [], R [3, 3], t [3]: x_dst = s·
 def umeyama(src: Tensor, dst: Tensor, weights: Tensor | None = None) -> Similarity:
     """The s, R, t that minimise Σ_i w_i |dst_i - (s·R·src_i + t)|² over points [N, 3], weights [N] (Umeyama 1991).
 
-    The closed form where every point has its counterpart. An asset and an object have none, so coarse_3d does without;
-    the tests take this to find a true similarity.
+    This closed form needs a counterpart for every point. An asset and an object have none, so coarse_3d does not use
+    it; the tests do, to find a true similarity. ValueError unless src and dst are [N, 3] of one N.
     """
     if src.shape != dst.shape or src.shape[1:] != (3,):
         raise ValueError(f"wanted two sets of points [N, 3] of one size, got {list(src.shape)} and {list(dst.shape)}")
@@ -46,7 +46,10 @@ def umeyama(src: Tensor, dst: Tensor, weights: Tensor | None = None) -> Similari
 # ---- coarse, in 3D ---------------------------------------------------------------------------------------------------
 
 def axes(up, front) -> Tensor:
-    """[3, 3]: the columns front (made level), left, up."""
+    """The directions up [3] and front [3] -> [3, 3] float64: the unit columns front (made level), left, up.
+
+    ValueError if front is vertical.
+    """
     up, front = (torch.as_tensor(v, dtype=torch.float64, device="cpu").detach() for v in (up, front))
     up = nnf.normalize(up, dim=0)
     level = front - (front @ up) * up
@@ -62,7 +65,10 @@ def any_level(up) -> Tensor:
 
 
 def points(gaussians: Gaussians, frame: Tensor) -> tuple[Tensor, Tensor]:
-    """Up to 1000 of the centres, in the frame's coordinates [N, 3], without floaters; their opacities [N]."""
+    """Up to 1000 of the centres, in the frame's coordinates [N, 3], without floaters; their opacities [N].
+
+    frame [3, 3]: its axes as columns. ValueError if fewer than 16 are left.
+    """
     some = torch.randperm(len(gaussians), generator=torch.Generator().manual_seed(0))[:1000]
     x = gaussians.means.detach().cpu()[some].double() @ frame
     gap = torch.cdist(x, x).kthvalue(min(8, len(x)), dim=1).values if len(x) else x[:, 0]
@@ -88,7 +94,7 @@ def long_axis(x: Tensor, w: Tensor) -> float:
 
 
 def upright(angle: float) -> Tensor:
-    """[3, 3]: a turn about the third axis."""
+    """The rotation [3, 3] by an angle in radians about the third axis."""
     c, s = math.cos(angle), math.sin(angle)
     return torch.tensor([[c, -s, 0], [s, c, 0], [0, 0, 1]], dtype=torch.float64)
 
@@ -164,6 +170,7 @@ def coarse_3d(asset: Gaussians, obj: Gaussians, heading=None, up=(0, -1, 0), ass
     heading [3]: where the object's front points in the world, from its track, right to less than 90°. Without it the
     shapes alone tell front from rear. up is the world's; asset_up and asset_front are in the asset's own coordinates.
     The defaults are OpenCV's y down and a front towards z; an asset with z up has asset_up=(0, 0, 1).
+    ValueError for fewer than 16 Gaussians without floaters, flat shapes, a vertical heading, or a scale that becomes 0.
     """
     A, B = axes(asset_up, asset_front), axes(up, any_level(up) if heading is None else heading)
     src, _ = points(asset, A)
@@ -196,7 +203,7 @@ def fine_2d(boxes_rendered: Tensor, boxes_gt: Tensor) -> tuple[tuple[float, floa
     """One scaling and one displacement for a whole video: ((sx, sy), (dx, dy)).
 
     Boxes [T, 4] are x0, y0, x1, y1 in pixels; frames where one is empty do not count. A frame's box is scaled about its
-    own centre, then moved by (dx, dy) pixels.
+    own centre, then moved by (dx, dy) pixels. ValueError if no frame has both boxes.
     """
     (c, size), (c_gt, size_gt) = centres(boxes_rendered), centres(boxes_gt)
     both = (size > 0).all(1) & (size_gt > 0).all(1)
@@ -216,12 +223,12 @@ def mask_box(alpha: Tensor) -> Tensor:
 
 
 def centres(boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., 4] -> centres [..., 2] and sizes [..., 2]"""
+    """Boxes [..., 4] x0, y0, x1, y1 -> centres [..., 2] and sizes [..., 2]"""
     return (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]
 
 
 def move_boxes(boxes: Tensor, scale: tuple[float, float], shift: tuple[float, float]) -> Tensor:
-    """What fine_2d found, applied to boxes [..., 4]."""
+    """Boxes [..., 4], each scaled about its centre and then shifted, by what fine_2d found -> [..., 4]"""
     c, size = centres(boxes)
     c, half = c + c.new_tensor(shift), size * c.new_tensor(scale) / 2
     return torch.cat([c - half, c + half], dim=-1)

@@ -1,8 +1,8 @@
-"""What the bytes of a container tell of frames that are no longer in it, where the demuxer does not ask.
+"""Frames that are missing from a damaged file, found in the bytes of its container where the demuxer is silent.
 
 A demuxer that meets damage looks for the next place that makes sense and continues there; what lies between is lost
-without a word. Here the chain of elements is followed instead: each must be one that may stand there, and end within
-the one that holds it. Their contents are not looked at.
+without a word. Here the chain of elements is followed instead: each must be allowed in its place, and end within the
+element that holds it. Their contents are not looked at.
 
     python -m mirage_min.data.containers          # a WebM with one bit flipped
 """
@@ -46,7 +46,7 @@ class Matroska:
         self.at, self.broken, self.places = 0, False, places(path)
 
     def breaks_before(self, position: float) -> bool:
-        """Whether the chain breaks before this byte; True once."""
+        """Whether the chain breaks before this byte of the file; True once, False from then on."""
         try:
             while self.at < position and not self.broken:
                 self.at = next(self.places, math.inf)
@@ -93,7 +93,7 @@ def places(path: Path) -> Iterator[int]:
 
 
 def may_hold(master: Master, name: int) -> bool:
-    """Whether Matroska allows an element of this name there."""
+    """Whether Matroska allows an element of this name, a number, inside the master."""
     return CHILDREN[master.name] is None or name in CHILDREN[master.name]
 
 
@@ -119,7 +119,7 @@ def number(head: bytes) -> tuple[int, int]:
 
 
 def riff_is_cut(path: Path) -> bool:
-    """Whether an AVI is shorter than its RIFF chunks say."""
+    """Whether an AVI file is shorter than the lengths in its RIFF chunks; False where these were never filled in."""
     at, size, length = 0, path.stat().st_size, 0
     with open(path, "rb") as file:
         while at + 8 <= size:

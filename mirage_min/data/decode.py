@@ -123,9 +123,11 @@ class File:
         return max(0, listed - read)
 
     def name(self, number: int) -> str:
+        """What an error calls frame number `number`."""
         return f"frame {number} (counted from 0)"
 
     def close(self) -> None:
+        """Close the file; no frame can be read after that."""
         self.container.close()
 
 
@@ -138,13 +140,13 @@ class Due:
         self.of_decoding = False                      # whether the times are those of decoding, not of showing
 
     def add(self, time: int, failed: bool, promised: bool) -> None:
-        """A packet has been decoded."""
+        """Note that a packet of this time, in ticks, was decoded, whether that failed, and whether it owes a frame."""
         heapq.heappush(self.heap, (time, failed, promised))
         self.rising &= time > self.latest
         self.latest = max(time, self.latest)
 
     def take(self, frame: av.VideoFrame) -> tuple[list[int], int | None]:
-        """A frame has come -> the times of those lost before it, and its own."""
+        """Match a decoded frame with its packet -> the times of frames lost before it, and its own, in ticks."""
         if frame.pts is None:
             return [], None
         # A B-frame follows a frame in the file that it precedes on the screen. Where the times of packets rise all the
@@ -162,7 +164,7 @@ class Due:
         return lost, None if self.of_decoding else frame.pts
 
     def rest(self) -> list[int]:
-        """The times of those that never came."""
+        """The times, in ticks and rising, of the frames that never came."""
         return [time for time, failed, promised in sorted(self.heap) if failed or promised]
 
 

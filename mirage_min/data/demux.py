@@ -29,7 +29,7 @@ class Clock:
         self.next, self.step = None, 0
 
     def set(self, packet: av.Packet) -> None:
-        """Change the times of the stream's next packet."""
+        """Shift the times of the stream's next packet, in place, onto this clock."""
         time = packet.pts if packet.dts is None else packet.dts
         if time is None:
             return
@@ -49,14 +49,17 @@ def open_file(path: Path) -> av.container.InputContainer:
     if not path.is_file():
         raise ValueError(f"{path}: is no file" if path.exists() else f"{path}: No such file")
     options = {"format_whitelist": ",".join(READ), "pattern_type": "none"}
-    try:  # without the prefix, what stands before a colon in a name would be a protocol
+    try:  # without the prefix "file:", the part of a name before a colon would be taken for a protocol
         return av.open(f"file:{path}", metadata_errors="replace", options=options)
     except av.FFmpegError as error:
         raise ValueError(f"{path}: cannot be read as video: {error.strerror}") from error
 
 
 def measured_rate(path: Path, index: int, packets: int = 25) -> Fraction | None:
-    """Frames a second by the times of a stream's first packets; None if they do not tell, or more than 120."""
+    """Frames a second, by the times of a stream's first packets; None if they have none, or it would be above 120.
+
+    ValueError if the file cannot be opened.
+    """
     with open_file(path) as container:
         stream = container.streams[index]
         times = sorted(packet.pts for packet, _ in zip(container.demux(stream), range(packets))
@@ -86,7 +89,7 @@ def packets(container: av.container.InputContainer, streams: list) -> Iterator[a
 
 
 def decode_packet(decoder: av.CodecContext, packet: av.Packet) -> tuple[list, bool]:
-    """The frames that a packet completes, and whether it failed."""
+    """The frames that a packet completes, and whether decoding it failed (then there are none)."""
     try:
         return decoder.decode(packet), False
     except av.FFmpegError:

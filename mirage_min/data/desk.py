@@ -1,4 +1,4 @@
-"""The desk of a command: what its user meets and what is no part of any method.
+"""The desk of a command, where it meets its user: signals, streams, errors, exit status, flags. No method is here.
 
     if __name__ == "__main__":
         from mirage_min.data import desk
@@ -55,6 +55,7 @@ def catch_signals() -> None:
 
 
 def interrupt(number: int, frame) -> None:
+    """The handler of SIGNALS: KeyboardInterrupt(number) inside `serve`, elsewhere one line and status 128 + number."""
     ignore_signals()  # a second one must not cut off the cleaning up
     if serving:
         raise KeyboardInterrupt(number)
@@ -63,7 +64,7 @@ def interrupt(number: int, frame) -> None:
 
 
 def ignore_signals() -> None:
-    """From here on the run finishes; signals that were not caught stay as they are."""
+    """Let the run finish: the signals that `catch_signals` caught are ignored from now on."""
     for number in SIGNALS:
         if signal.getsignal(number) is interrupt:
             signal.signal(number, signal.SIG_IGN)
@@ -88,11 +89,12 @@ serving = False  # whether a KeyboardInterrupt will be caught
 
 def serve(name: str, run: Callable[[], int | None], stopped: Callable[[], str | None] = lambda: NOTHING,
           memory: str = "") -> int:
-    """run() -> the exit status of the command `name`; what is wrong is said in one line on stderr.
+    """run() -> the exit status of the command `name`; an error is one line on stderr.
 
     run      its result is the status, None being 0
-    stopped  the end of a signal's line: what is written by then; None: another process says it
-    memory   what takes less of it, for the line of a run that has not enough
+    stopped  called after a signal -> the end of its line, which says what was written; None: another process says it
+    memory   settings that take less memory, for the line of a run that has not enough
+    RuntimeErrors that are not about memory are bugs, and raised again.
     """
     global serving
     serving = True
@@ -133,7 +135,7 @@ def say(text: str, end: str = "\n") -> bool:
 
 
 def say_error(text: str) -> None:
-    """One line on stderr, if there is one."""
+    """Print a text as one line on stderr; nothing happens where stderr is closed."""
     try:
         print(" ".join(text.split()), file=sys.stderr, flush=True)
     except (OSError, ValueError):
@@ -151,7 +153,7 @@ def silence(stream) -> None:
 
 
 def bar(items: Iterable | None = None, **settings):
-    """tqdm's bar where stderr is a terminal, and none elsewhere; it leaves no line."""
+    """tqdm(items, **settings): a bar where stderr is a terminal, none elsewhere. It vanishes at its end."""
     from tqdm import tqdm
 
     return tqdm(items, leave=False, disable=no_bar(), **settings)
@@ -164,7 +166,7 @@ def no_bar() -> bool | None:
 
 
 def peak_memory() -> str:
-    """The most memory that this process, and on a GPU its tensors, took at any time."""
+    """A text: the most memory that this process, and its tensors on a GPU, have taken at any time, in GiB."""
     import torch
 
     peak = "unknown"
@@ -185,7 +187,7 @@ def peak_memory() -> str:
 # ---- what is asked for -----------------------------------------------------------------------------------------------
 
 def first_line(doc: str | None) -> str:
-    """What a command is, by its docstring; None under python -OO."""
+    """The first line of a docstring, for a command's --help; "" for None, as under python -OO."""
     return (doc or "").partition("\n")[0]
 
 

@@ -31,20 +31,26 @@ class Insertion:
     displacement: tuple[float, float] = (0.0, 0.0)
 
     def render(self, t: int, camera: Camera, pose: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Frame t: colour times alpha [3, H, W], alpha [1, H, W] and depth [1, H, W] of the asset alone."""
-        # x' = s (x − c) + c + d is a camera of its own: nothing is resampled, so the asset stays as sharp as it was
+        """Frame t: colour times alpha [3, H, W], alpha [1, H, W] and depth [1, H, W] of the asset alone.
+
+        pose [4, 4]: the actor's, object to world.
+        """
+        # x' = s (x − c) + c + d is applied to the camera: no picture is resampled, so the asset stays sharp
         x0, y0, x1, y1 = self.boxes[t].tolist()
         (sx, sy), (dx, dy), cx, cy = self.scaling, self.displacement, (x0 + x1) / 2, (y0 + y1) / 2
         A = torch.tensor([[sx, 0, cx - sx * cx + dx], [0, sy, cy - sy * cy + dy], [0, 0, 1]])
         return render(moved(self.asset, pose), replace(camera, K=A @ camera.K))
 
     def aligned_boxes(self) -> Tensor:
-        """The boxes [T, 4] after the 2D map."""
+        """The asset's boxes [T, 4] after the 2D map, x0, y0, x1, y1 in pixels."""
         return align.move_boxes(self.boxes, self.scaling, self.displacement)
 
 
 def by_position(asset: Gaussians, actor: Gaussians, size: Tensor, R: Tensor) -> tuple[float, Tensor, Tensor]:
-    """The naive similarity: as long as the actor's 3D box, its middle at the mean of the actor's Gaussians."""
+    """The naive similarity s, R, t: as long as the actor's 3D box, its middle at the mean of the actor's Gaussians.
+
+    size [3]: length, width and height of that box; R [3, 3] turns the asset's axes into the actor's.
+    """
     x = asset.means @ R.T.to(asset.means)
     low, high = x.amin(0), x.amax(0)
     s = float(size[0] / (high - low)[0])
@@ -52,10 +58,11 @@ def by_position(asset: Gaussians, actor: Gaussians, size: Tensor, R: Tensor) -> 
 
 
 def composite(back: tuple[Tensor, ...], front: tuple[Tensor, ...], margin: float) -> tuple[Tensor, Tensor]:
-    """Asset over background, behind what stands before it (§8.4) -> (frame [3, H, W], what is seen of its alpha).
+    """Composite the asset, front, over the background, back (§8.4) -> (frame [3, H, W], its visible alpha [1, H, W]).
 
-    Both as splat.render gives them. What is nearer by less than `margin` does not hide the asset: else the ground at
-    its feet would, where it stands a little too low. DEVIATION: the paper composites without a word about depth.
+    Both are (rgb, alpha, depth) as splat.render returns them. The background hides the asset where it is nearer by
+    `margin` or more, in world units; by less, it would be the ground, hiding the lower edge of an asset that is
+    a little too low. DEVIATION: the paper does not mention depth here.
     """
     (background, density, depth), (rgb, alpha, asset_depth) = back, front
     seen = ((depth > asset_depth - margin) | (density < 0.5)).float()
@@ -65,9 +72,10 @@ def composite(back: tuple[Tensor, ...], front: tuple[Tensor, ...], margin: float
 
 def align_asset(scene: SceneFolder, asset: Gaussians, turn: Tensor, actor: int, frames: range, bar: tqdm
                 ) -> dict[str, Insertion]:
-    """Both stages -> the insertion at each of them; boxes outside the frames are 0.
+    """Align in two stages -> the Insertion at each: "none", "coarse" and "full"; boxes outside `frames` are 0.
 
-    turn [3, 3] takes the asset's axes to x forward, y left, z up, as the actor's frame has them.
+    turn [3, 3] takes the asset's axes to x forward, y left, z up, as the actor's frame has them. `bar` moves one step a
+    frame. ValueError if asset and actor cannot be aligned (align.coarse_3d, align.fine_2d).
     """
     track, T, (front, _, up) = scene.tracks[actor], len(scene.cameras), torch.eye(3)
     similarities = {

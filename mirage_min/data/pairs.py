@@ -23,7 +23,7 @@ from .video import Video, from_bytes, read_clip, to_bytes
 
 
 class Pairs:
-    """The usable pairs of a folder; `left_out` says of each other one why.
+    """The usable pairs of a folder; `left_out` has a line for each of the others, which says why.
 
     Every pair is checked once, from its header or first frame: both videos exist, are of one size and length, and have
     at least `frames` frames and `size` (height, width). A pair that turns out to be broken when it is read is named in
@@ -58,7 +58,7 @@ class Pairs:
         return len(self.names)
 
     def paths(self) -> list[Path]:
-        """Every file or folder that clips are read from, in order; those of `real` last."""
+        """Every file or folder that clips are read from, in the order of `names`; those of `real` last."""
         return [path for name in self.names for path in self._paths(name)] + self.real_paths
 
     def _paths(self, name: str) -> list[Path]:

@@ -24,12 +24,12 @@ except ImportError:  # Windows: what a killed run leaves stays there
 
 
 def is_mp4(path: Path) -> bool:
-    """Whether an output of this name is an mp4, not a folder of PNGs."""
+    """Whether an output of this name is an mp4 file: it ends in .mp4 and is no folder."""
     return path.suffix.lower() == ".mp4" and not path.is_dir()
 
 
 def is_clip(path: Path) -> bool:
-    """Whether an input or output of this name is a clip of tensors."""
+    """Whether an input or output of this name is a clip of tensors: it ends in .safetensors and is no folder."""
     return path.suffix.lower() == ".safetensors" and not path.is_dir()
 
 
@@ -64,12 +64,12 @@ def is_media(path: Path) -> bool:
 
 
 def is_empty(path: Path) -> bool:
-    """Whether a path is a folder with nothing in it."""
+    """Whether a path is an empty folder."""
     return path.is_dir() and not os.listdir(path)
 
 
 def first_other(folder: Path) -> str | None:
-    """The first name in a folder that is no PNG of ours."""
+    """The first name in a folder that is no PNG of ours (000000.png and so on), by the alphabet; None if all are."""
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries
                  if not re.fullmatch(r"\d{6}\.png", entry.name) or entry.is_dir(follow_symlinks=False)]
@@ -98,7 +98,10 @@ def taking_place(target: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def put(new: Path, target: Path, old: Path, overwrite: bool) -> None:
-    """Rename `new` to `target`; a folder that gives way goes to `old`."""
+    """Rename `new` to `target`; a folder that it replaces is moved to `old`.
+
+    ValueError if `target` exists and may not be replaced: without `overwrite`, or a folder with more than our PNGs.
+    """
     exists = ValueError(f"{target}: has appeared in the meantime, and is not replaced (--overwrite replaces it)")
     if not overwrite and os.path.lexists(target) and not is_empty(target):
         raise exists
@@ -140,7 +143,7 @@ def remove_stale(target: Path, name: str) -> None:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                continue  # its run goes on
+                continue  # its run is still alive
             if (part / "old").exists() and not target.exists():
                 os.replace(part / "old", target)
             shutil.rmtree(part, ignore_errors=True)

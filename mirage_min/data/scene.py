@@ -70,19 +70,19 @@ class SceneFolder:
     objects: dict[int, Gaussians]  # by id, each in its object's frame
 
     def at(self, t: int, without: int | None = None) -> Gaussians:
-        """All Gaussians in world coordinates as they stand at frame t, without one object."""
+        """All Gaussians at frame t, in world coordinates; `without` is the id of an object to leave out."""
         moving = [moved(g, self.tracks[i].pose[t]) for i, g in self.objects.items()
                   if i != without and self.tracks[i].pose[t].isfinite().all()]
         return Gaussians.cat([self.still, *moving])
 
 
 def moved(g: Gaussians, pose: Tensor) -> Gaussians:
-    """Gaussians taken along by a rigid pose [4, 4]."""
+    """Gaussians moved by a rigid pose [4, 4]; ValueError if it is none."""
     return g.transformed(1.0, pose[:3, :3], pose[:3, 3])
 
 
 def on(g: Gaussians, device: str) -> Gaussians:
-    """Gaussians on a device."""
+    """The same Gaussians on a device."""
     return Gaussians(*(None if v is None else v.to(device) for v in vars(g).values()))
 
 
@@ -106,7 +106,7 @@ def read_scene(folder: str | Path, device: str = "cpu") -> SceneFolder:
 
 
 def split(scene: Gaussians, tracks: dict[int, Track]) -> tuple[Gaussians, dict[int, Gaussians]]:
-    """The Gaussians of scene.ply -> (those that stand still, {id: those of an object, in its own frame})."""
+    """The Gaussians of scene.ply -> (those that do not move, {id: those of an object, in its frame})."""
     free, objects = torch.ones(len(scene), dtype=torch.bool), {}
     for i, track in tracks.items():
         to_object = torch.linalg.inv(track.pose[track.reference])
@@ -124,7 +124,7 @@ def split(scene: Gaussians, tracks: dict[int, Track]) -> tuple[Gaussians, dict[i
 
 @dataclass
 class View:
-    """What is read of a frame of transforms.json and, where the frame does not say it, of the file."""
+    """The fields that are read of a frame in transforms.json; those that it lacks come from the top of the file."""
 
     transform_matrix: Annotated[Tensor, (4, 4)]
     file_path: str = ""
@@ -143,6 +143,7 @@ def read_cameras(path: Path, width: int, height: int, pictures: list[Path] = [])
     """transforms.json -> the camera of every frame of a video of this size, with OpenCV's axes.
 
     pictures: those that the video consists of, in order; without them frames are ordered by file_path.
+    ValueError naming the file and the field for missing or bad values, other sizes and lenses that are no pinholes.
     """
     about = read_json(path)
     frames = about.get("frames")
@@ -160,7 +161,7 @@ def read_cameras(path: Path, width: int, height: int, pictures: list[Path] = [])
 
 
 def refuse_lenses(here: dict, path: Path, field: str) -> None:
-    """ValueError for a frame of transforms.json whose camera is more than a pinhole."""
+    """ValueError for a frame of transforms.json, `here`, whose camera is no pinhole, or distorts."""
     if other := [name for name in OTHER_LENSES if here.get(name)]:
         raise ValueError(f"{path}: {field}.{other[0]}: wanted a pinhole camera, got {str(here[other[0]])[:40]}")
     for name in DISTORTION & here.keys():
@@ -170,7 +171,10 @@ def refuse_lenses(here: dict, path: Path, field: str) -> None:
 
 
 def camera(view: View, where: str, width: int, height: int) -> Camera:
-    """A pinhole camera for frames of this size."""
+    """The Camera of a frame of this size in pixels, with OpenCV's axes; `where` names the frame in errors.
+
+    ValueError if its size is another, a focal length is missing, or its pose is not rigid.
+    """
     w, h = view.w or width, view.h or height
     if (w, h) != (width, height):
         raise ValueError(f"{where}: w, h: wanted the video's {width}x{height}, got {w:g}x{h:g}")
@@ -186,14 +190,15 @@ def camera(view: View, where: str, width: int, height: int) -> Camera:
 
 
 def focal_length(size: float, angle: float) -> float:
-    """Of a camera that sees `size` pixels in an angle of so many radians."""
+    """The focal length, in pixels, of a camera that sees `size` pixels in an angle of so many radians."""
     return size / 2 / math.tan(angle / 2)
 
 
 def ordered(names: list[str], pictures: list[Path], path: Path) -> list[int]:
-    """The numbers of the frames of these names (file_path) in the order of the pictures, each of which has one.
+    """The indices of the frames with these names (file_path), in the order of the pictures that they name.
 
-    Without pictures or names they go by their names, numbers by value.
+    Without pictures or names they are in the natural order of their names, numbers by value. ValueError if a name is no
+    picture's, or two are the same one's.
     """
     if not pictures or not all(names):
         return sorted(range(len(names)), key=lambda i: natural_order(names[i]))
@@ -240,7 +245,11 @@ class Tracks:
 
 
 def read_tracks(path: Path, T: int) -> dict[int, Track]:
-    """tracks.json of a scene of T frames -> {id: Track}."""
+    """tracks.json of a scene of T frames -> {id: Track}.
+
+    ValueError naming the file and the field for ids or frames that repeat, a frame outside 0 to T - 1, a size of 0 or
+    less, a box whose sides are swapped, a pose that is not rigid, or a reference that is no frame of the track.
+    """
     tracks = {}
     for n, item in enumerate(checked.record(Tracks, read_json(path), path).objects):
         where = f"{path}: objects[{n}]"
@@ -268,7 +277,7 @@ def read_tracks(path: Path, T: int) -> dict[int, Track]:
 
 
 def rigid(pose: Tensor, where: str) -> Tensor:
-    """A matrix [4, 4] that is a rotation and a translation; ValueError otherwise."""
+    """`pose` [4, 4], if it is a rotation and a translation; ValueError, beginning with `where`, otherwise."""
     R = pose[:3, :3]
     turns = (R @ R.T - torch.eye(3)).abs().max() <= 1e-3 and torch.linalg.det(R) > 0
     if not turns or pose[3].tolist() != [0, 0, 0, 1]:

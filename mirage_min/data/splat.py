@@ -52,12 +52,12 @@ class Gaussians:
         return len(self.means)
 
     def select(self, index: Tensor) -> "Gaussians":
-        """Those of a mask [N] or of indices."""
+        """The Gaussians of a mask [N] bool, or of indices [M] int64, in their order."""
         return Gaussians(*(None if v is None else v[index] for v in vars(self).values()))
 
     @staticmethod
     def cat(parts: list["Gaussians"]) -> "Gaussians":
-        """All of several; SH get zeros up to the highest degree; no ids unless all have them."""
+        """The Gaussians of several sets in one; SH get zeros up to the highest degree; no ids unless all have them."""
         K = max(p.sh.shape[1] for p in parts)
         parts = [replace(p, sh=nnf.pad(p.sh, (0, 0, 0, K - p.sh.shape[1]))) for p in parts]
         columns = [[getattr(p, f.name) for p in parts] for f in fields(Gaussians)]
@@ -80,7 +80,7 @@ class Gaussians:
 
 
 def rotations(quats: Tensor) -> Tensor:
-    """w x y z [N, 4], of any length -> [N, 3, 3]"""
+    """Quaternions w x y z [N, 4], of any length > 0 -> rotation matrices [N, 3, 3]"""
     w, x, y, z = nnf.normalize(quats, dim=1).unbind(1)
     return torch.stack([1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
                         2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
@@ -88,7 +88,7 @@ def rotations(quats: Tensor) -> Tensor:
 
 
 def quaternions(R: Tensor) -> Tensor:
-    """Rotations [N, 3, 3] -> w x y z [N, 4]"""
+    """Rotation matrices [N, 3, 3] -> unit quaternions w x y z [N, 4], of either sign"""
     a, b, c, d, e, f, g, h, i = R.flatten(1).unbind(1)
     # 4 q qᵀ: every row is a multiple of q, the one with the largest diagonal a safe one
     Q = torch.stack([1 + a + e + i, h - f, c - g, d - b, h - f, 1 + a - e - i, b + d, c + g,
@@ -114,7 +114,7 @@ def sh_basis(d: Tensor, K: int) -> Tensor:
 KINDS = dict(char="i1", uchar="u1", short="<i2", ushort="<u2", int="<i4", uint="<u4", float="<f4", double="<f8")
 KINDS |= {np.dtype(kind).name: kind for kind in KINDS.values()}  # int8, uint8, ..., float64
 def columns(K: int) -> list[str]:
-    """INRIA's properties in order, the normals left out, for K spherical harmonics."""
+    """The names of INRIA's PLY properties in order, without the normals, for K spherical harmonics."""
     return [*"xyz", *(f"f_dc_{i}" for i in range(3)), *(f"f_rest_{i}" for i in range(3 * K - 3)), "opacity",
             *(f"scale_{i}" for i in range(3)), *(f"rot_{i}" for i in range(4))]
 
@@ -198,7 +198,10 @@ def load_ply(path: str | Path) -> Gaussians:
 
 
 def save_ply(path: str | Path, g: Gaussians) -> None:
-    """The inverse of load_ply, to the bit for float32; ids become int32."""
+    """Write Gaussians as a PLY in INRIA's layout, whole or not at all; load_ply reads float32 back bit for bit.
+
+    ids become int32.
+    """
     names, rest = columns(g.sh.shape[1]), g.sh[:, 1:].mT.flatten(1)
     values = torch.cat([g.means, g.sh[:, 0], rest, g.logit_opacities[:, None], g.log_scales, g.quats], dim=1)
     layout = [*"xyz", "nx", "ny", "nz", *names[3:]] + ["object_id"] * (g.ids is not None)
@@ -249,7 +252,10 @@ def project(g: Gaussians, camera: Camera) -> tuple[Tensor, Tensor]:
 
 
 def blend(splats: Tensor, index: Tensor, pixels: Tensor, sums: Tensor, T: Tensor) -> tuple[Tensor, Tensor]:
-    """Blend splats[index] behind what the sums [P, 5] of pixels [P, 2] hold; T [P] is what shows through that."""
+    """Blend splats[index], farther than those in the sums [P, 5] of pixels [P, 2], into these -> new sums and T.
+
+    sums are r, g, b, depth and 1, weighted with α T; T [P] is the transmittance of all that was blended so far.
+    """
     s = splats[index]
     (dx, dy), (a, b, c, opacity) = (pixels.T[:, None] - s[:, :2].T[..., None]), s[:, 2:6, None].unbind(1)
     # α = o exp(-½ dᵀ Σ'⁻¹ d), at most .99, and 0 if less than 1/255

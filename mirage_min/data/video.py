@@ -63,12 +63,12 @@ class Format:
 
 
 def from_bytes(x: Tensor) -> Tensor:
-    """uint8 of any shape -> [-1, 1]."""
+    """uint8 of any shape -> float32 in [-1, 1], in new storage: 0 is -1, 255 is 1."""
     return x.to(torch.float32, copy=True).div_(127.5).sub_(1)
 
 
 def to_bytes(x: Tensor) -> Tensor:
-    """[-1, 1] of any shape -> uint8, rounded to the nearest; what is out of range is clamped, NaN and inf refused."""
+    """Numbers in [-1, 1] of any shape -> uint8, rounded to the nearest, others clamped. ValueError for NaN and inf."""
     x = x.detach().float()
     if not x.is_meta and not x.isfinite().all():  # a meta tensor is a shape without values
         raise ValueError("a frame is not finite (NaN or inf), so it has no colours")
@@ -76,17 +76,17 @@ def to_bytes(x: Tensor) -> Tensor:
 
 
 def in_eight_bits(x: Tensor) -> Tensor:
-    """[-1, 1] as a file of 8 bits gives it back, like x; NaN stays NaN."""
+    """x in [-1, 1], of any shape, rounded to the values that 8 bits can hold, in x's dtype; NaN stays NaN."""
     return (((x.float() + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1).to(x)
 
 
 def to_float(pixels: np.ndarray) -> Tensor:
-    """uint8 [H, W, 3] -> [3, H, W] in [-1, 1]."""
+    """Pixels, uint8 [H, W, 3] -> a frame [3, H, W] in [-1, 1]."""
     return from_bytes(torch.from_numpy(pixels).permute(2, 0, 1).contiguous())
 
 
 def to_uint8(x: Tensor) -> np.ndarray:
-    """[3, H, W] in [-1, 1] -> uint8 [H, W, 3]."""
+    """A frame [3, H, W] in [-1, 1] -> uint8 [H, W, 3]; ValueError for NaN and inf."""
     return to_bytes(x.cpu()).permute(1, 2, 0).contiguous().numpy()
 
 
@@ -180,12 +180,12 @@ def open_source(path: Path, fps: Fraction) -> File | Folder | Animation | Clip:
 
 
 def may_sound(path: Path) -> bool:
-    """Whether a video may have sound: pictures and clips have none."""
+    """Whether an input of this path may have sound: pictures and clips have none."""
     return not (path.is_dir() or is_clip(path) or animates(path))
 
 
 def read_image(path: str | Path) -> Tensor:
-    """A picture file -> [3, H, W] in [-1, 1]; ValueError if it is none."""
+    """A picture file -> [3, H, W] in [-1, 1]; ValueError if there is none, or it cannot be read as one."""
     pixels = read_picture(Path(path))
     if pixels is None:
         raise ValueError(f"{path}: {'cannot be read as a picture' if Path(path).exists() else 'no such file'}")
@@ -193,7 +193,7 @@ def read_image(path: str | Path) -> Tensor:
 
 
 def read_clip(path: str | Path, frames: int | None = None) -> Tensor:
-    """A whole video in memory, or its first `frames`: [3, T, H, W] in [-1, 1]."""
+    """A whole video in memory, or its first `frames`: [3, T, H, W] in [-1, 1]. ValueError as of Video."""
     with Video(path) as video:
         return torch.stack(list(islice(video, frames)), dim=1)
 
@@ -209,7 +209,7 @@ def writing(path: str | Path, format: Format, crf: int = 16, preset: str = "medi
     What is written takes its place at the end (place.py); if anything is raised until then, nothing is left of it.
     A path that is no folder and ends in .mp4 becomes H.264: `crf` is its quality, from 0 (lossless but for the
     conversion to YUV) to 51, and `sound` the file whose sound is taken over. NAME.safetensors gets x_dr. PNGs are
-    lossless, and silent.
+    lossless, and silent. ValueError if the place is taken, x264 refuses the settings, or writing fails.
     """
     target = Path(os.path.realpath(path))
     try:
@@ -233,7 +233,7 @@ def write_clip(path: str | Path, x: Tensor, fps: float | Fraction = 25, crf: int
 
 
 def rational(fps: float | Fraction) -> Fraction:
-    """Frames a second as containers keep them: 29.97 -> 2997/100, 30000/1001 as it is."""
+    """Frames a second as containers keep them: 29.97 -> 2997/100. ValueError outside 1/1001 to 1000."""
     if not 1 / 1001 <= fps <= 1000:
         raise ValueError(f"fps must be from 1/1001 to 1000, got {fps}")
     return Fraction(fps).limit_denominator(1001)
@@ -267,7 +267,7 @@ class Mp4(AbstractContextManager):
         self.heard = next(self.sound, math.inf)  # seconds of sound written; the first step adds its streams
 
     def write(self, x: Tensor, pts: int, duration: int = 0) -> None:
-        """One frame at `pts` ticks; times must rise."""
+        """Write a frame [3, H, W] in [-1, 1] at `pts` ticks, which must rise. ValueError: another size, NaN, inf."""
         C, H, W = x.shape
         if (H, W) != (self.format.height, self.format.width):
             raise ValueError(f"wanted a frame [3, {self.format.height}, {self.format.width}], got {list(x.shape)}")
@@ -298,6 +298,7 @@ class Tensors(AbstractContextManager):
         self.path, self.frames = path, []
 
     def write(self, x: Tensor, pts: int = 0, duration: int = 0) -> None:
+        """Add a frame [3, H, W] in [-1, 1]; its time is not kept. ValueError for NaN and inf."""
         self.frames.append(to_bytes(x.cpu()))
 
     def __exit__(self, kind, *error) -> None:
@@ -313,6 +314,7 @@ class Pngs(AbstractContextManager):
         self.folder, self.number = folder, 0
 
     def write(self, x: Tensor, pts: int = 0, duration: int = 0) -> None:
+        """Write a frame [3, H, W] in [-1, 1] as the next PNG; its time is not kept. ValueError for NaN and inf."""
         Image.fromarray(to_uint8(x)).save(self.folder / f"{self.number:06d}.png")
         self.number += 1
 

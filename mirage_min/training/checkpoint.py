@@ -1,15 +1,15 @@
 """A run's checkpoint, and what the run is: so that the same command resumes it and no other one can.
 
-A checkpoint holds what is trained, the optimiser's moments and the step. Clip k of step s is drawn by a generator that
-is seeded with (seed, s, k) and by nothing else (`run.draws`), so the place in the data and the state of every random
+A checkpoint holds the trained tensors, the optimiser's moments and the step. Clip k of step s is drawn by a generator
+that is seeded with (seed, s, k) and nothing else (`run.draws`), so the place in the data and the state of every random
 number are one integer, the step. Killed at any moment and started again, by as many processes as there are then, a run
 continues as if nothing had happened, and on a CPU ends bit-equal.
 
-    checkpoint.safetensors      the newest; it carries a digest of its own contents, which `resume` compares
+    checkpoint.safetensors      the newest; it carries a digest of its contents, which `resume` compares
     previous.safetensors        the one before it, which the error names where the newest is damaged
 
-What a run is, `identify` says: the recipe, the flags, and digests of the clips and of all weights that are not
-trained. Whatever differs is named and refused. Exempt is only what cannot change the result: see `may_change`.
+`identify` says what a run is: the recipe, the flags, and digests of the clips and of all weights that are not trained.
+Whatever differs is named and refused. Only settings that cannot change the result are exempt: see `may_change`.
 
     python -m mirage_min.training.checkpoint
 """
@@ -47,7 +47,7 @@ def may_change(default):
 
 def identify(args: argparse.Namespace, recipe, files: list[Path], models: nn.Module, trained: dict[str, Tensor],
              **facts) -> dict:
-    """What must be the same for a run to resume: {what: value}, of JSON's kinds.
+    """What must be the same for a run to resume: {name: value}, of JSON's types.
 
     files    every file or folder that clips are read from
     models   all networks of a step; `trained` are those of their tensors that a checkpoint holds
@@ -62,7 +62,11 @@ def identify(args: argparse.Namespace, recipe, files: list[Path], models: nn.Mod
 
 
 def digest(tensors: dict[str, Tensor], most: int | None = None, start: int = 0) -> str:
-    """CRC-32 of names, types, shapes and values, in eight hexadecimal digits; of a tensor at most its first bytes."""
+    """CRC-32 of the tensors' names, types, shapes and values, in eight hexadecimal digits.
+
+    most   how many bytes of each tensor count, from its first; None: all
+    start  the CRC-32 to continue from
+    """
     value = start
     for name, tensor in sorted(tensors.items()):
         value = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), value)
@@ -73,8 +77,10 @@ def digest(tensors: dict[str, Tensor], most: int | None = None, start: int = 0) 
 
 
 def digest_of_frozen(models: nn.Module, trained: dict[str, Tensor]) -> str:
-    """Of all that the models compute with and that is not trained: the first MiB of every parameter and buffer, and of
-    every tensor that is a plain attribute (a noise schedule); and their configs."""
+    """The digest of all tensors that the models compute with and that are not trained, and of the models' configs.
+
+    It covers the first MiB of every parameter, buffer and tensor that is a plain attribute (a noise schedule).
+    """
     ours, frozen, configs = {id(t) for t in trained.values()}, {}, ""
     for prefix, module in models.named_modules():
         for name, value in {**vars(module), **module._parameters, **module._buffers}.items():
@@ -85,12 +91,15 @@ def digest_of_frozen(models: nn.Module, trained: dict[str, Tensor]) -> str:
 
 
 def digest_of_run(tensors: dict[str, Tensor], step: str, settings: str) -> str:
-    """Of all that a checkpoint holds, every byte."""
+    """The digest of all that a checkpoint holds, every byte: eight hexadecimal digits."""
     return digest(tensors, start=zlib.crc32(f"{step} {settings}".encode()))
 
 
 def digest_of_files(files: list[Path]) -> str:
-    """How many files or folders there are, and the digest of their names and contents (digest_of_file), in order."""
+    """The number of files or folders, and the digest of their names and contents (digest_of_file), in order.
+
+    ValueError naming a file that cannot be read.
+    """
     value = 0
     for file in files:
         value = digest_of_file(file, value)
@@ -98,8 +107,11 @@ def digest_of_files(files: list[Path]) -> str:
 
 
 def digest_of_file(path: Path, start: int = 0) -> int:
-    """CRC-32 of a file's name and size and of 16 blocks of it, or of all that a folder holds; up to 64 KiB are covered
-    whole. Another clip of the same name and size differs nearly everywhere, so this finds it without reading it all."""
+    """CRC-32 of a file's name, size and 16 blocks of it, or of all files in a folder; up to 64 KiB are covered whole.
+
+    Another clip of the same name and size differs nearly everywhere, so this notices it without reading the whole file.
+    ValueError if the file cannot be read.
+    """
     value = zlib.crc32(path.name.encode(errors="surrogateescape"), start)
     if path.is_dir():
         for inside in sorted(path.iterdir()):
@@ -120,9 +132,10 @@ def digest_of_file(path: Path, start: int = 0) -> int:
 
 def save(folder: Path, step: int, trained: dict[str, Tensor], optimizer: torch.optim.Optimizer,
          identity: dict) -> None:
-    """Write the checkpoint after `step` steps of the run of that identity, whole or not at all; the first process does.
+    """Write the checkpoint after `step` steps of the run of that identity, whole or not at all.
 
-    trained: {name: a tensor that is trained, or measured once and kept}. The checkpoint before it stays, as PREVIOUS.
+    Only the first process writes. trained: {name: a tensor that is trained, or measured once and kept}. The checkpoint
+    before this one stays, as PREVIOUS.
     """
     if rank() > 0:
         return
@@ -214,7 +227,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], int, dict]:
 
 
 def way_out(damaged: Path) -> str:
-    """What to do where the checkpoint to resume from is damaged."""
+    """The end of an error: what the user can do about a damaged checkpoint, with the command."""
     before = damaged.with_name(PREVIOUS)
     try:
         if damaged == before:
@@ -226,7 +239,7 @@ def way_out(damaged: Path) -> str:
 
 
 def way_on(folder: Path) -> str:
-    """At which step the same command continues: for the last line of a run that is interrupted."""
+    """The last line of an interrupted run: at which step the same command resumes."""
     path = newest(folder)
     if path is None:
         return "there is no checkpoint yet: the same command starts again"

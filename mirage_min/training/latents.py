@@ -27,15 +27,15 @@ class EachFrame(nn.Module):
         self.vae = vae
 
     def encode(self, x: Tensor) -> Tensor:
-        """x [B, 3, T, H, W] in [-1, 1] -> z [B, 4, T, h, w]"""
+        """x [B, 3, T, H, W] in [-1, 1] -> z [B, 4, T, H/8, W/8], scaled as the image VAE scales it"""
         z = self.vae.encode(rearrange(x, "b c t h w -> (b t) c h w"))
         return rearrange(z, "(b t) c h w -> b c t h w", b=len(x))
 
 
 class Latents:
-    """The pairs as latents, as they are and mirrored, encoded once and kept in a file.
+    """The latents z [2 N, 2, C, F, h, w] of N pairs, each as it is and mirrored, encoded once and kept in a file.
 
-    ValueError if the file is there and holds those of other pairs or of another VAE.
+    ValueError if the file exists and holds those of other pairs or of another VAE, or the pairs differ in size.
     """
 
     def __init__(self, pairs: Pairs, vae: CogVideoXVAE | WanVAE | EachFrame, recipe: Optimisation, file: Path):
@@ -52,7 +52,10 @@ class Latents:
     @staticmethod
     @torch.no_grad()
     def encode(pairs: Pairs, vae: CogVideoXVAE | WanVAE | EachFrame, recipe: Optimisation) -> Tensor:
-        """All pairs -> latents [2 N, 2, C, F, h, w] in float16: of every pair as it is, then mirrored."""
+        """All N pairs -> latents [2 N, 2, C, F, h, w] in float16: of each pair as it is, then mirrored; NI, then GT.
+
+        ValueError if the pairs differ in size.
+        """
         z, device = None, next(vae.parameters()).device
         for i in desk.bar(range(len(pairs)), desc="encoding", unit="clip"):
             x = torch.stack(pairs.read(i, lambda n: 0)).to(device)                       # [NI and GT, 3, T, H, W]
@@ -67,7 +70,7 @@ class Latents:
         return z
 
     def batch(self, n: int, draws: Generator) -> tuple[Tensor, Tensor]:
-        """n pairs of latents: z_NI, z_GT [n, C, F, h, w]."""
+        """n pairs of latents, drawn with replacement: z_NI, z_GT [n, C, F, h, w] in float32."""
         z = self.z[torch.randint(len(self.z), (n,), generator=draws)].float()
         return z[:, 0], z[:, 1]
 

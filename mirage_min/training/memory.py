@@ -2,9 +2,9 @@
 
 PyTorch's FakeTensors have a shape, a type, a device and a lifetime, and no storage. The whole step runs on them: every
 network, ChopGrad, losses and every backward. A storage counts from the operation that makes it until nothing refers to
-it any more; the estimate is the highest sum, and AdamW's two moments. Of it, `parameters`, `moments` and what autograd
-holds for `backward` are told apart; the rest lives in passing. Not counted are the workspaces of single operations
-(cuDNN's: a few per cent) and what the allocator wastes.
+it any more; the estimate is the highest sum plus AdamW's two moments. It is split into `parameters`, `moments`, what
+autograd holds for `backward`, and the temporary rest, `passing`. The workspaces of single operations (cuDNN's: a few
+per cent) and the allocator's waste are not counted.
 
     python -m mirage_min.training.memory
 """
@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 GIB = 2**30
-LESS = {  # what can be changed in a recipe that has it: the cheapest to give up first; r the recipe, n processes
+LESS = {  # settings that take less memory, the cheapest to give up first; r is the recipe, n the number of processes
     "accumulate": lambda r, n: r.batch // n,
     "checkpoint_decoder": lambda r, n: True,
     "checkpoint_dit": lambda r, n: True,
@@ -56,7 +56,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def add(self, storage) -> None:
-        """Count a storage until nothing refers to it any more."""
+        """Add an untyped storage's bytes to `count`, until nothing refers to it any more."""
         key, size = storage._cdata, storage.nbytes()
         self.known.add(key)
         self.count += size
@@ -107,9 +107,10 @@ class SavedTensor:
 
 
 def expected(models: nn.ModuleList, step: Callable, size: tuple[int, ...], device: str) -> dict[str, int]:
-    """Bytes of step(models, x_ni, x_gt) at its worst moment, for clips of size (B, 3, T, H, W), by what they are.
+    """Bytes of step(models, x_ni, x_gt) at its peak, for clips of size (B, 3, T, H, W), by what they hold.
 
-    parameters (with buffers); moments, AdamW's; backward, what autograd holds for it at most; passing, all else.
+    The keys are parameters (with buffers), moments (AdamW's), backward (what autograd holds at most) and passing (the
+    rest). Their sum is the estimate.
     """
     fake, live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
     try:
@@ -138,7 +139,7 @@ def forget_tables() -> None:
 
 
 def available(device: str) -> int:
-    """Bytes that this process may use on the device: what is free, and what its own weights already take there."""
+    """Bytes that this process may use on the device: what is free there and, on a GPU, what it already holds itself."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     try:
@@ -151,8 +152,9 @@ def available(device: str) -> int:
 
 def plan(models: nn.ModuleList, step: Callable, recipe, device: str, processes: int = 1,
          sharded: nn.Module | None = None) -> str:
-    """What step(models, recipe, x_ni, x_gt, terms) needs in one of so many processes; if that is more than there is, a
-    line for each setting that needs less.
+    """A text: what step(models, recipe, x_ni, x_gt, terms) needs in one of the processes, in GiB, and what there is.
+
+    If it needs more than there is, a line follows for each setting that takes less.
 
     sharded: the network whose frozen weights are divided among the processes where the recipe has shard=True.
     """

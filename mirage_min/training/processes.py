@@ -32,29 +32,29 @@ def join(device: str) -> None:
 
 
 def leave() -> None:
-    """Leave the other processes, if there are any."""
+    """Leave torchrun's other processes, if `join` joined any."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def rank() -> int:
-    """Which of the processes this is, from 0."""
+    """The number of this process, 0 for the first and for one alone."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world() -> int:
-    """How many processes there are."""
+    """The number of processes, 1 for one alone."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def print_once(*words) -> None:
-    """Print in the first process only."""
+    """Print the words, with spaces between them, in the first process only."""
     if rank() == 0:
         desk.say(" ".join(map(str, words)))
 
 
 def pieces(recipe) -> list[range]:
-    """This process's clips of the batch 0 .. batch - 1, in as many pieces as are accumulated."""
+    """This process's clips of the batch 0 .. batch - 1, in recipe.accumulate pieces. ValueError as in `deal`."""
     return deal(recipe.batch, recipe.accumulate, rank(), world())
 
 

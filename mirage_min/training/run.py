@@ -40,8 +40,10 @@ from .checkpoint import may_change
 
 @dataclasses.dataclass
 class Optimisation:
-    """How many steps of what size: what every training script can change by --set. Here and in Recipe the numbers are
-    Mirage's (§4.1), for both of its stages."""
+    """The number and size of the steps, which every training script can change by --set.
+
+    Here and in Recipe the numbers are Mirage's (§4.1), for both of its stages.
+    """
 
     steps: int = 10_000
     batch: int = 8                      # clips a step, over all processes
@@ -57,7 +59,7 @@ class Optimisation:
 
 @dataclasses.dataclass
 class Recipe(Optimisation):
-    """The same, and the clips: pairs of a naive insertion and the truth."""
+    """An Optimisation and its clips: pairs of a naive insertion and the truth."""
 
     accumulate: int = may_change(1)     # pieces in which a process works through its clips
     frames: int = 9                     # padded to what the VAE takes, as height and width are; the padding counts
@@ -69,7 +71,7 @@ class Recipe(Optimisation):
 
 
 def check(recipe) -> None:
-    """ValueError for what no recipe can mean."""
+    """ValueError for a recipe that has a count below 1, negative steps, or a share outside 0 to 1."""
     for key in ("batch", "accumulate", "frames", "height", "width", "every"):
         if getattr(recipe, key, 1) < 1:
             raise ValueError(f"{key} must be at least 1, got {getattr(recipe, key)}")
@@ -137,9 +139,9 @@ def launch(main: Callable, args: argparse.Namespace, recipes: dict) -> None:
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 def open_data(args: argparse.Namespace, recipe: Recipe) -> tuple[Pairs, Pairs | None]:
-    """The pairs of --data, of which the recipe's crops are cut, and the whole ones of --val; those left out are named.
+    """The pairs of --data, from which the recipe's crops are cut, and those of --val, whole (None without the flag).
 
-    ValueError if there are no usable ones.
+    Pairs that are left out are printed. ValueError if a folder has no usable ones.
     """
     data = Pairs(args.data, recipe.frames, (recipe.height, recipe.width), args.real, recipe.real_frames)
     val = Pairs(args.val, recipe.frames) if args.val else None
@@ -176,13 +178,13 @@ class Steps(tqdm):
 
 
 def optimizer(params: dict[str, nn.Parameter], recipe: Optimisation) -> torch.optim.AdamW:
-    """AdamW with the recipe's rate, β2 and weight decay."""
+    """AdamW over {name: parameter}, with the recipe's rate, β2 and weight decay; β1 is 0.9."""
     return torch.optim.AdamW(params.values(), lr=recipe.lr, betas=(0.9, recipe.beta2),
                              weight_decay=recipe.weight_decay)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, recipe: Optimisation, step: int) -> None:
-    """The step's learning rate, for all parameters: the recipe's times `schedule`."""
+    """Set the learning rate of this step, for all parameters: the recipe's rate times `schedule`."""
     for group in optimizer.param_groups:
         group["lr"] = recipe.lr * schedule(step, recipe.warmup, recipe.steps, recipe.cosine)
 
@@ -195,19 +197,19 @@ def schedule(step: int, warmup: int, steps: int, cosine: bool) -> float:
 
 
 def autocast(recipe: Optimisation, device: str | torch.device) -> torch.autocast:
-    """bfloat16 where the recipe has it."""
+    """The context for forward passes: autocast to bfloat16 if the recipe has bf16, else without effect."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=recipe.bf16)
 
 
 def due(step: int, recipe: Optimisation) -> bool:
-    """Whether a checkpoint is written after this step: after `every` so many, and after the last."""
+    """Whether a checkpoint is written after this step: after every `recipe.every` steps, and after the last."""
     return (step + 1) % recipe.every == 0 or step + 1 == recipe.steps
 
 
 # ---- what a run says of itself ---------------------------------------------------------------------------------------
 
 def count(params: dict[str, nn.Parameter]) -> str:
-    """How many numbers each adapter trains; a parameter's name begins with that of its adapter and a point."""
+    """How many numbers each adapter trains, as text; a parameter's name is its adapter's, a dot and the rest."""
     counts = Counter()
     for name, p in params.items():
         counts[name.partition(".")[0]] += p.numel()
@@ -215,12 +217,12 @@ def count(params: dict[str, nn.Parameter]) -> str:
 
 
 def about(recipe) -> dict[str, str]:
-    """What a file of trained weights says of their making, as safetensors' metadata."""
+    """The safetensors metadata of trained weights: how many steps they took, and the recipe as JSON."""
     return {"step": str(recipe.steps), "recipe": json.dumps(dataclasses.asdict(recipe))}
 
 
 def seen_from(folder: Path, name: str | Path) -> str:
-    """A folder as it is called from another one; a hub id as it is."""
+    """The path of the folder `name` relative to `folder`; anything else, such as a hub id, unchanged."""
     return os.path.relpath(name, folder) if Path(name).is_dir() else str(name)
 
 

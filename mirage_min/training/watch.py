@@ -93,8 +93,10 @@ def read_lines(file: Path) -> list[dict]:
 
 
 def score(model: Model, val: Pairs, lpips, device: torch.device) -> dict[str, float]:
-    """Mean PSNR and LPIPS of what the model makes of held-out pairs: of whole frames and, where a pair has boxes, of
-    the crop of its actor."""
+    """Mean PSNR and LPIPS of the model's results on held-out pairs: {"val_psnr": ..., "val_lpips": ...}.
+
+    Where pairs have boxes, "val_psnr_actor" and "val_lpips_actor" are those of the crops of their actors.
+    """
     scores = defaultdict(list)
     for i in range(len(val)):
         try:
@@ -127,7 +129,7 @@ def draw_frames(path: Path, videos: dict[str, Tensor]) -> None:
 
 
 def draw_curves(path: Path, lines: list[dict]) -> None:
-    """Every term over the steps, on a logarithmic axis, where it is positive."""
+    """Write a PNG of every term over the steps, on a logarithmic axis; values of 0 or less are left out."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     for term in sorted({key for line in lines for key in line} - {"step", "seconds"}):
