@@ -102,6 +102,14 @@ def test_the_usual_name_wins_over_copies_beside_it(model, folder):
     assert "another.safetensors, diffusion_pytorch_model.fp16.safetensors" in message and "neither an index" in message
 
 
+def test_what_is_stored_as_float16_computes_in_float32_unless_float16_is_asked_for(model, folder):
+    stored = {key: tensor.half() for key, tensor in model.state_dict().items()}
+    save_file(stored, folder / FILE)
+    loaded = AutoencoderKL.from_pretrained(folder).state_dict()
+    assert all(loaded[key].dtype == torch.float32 and torch.equal(loaded[key], stored[key].float()) for key in stored)
+    assert AutoencoderKL.from_pretrained(folder, dtype=torch.float16).quant_conv.bias.dtype == torch.float16
+
+
 def test_dtype_casts_every_float_and_otherwise_the_file_decides(model, folder):
     low = AutoencoderKL.from_pretrained(folder, dtype=torch.bfloat16)
     assert {p.dtype for p in low.parameters()} == {torch.bfloat16}

@@ -44,8 +44,9 @@ def from_pretrained(cls, path: str | Path, subfolder: str | None = None, dtype: 
                     device: torch.device | str | None = None) -> nn.Module:
     """Build a `cls` from a local folder or a hub id ("org/name"), strictly: every tensor is used and none is missing.
 
-    `dtype` defaults to the file's own, `device` to the CPU; with both defaults the parameters are the memory-mapped
-    file itself (training changes them, not the file). The model is in eval mode and its parameters require gradients.
+    `dtype` defaults to the file's own, and to float32 where that is float16: a way to store weights, in which sums
+    overflow. `device` defaults to the CPU; with both defaults the parameters are the memory-mapped file itself
+    (training changes them, not the file). The model is in eval mode and its parameters require gradients.
     ValueError for any fault of the files, naming the file and the fault.
     """
     folder = locate(cls, path, subfolder)
@@ -64,6 +65,7 @@ def from_pretrained(cls, path: str | Path, subfolder: str | None = None, dtype: 
     floats = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
     if dtype is None and floats:  # of several types the one that holds them all: a network computes in one
         dtype = functools.reduce(torch.promote_types, floats)
+        dtype = torch.float32 if dtype == torch.float16 else dtype
     for key, tensor in state.items():
         state[key] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
     model.load_state_dict(state, assign=True)
