@@ -11,6 +11,7 @@ from PIL import Image
 from mirage_min.data import containers
 from mirage_min.data.containers import (
     Matroska,
+    avi_frames,
     gif_images,
     places,
     png_images,
@@ -144,6 +145,45 @@ def test_an_avi_may_lack_what_fills_up_its_last_chunk_and_nothing_else(tmp_path,
     assert riff_is_cut(tmp_path / "a.avi") == cut
 
 
+def chunk(name: bytes, content: bytes, fill: bool = True) -> bytes:
+    return name + len(content).to_bytes(4, "little") + content + bytes(len(content) % 2 * fill)
+
+
+def avi(packets: bytes, after: bytes = b"", length: int | None = None) -> bytes:
+    """An AVI of a header and these packets; `length` instead of the RIFF's."""
+    content = b"AVI " + chunk(b"LIST", b"hdrl" + chunk(b"avih", bytes(5))) + chunk(b"LIST", b"movi" + packets) + after
+    return b"RIFF" + (len(content) if length is None else length).to_bytes(4, "little") + content
+
+
+PACKETS = [chunk(b"00dc", b"\1\2\3"), chunk(b"01wb", b"\1" * 6), chunk(b"00dc", b""), chunk(b"00pc", b"\1\2"),
+           chunk(b"ix00", b"\1" * 8), chunk(b"JUNK", b"\0" * 4), chunk(b"00db", b"\5" * 10)]  # of stream 0: two frames
+
+
+def test_the_frames_of_an_avi_are_counted_by_its_chunks(tmp_path):
+    packets, index = b"".join(PACKETS), chunk(b"idx1", bytes(32))
+    unfilled = [chunk(b"00dc", b"\1" * 3, fill=False) + chunk(b"00dc", b"\1" * 5, fill=False)]
+    whole = {"plain": (avi(packets, index), 2), "lists of packets": (avi(chunk(b"LIST", b"rec " + packets) * 2), 4),
+             "two RIFFs": (avi(packets, index) + avi(packets), 4), "not filled up": (avi(unfilled[0], index), 2),
+             "junk at the end": (avi(packets, index) + b"junk at the end", 2), "no packets": (avi(b"", index), 0),
+             "length never filled in, cut": (avi(packets, length=0)[:-3], 1), "another form": (b"RIFF\0\0\0\0AMV ", 0)}
+    for what, (data, count) in whole.items():
+        (tmp_path / "a.avi").write_bytes(data)
+        assert avi_frames(tmp_path / "a.avi", 0, 2) == count, what
+
+
+def test_the_chain_of_an_avi_breaks_where_a_byte_was_put_in_or_a_name_is_spoilt(tmp_path):
+    data, path = avi(b"".join(PACKETS), chunk(b"idx1", bytes(32))), tmp_path / "a.avi"
+    movi, index = data.index(b"movi") + 4, data.index(b"idx1")
+    for at in range(movi, index):
+        path.write_bytes(data[:at] + b"\xff" + data[at:])
+        assert avi_frames(path, 0, 2) is None, f"a byte put in at {at}"
+    for name in (b"00dc", b"01wb", b"00db"):
+        at = data.index(name)
+        for spoilt in (b"p" + name[1:], b"1" + name[1:], bytes(4)):
+            path.write_bytes(data[:at] + spoilt + data[at + 4 :])
+            assert avi_frames(path, 0, 2) is None, (name, spoilt)
+
+
 @pytest.fixture(scope="module")
 def transport(tmp_path_factory):
     """A transport stream of 24 frames, a key frame every six; the number of its video."""
@@ -163,8 +203,10 @@ LAYOUTS = {"188 bytes": lambda d: d, "junk before": lambda d: b"\1\2\3" + d,
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_whole_transport_stream_is_whole_and_one_cut_off_is_not(transport, tmp_path, layout):
+@pytest.mark.parametrize("at_once", [7, containers.AT_ONCE])
+def test_a_whole_transport_stream_is_whole_and_one_cut_off_is_not(transport, tmp_path, monkeypatch, layout, at_once):
     data, pid = transport
+    monkeypatch.setattr(containers, "AT_ONCE", at_once)
     path = tmp_path / "a.ts"
     path.write_bytes(LAYOUTS[layout](data))
     assert not transport_is_broken(path, pid)
@@ -172,8 +214,10 @@ def test_a_whole_transport_stream_is_whole_and_one_cut_off_is_not(transport, tmp
     assert transport_is_broken(path, pid)
 
 
-def test_what_is_missing_from_a_transport_stream_is_missed(transport, tmp_path):
+@pytest.mark.parametrize("at_once", [1, 7, containers.AT_ONCE])
+def test_what_is_missing_from_a_transport_stream_is_missed(transport, tmp_path, monkeypatch, at_once):
     data, pid = transport
+    monkeypatch.setattr(containers, "AT_ONCE", at_once)
     ours, path = of_video(data, pid), tmp_path / "a.ts"
     changes = {"a packet": data[: ours[9]] + data[ours[10] :], "four bytes": data[:5000] + data[5004:],
                "a byte more": data[:5000] + b"x" + data[5000:], "600 zeros": data[:5000] + bytes(600) + data[5600:],

@@ -529,3 +529,39 @@ def test_a_damaged_file_gives_all_its_frames_or_says_that_it_does_not(tmp_path, 
             continue
         assert count >= 12, f"input {number}: {count} of 12 frames, and nothing was said"
     assert refused >= 5, "the damage was too small to test anything"
+
+
+def test_a_byte_put_into_the_header_of_an_avi_hides_no_frames(tmp_path):
+    """libav then does not find the index, and looks for packets where they are not: it reads 11 of 12."""
+    source = encode(tmp_path / "in.avi", pictures(12), "mpeg4", sound="mp3", options={"g": "6"})
+    data, path = source.read_bytes(), tmp_path / "spoilt.avi"
+    assert len(read(source)[0]) == 12
+    at = data.index(b"JUNK") + 40
+    path.write_bytes(data[:at] + b"x" + data[at:])
+    with pytest.raises(ValueError, match="does not decode"):
+        read(path)
+
+
+def test_a_frame_that_has_a_time_and_no_place_in_a_mov_is_missed(tmp_path):
+    """In stts there are 12; stco, of one sample a chunk with this sound, has lost one."""
+    source = encode(tmp_path / "in.mov", pictures(12), "mjpeg", "yuvj420p", sound="aac")
+    assert len(read(source)[0]) == 12
+    data = bytearray(source.read_bytes())
+    count = data.index(b"stco") + 8
+    assert int.from_bytes(data[count : count + 4], "big") == 12
+    data[count : count + 4] = (11).to_bytes(4, "big")
+    source.write_bytes(data)
+    with pytest.raises(ValueError, match="frame 11 "):
+        read(source)
+    assert len(read(source, skip_broken=True)[0]) == 12
+
+
+def test_a_frame_that_an_edit_list_hides_is_not_missed(tmp_path):
+    source = encode(tmp_path / "in.mp4", pictures(12), options={"bf": "0", "g": "1"})
+    data = bytearray(source.read_bytes())
+    at = data.index(b"elst") + 12                         # the first edit: its length, where it begins, its rate
+    length = int.from_bytes(data[at : at + 4], "big")
+    data[at : at + 4] = (length * 6 // 12).to_bytes(4, "big")
+    source.write_bytes(data)
+    frames, _, video = read(source)
+    assert len(frames) == 6 and not video.broken

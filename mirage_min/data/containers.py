@@ -8,6 +8,7 @@ element that holds it. Their contents are not looked at.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -26,9 +27,12 @@ CHILDREN = {
     GROUP: {BLOCK, 0xA2, 0x75A1, 0x9B, 0xFA, 0xFB, 0xFD, 0xA4, 0x75A2, 0x8E, 0xC8, VOID, CRC},
 }
 
-
-WEBP = {b"VP8X", b"VP8 ", b"VP8L", b"ANIM", b"ANMF", b"ALPH", b"ICCP", b"EXIF", b"XMP "}  # its chunks
 INTEGERS = {0xE7, 0xA7, 0xAB, 0x9B, 0xFA, 0xFB, NUMBER}  # of at most eight bytes
+WEBP = {b"VP8X", b"VP8 ", b"VP8L", b"ANIM", b"ANMF", b"ALPH", b"ICCP", b"EXIF", b"XMP "}  # its chunks
+# What a chunk of an AVI may be called: False: elsewhere, True: among the packets.
+AVI_NAMES = {False: re.compile(rb"[ -~]{4}"), True: re.compile(rb"\d\d[ -~]{2}|ix\d\d|idx1|LIST|RIFF|JUN[KQ]|junk")}
+UNKNOWN = {0, 2**31 - 1, 2**32 - 1}  # the length of a RIFF that was never filled in
+AT_ONCE = 2**14  # packets of a transport stream
 
 
 class Master(NamedTuple):
@@ -126,10 +130,46 @@ def riff_is_cut(path: Path) -> bool:
             file.seek(at)
             head = file.read(8)
             length = int.from_bytes(head[4:], "little")
-            if head[:4] != b"RIFF" or length in (0, 2**31 - 1, 2**32 - 1):  # the last three: never filled in
+            if head[:4] != b"RIFF" or length in UNKNOWN:
                 return False
             at += 8 + length + length % 2
     return at - length % 2 > size  # what fills up the last chunk may be left out
+
+
+def avi_frames(path: Path, stream: int, streams: int) -> int | None:
+    """How many chunks of a stream, neither empty nor palettes, an AVI has; None where its chain of chunks breaks.
+
+    Lists are entered and not measured: writers get their lengths wrong, and leave out what fills up an odd chunk.
+    """
+    frames, at, odd, end, movi, size = 0, 0, 0, 0, False, path.stat().st_size
+    with open(path, "rb") as file:
+        if file.read(12)[8:] != b"AVI ":
+            return 0  # a relative of AVI, with other rules
+        while at + odd + 8 <= size:
+            file.seek(at)
+            head = file.read(13)
+            skip = odd if fits(head[odd:], movi, streams) else 0
+            name, length = head[skip : skip + 4], int.from_bytes(head[skip + 4 : skip + 8], "little")
+            if at + odd >= end and name != b"RIFF":
+                return frames  # whatever was appended to the file
+            if not fits(head[skip:], movi, streams):
+                return None
+            if name == b"RIFF":
+                end = math.inf if length in UNKNOWN else at + 8 + length
+            if name in (b"RIFF", b"LIST"):
+                kind = head[skip + 8 : skip + 12]
+                at, odd, movi = at + skip + 12, 0, kind == b"movi" or (movi and kind == b"rec ")
+                continue
+            movi &= name != b"idx1"
+            at, odd = at + skip + 8 + length, length % 2
+            frames += movi and at <= size and length > 0 and name[:2] == b"%02d" % stream and name[2:] != b"pc"
+    return frames if at <= size or end == math.inf else None
+
+
+def fits(head: bytes, movi: bool, streams: int) -> bool:
+    """Whether a chunk of an AVI may begin so, in the list of its packets (movi) or elsewhere."""
+    known = AVI_NAMES[movi].match(head) is not None
+    return known and not (movi and head[:2].isdigit() and int(head[:2]) >= streams)
 
 
 def transport_is_broken(path: Path, pid: int) -> bool:
@@ -138,23 +178,35 @@ def transport_is_broken(path: Path, pid: int) -> bool:
     Every packet begins with 0x47, and those of a stream are numbered modulo 16. Where the numbers jump to a place from
     which a decoder can start, recordings were joined. Packets may have 4 more bytes before them, or 16 after.
     """
-    data = np.fromfile(path, np.uint8)
-    fits = [(start, n) for n in (188, 192, 204) for start in range(min(n, len(data)))
-            if (data[start : start + 5 * n : n] == 0x47).all()]
-    if not fits:
-        return True
-    start, n = fits[0]
-    count, rest = divmod(len(data) - start + n - 188, n)
-    at = start + n * np.arange(count)
-    sync, high, low, control, length, flags = (data[at + i].astype(int) for i in range(6))
-    if (sync != 0x47).any() or rest not in (0, n - 188):
-        return True
-    ours = (high % 32 * 256 + low == pid) & (control & 0x10 > 0)          # with payload
-    number, begins = control[ours] % 16, high[ours] & 0x40 > 0
-    # flags of the adaptation field, where there is one: 0x40 a decoder can start here, 0x80 the numbers start anew
-    flags = np.where((control & 0x20 > 0) & (length > 0), flags, 0)[ours]
-    joined = (flags & 0x80 > 0) | (begins & (flags & 0x40 > 0))
-    return bool((((number[1:] - number[:-1]) % 16 > 1) & ~joined[1:]).any())
+    size, last = path.stat().st_size, None
+    with open(path, "rb") as file:
+        data = np.frombuffer(file.read(6 * 204), np.uint8)
+        aligned = [(start, n) for n in (188, 192, 204) for start in range(min(n, len(data)))
+                   if (data[start : start + 5 * n : n] == 0x47).all()]
+        if not aligned:
+            return True
+        start, n = aligned[0]
+        if (size - start + n - 188) % n not in (0, n - 188):
+            return True
+        file.seek(start)
+        while block := file.read(n * AT_ONCE):
+            count = -(-len(block) // n)
+            packets = np.frombuffer(block.ljust(n * count, b"\0"), np.uint8).reshape(count, n)
+            sync, high, low, control, length, flags = packets[:, :6].T.astype(int)
+            if (sync != 0x47).any():
+                return True
+            ours = (high % 32 * 256 + low == pid) & (control & 0x10 > 0)          # with payload
+            if not ours.any():
+                continue
+            number, begins = control[ours] % 16, high[ours] & 0x40 > 0
+            # flags of the adaptation field, if any: 0x40 a decoder can start here, 0x80 the numbers start anew
+            flags = np.where((control & 0x20 > 0) & (length > 0), flags, 0)[ours]
+            joined = (flags & 0x80 > 0) | (begins & (flags & 0x40 > 0))
+            before = np.append(number[0] if last is None else last, number[:-1])
+            if (((number - before) % 16 > 1) & ~joined).any():
+                return True
+            last = number[-1]
+    return False
 
 
 def webp_images(path: Path) -> tuple[int, bool]:

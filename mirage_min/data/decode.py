@@ -20,8 +20,8 @@ from av.stream import Disposition
 from av.video.frame import PictureType
 
 from .colour import BT709, UNKNOWN, Turn, matrix_of, rgb, turn_of_angle, turn_of_matrix
-from .containers import Matroska, riff_is_cut, transport_is_broken
-from .demux import decode_packet, measured_rate, open_file, packets
+from .containers import Matroska, avi_frames, riff_is_cut, transport_is_broken
+from .demux import decode_packet, measured_rate, open_file, packets, samples
 
 SILENT = {"hevc", "av1", "mpeg1video", "mpeg2video"}  # codecs whose decoders lose a frame without saying so
 
@@ -114,13 +114,18 @@ class File:
         return self.codec == "mpeg4" and packet.size < 16
 
     def _missing(self, read: int, latest: float) -> int:
-        """How many more packets the tables of a mov, mp4 or AVI list than were read, the last of them at `latest`."""
-        if not self.container.format.name.startswith(("mov,", "avi")):
-            return 0
-        listed = sum(entry.size > 0 for entry in self.stream.index_entries)
-        if self.container.format.name == "avi" and riff_is_cut(self.path):
-            return max(1, self.stream.frames - 1 - round(max(latest, -1)))
-        return max(0, listed - read)
+        """How many more packets a mov, mp4 or AVI tells of than were read, the last of them at `latest`."""
+        stream, form = self.stream, self.container.format.name
+        lost = max(0, sum(entry.size > 0 for entry in stream.index_entries) - read)
+        if form == "avi" and riff_is_cut(self.path):
+            return max(1, stream.frames - 1 - round(max(latest, -1)))
+        if form == "avi":
+            chunks = avi_frames(self.path, stream.index, len(self.container.streams))
+            return max(lost, 1 if chunks is None else chunks - read)
+        if form.startswith("mov,") and stream.frames > len(stream.index_entries):
+            # Some have a time and no place, unless an edit list hides them. Such a table tells no number.
+            return max(lost, int(stream.frames > samples(self.path, stream.index)))
+        return lost if form.startswith("mov,") else 0
 
     def name(self, number: int) -> str:
         """What an error calls frame number `number`."""

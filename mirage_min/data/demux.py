@@ -44,11 +44,11 @@ class Clock:
         packet.dts = None if packet.dts is None else packet.dts - self.off
 
 
-def open_file(path: Path) -> av.container.InputContainer:
-    """A container, and nothing that it points to; ValueError of one line if it cannot be opened."""
+def open_file(path: Path, **more: str) -> av.container.InputContainer:
+    """A container, and nothing that it points to, with more options of libav's; ValueError of one line if not."""
     if not path.is_file():
         raise ValueError(f"{path}: is no file" if path.exists() else f"{path}: No such file")
-    options = {"format_whitelist": ",".join(READ), "pattern_type": "none"}
+    options = {"format_whitelist": ",".join(READ), "pattern_type": "none"} | more
     try:  # without the prefix "file:", the part of a name before a colon would be taken for a protocol
         return av.open(f"file:{path}", metadata_errors="replace", options=options)
     except av.FFmpegError as error:
@@ -68,6 +68,12 @@ def measured_rate(path: Path, index: int, packets: int = 25) -> Fraction | None:
         return None
     rate = (len(times) - 1) / ((times[-1] - times[0]) * stream.time_base)
     return rate.limit_denominator(1001) if rate <= 120 else None
+
+
+def samples(path: Path, index: int) -> int:
+    """How many samples the tables of a mov or mp4 have for a stream, those that its edit list hides included."""
+    with open_file(path, ignore_editlist="1") as container:
+        return len(container.streams[index].index_entries)
 
 
 def packets(container: av.container.InputContainer, streams: list) -> Iterator[av.Packet | None]:
