@@ -350,12 +350,12 @@ def test_a_run_resumes_with_other_pieces_but_not_with_other_settings(work, tmp_p
 
 
 def test_a_clip_that_is_not_finite_stops_the_run_by_name_and_the_last_checkpoint_stays(work, tmp_path, monkeypatch):
-    read = Pairs.read
+    read = Pairs._read
 
-    def poisoned(pairs, i, integer):
-        x, y = read(pairs, i, integer)
-        return (x * float("nan") if i == 1 else x), y
-    monkeypatch.setattr(Pairs, "read", poisoned)
+    def poisoned(pairs, i, *given, **how):
+        x, y = read(pairs, i, *given, **how)
+        return [x * float("nan") if i == 1 else x, y]
+    monkeypatch.setattr(Pairs, "_read", poisoned)
     with pytest.raises(ValueError, match=r"step (\d): not finite: mse nan, lpips nan, .*clips: 1.safetensors") as error:
         stage_a(work, tmp_path, steps=9, seed=2)
     step = int(str(error.value).split()[1].rstrip(":"))

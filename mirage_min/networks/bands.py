@@ -5,6 +5,8 @@
 At full resolution norm(x) and its copy after the cached frames are the largest tensors of a VAE. Each band of rows is
 normalised with the statistics of all of x and comes with the rows around it that the kernel sees, so the result is the
 same. `frugal.py` puts this into the VAEs; their own files hold the plain form, which is the reference.
+
+    python -m mirage_min.networks.bands          # both ways on one tensor: how far apart they are
 """
 
 from collections.abc import Callable
@@ -145,3 +147,14 @@ class SpatialRows:
         # f' = norm(f) · y(z) + b(z)
         band.mul_(self.gain[:, :, cells]).add_(self.bias[:, :, cells])
         return rearrange(band, "b t h 1 w q c -> b c t h (w q)")
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    norm, conv, x = nn.GroupNorm(4, 16), CausalConv3d(16, 16), torch.randn(1, 16, 5, 160, 96)
+    conv.key = "conv"
+    with torch.no_grad():
+        whole = conv(nnf.silu(norm(x)), None, {})
+        banded = normed_conv(norm_of(norm, x), conv, x, None, {})
+    heights = [b - a for a, b in pairwise(cut_bands(x, conv))]
+    print(f"160 rows at once and in bands of {heights}: they differ by {(whole - banded).abs().max():.1e} at most")
