@@ -186,7 +186,8 @@ def test_r3d2_proper_trains_on_a_tiny_vae_with_a_prompt_and_is_written_as_float1
                 half=True, frames=2, checkpoint_unet=True, bf16=True, val=tmp_path / "val")
     trained = R3D2.from_pretrained(out)
     assert trained.vae.CLASS_NAME == "AutoencoderTiny" and (trained.text == 1).all()
-    assert {p.dtype for p in trained.parameters()} == {torch.float16}
+    stored = {t.dtype for file in out.rglob("diffusion*.safetensors") for t in weights.load_tensors(file)[0].values()}
+    assert stored == {torch.float16} and {p.dtype for p in trained.parameters()} == {torch.float32}
     printed = capsys.readouterr().out
     assert "a step needs about" in printed and "trained: unet" in printed and "val_psnr" in printed
     assert (out / "run" / "step_1.png").exists()

@@ -180,6 +180,7 @@ class R3D2(nn.Module):
         """
         place = dict(device=device, dtype=dtype)
         unet = UNet2D.from_pretrained(base, "unet", **place)
+        place["dtype"] = next(unet.parameters()).dtype  # all parts compute in one type
         inside = "vae" if vae is None or (Path(vae) / "vae").is_dir() else None
         network, skips = read_vae(base if vae is None else vae, inside, start)
         scheduler = weights.locate(UNet2D, base, "scheduler", SCHEDULER) / SCHEDULER
