@@ -9,6 +9,7 @@ from torch import nn
 
 from mirage_min.method.one_step import alpha_bar
 from mirage_min.method.skips import Skips
+from mirage_min.networks import imagenet, weights
 from mirage_min.networks.dit_cogvideox import CogVideoXDiT, CogVideoXDiTConfig
 from mirage_min.networks.dit_wan import WanDiT, WanDiTConfig
 from mirage_min.networks.unet_2d import UNet2D, UNet2DConfig
@@ -88,3 +89,26 @@ def save_wan(folder: Path) -> None:
     (folder / "base" / "scheduler").mkdir()
     (folder / "base" / "scheduler" / "scheduler_config.json").write_text(json.dumps(
         {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "flow_shift": 3.0}))
+
+
+@torch.no_grad()
+def fill_wan_vae(model: nn.Module) -> nn.Module:
+    """Random weights for diffusers' Wan VAE that keep a signal's size, and gains and biases that matter."""
+    for name, p in model.named_parameters():
+        if name.endswith("gamma"):
+            p.normal_(1, 0.3)
+        elif name.endswith("bias"):
+            p.normal_(std=0.2)
+        else:
+            p.normal_(std=p[0].numel() ** -0.5)
+    for p in model.decoder.conv_out.parameters():
+        p.mul_(0.1)
+    return model
+
+
+def save_backbones(folder: Path, vgg_layers: int = 31) -> None:
+    """Random backbones for the losses: SqueezeNet whole, VGG-16 up to a layer."""
+    torch.manual_seed(0)
+    for name, net in (("squeezenet1_1", imagenet.squeezenet()), ("vgg16", imagenet.vgg16())):
+        state = {k: v for k, v in net.state_dict().items() if name != "vgg16" or int(k.split(".")[0]) < vgg_layers}
+        weights.save_tensors(folder / f"{name}_features.safetensors", state)

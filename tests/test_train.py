@@ -33,10 +33,7 @@ SCRIPTS = Path(__file__).parents[1]
 def save_inputs(folder: Path, save_base=small.save_cogvideox) -> None:
     """A base, a 2D VAE, pairs and random backbones for the losses."""
     save_base(folder)
-    torch.manual_seed(0)
-    for name, net in (("squeezenet1_1", imagenet.squeezenet()), ("vgg16", imagenet.vgg16())):
-        state = {k: v for k, v in net.state_dict().items() if name != "vgg16" or int(k.split(".")[0]) < 9}
-        weights.save_tensors(folder / f"{name}_features.safetensors", state)
+    small.save_backbones(folder, vgg_layers=9)
     (folder / "pairs").mkdir()
     for i in range(3):
         x = torch.randint(0, 256, (2, 3, 17, 48, 64), dtype=torch.uint8)

@@ -11,7 +11,7 @@ from torch.nn import functional as nnf
 import train_harmonize
 import train_vae
 from mirage_min.method import lora, perceptual
-from mirage_min.networks import imagenet, weights
+from mirage_min.networks import imagenet
 from mirage_min.systems.mirage_folder import HARMONISATION, RECONSTRUCTION, TRANSFORMER
 from tests import small
 
@@ -20,9 +20,7 @@ from tests import small
 def backbones(tmp_path_factory):
     """(LPIPS on SqueezeNet, VGG-16), random, in float64."""
     folder = tmp_path_factory.mktemp("perceptual")
-    torch.manual_seed(0)
-    for name, net in (("squeezenet1_1", imagenet.squeezenet()), ("vgg16", imagenet.vgg16())):
-        weights.save_tensors(folder / f"{name}_features.safetensors", net.state_dict())
+    small.save_backbones(folder)
     lpips = perceptual.Lpips(imagenet.Features("squeeze", folder)).double()
     return lpips, imagenet.Features("vgg", folder).double()
 
@@ -101,8 +99,7 @@ def test_a_step_of_stage_h_is_equation_4_written_out_and_gram_counts_from_its_st
 
 
 def test_where_both_losses_of_stage_h_have_the_same_backbone_there_is_one(tmp_path, monkeypatch):
-    for name, net in (("squeezenet1_1", imagenet.squeezenet()), ("vgg16", imagenet.vgg16())):
-        weights.save_tensors(tmp_path / f"{name}_features.safetensors", net.state_dict())
+    small.save_backbones(tmp_path)
     monkeypatch.setattr(train_harmonize.Mirage, "from_pretrained", lambda *given, **settings: small.mirage())
     args = Namespace(mirage=tmp_path, base=None, vae2d=None, perceptual=tmp_path)
     for name, shared in (("mirage", True), ("chopgrad", True), ("small", False)):

@@ -27,10 +27,7 @@ def work(tmp_path_factory):
     small.r3d2().vae.save_pretrained(folder / "base" / "vae")
     (folder / "base" / "model_index.json").unlink(), (folder / "base" / "prompt.safetensors").unlink()
     small.r3d2(kl=False).vae.save_pretrained(folder / "taesd")
-    torch.manual_seed(0)
-    for name, net in (("squeezenet1_1", imagenet.squeezenet()), ("vgg16", imagenet.vgg16())):
-        state = {k: v for k, v in net.state_dict().items() if name != "vgg16" or int(k.split(".")[0]) < 9}
-        weights.save_tensors(folder / f"{name}_features.safetensors", state)
+    small.save_backbones(folder, vgg_layers=9)
     (folder / "pairs").mkdir()
     for i in range(3):
         x = torch.randint(0, 256, (2, 3, 5, 40, 48), dtype=torch.uint8)
@@ -60,9 +57,7 @@ def train(work: Path, out: Path, base="base", vae=None, prompt=None, recipe="r3d
 def backbones(tmp_path_factory):
     """(LPIPS on SqueezeNet, VGG-16), random, in float64."""
     folder = tmp_path_factory.mktemp("perceptual")
-    torch.manual_seed(0)
-    for name, net in (("squeezenet1_1", imagenet.squeezenet()), ("vgg16", imagenet.vgg16())):
-        weights.save_tensors(folder / f"{name}_features.safetensors", net.state_dict())
+    small.save_backbones(folder)
     lpips = perceptual.Lpips(imagenet.Features("squeeze", folder)).double()
     return lpips, imagenet.Features("vgg", folder).double()
 

@@ -20,6 +20,7 @@ from diffusers import AutoencoderKLWan  # noqa: E402
 from mirage_min.networks import frugal, weights  # noqa: E402
 from mirage_min.networks.vae_wan import WanVAE, WanVAEConfig  # noqa: E402
 from mirage_min.training.memory import LiveBytes  # noqa: E402
+from tests import small  # noqa: E402
 
 CONFIGS = Path(__file__).parents[2] / "shared" / "checkpoint_configs"
 SMALL = dict(base_dim=8, z_dim=3, num_res_blocks=1, latents_mean=[0.3, -0.5, 0.1], latents_std=[1.5, 0.7, 2.0])
@@ -34,21 +35,10 @@ def published_config(name: str) -> dict:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A small random checkpoint: weights that keep a signal's size, gains and biases that matter."""
+    """A small random checkpoint."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("wan_vae")
-    model = AutoencoderKLWan(**SMALL)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith("gamma"):
-                p.normal_(1, 0.3)
-            elif name.endswith("bias"):
-                p.normal_(std=0.2)
-            else:
-                p.normal_(std=p[0].numel() ** -0.5)
-        for p in model.decoder.conv_out.parameters():
-            p.mul_(0.1)
-    model.save_pretrained(folder)
+    small.fill_wan_vae(AutoencoderKLWan(**SMALL)).save_pretrained(folder)
     return folder
 
 

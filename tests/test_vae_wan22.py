@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as nnf
 
+from tests import small
 from tests.test_vae_wan import close, in_groups, published_config, video
 from tests.torchvision_stub import stub
 
@@ -26,21 +27,10 @@ PUBLISHED = SMALL | dict(is_residual=True, in_channels=12, out_channels=12, patc
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A small random checkpoint: weights that keep a signal's size, gains and biases that matter."""
+    """A small random checkpoint."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("wan22_vae")
-    model = AutoencoderKLWan(**PUBLISHED)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith("gamma"):
-                p.normal_(1, 0.3)
-            elif name.endswith("bias"):
-                p.normal_(std=0.2)
-            else:
-                p.normal_(std=p[0].numel() ** -0.5)
-        for p in model.decoder.conv_out.parameters():
-            p.mul_(0.1)
-    model.save_pretrained(folder)
+    small.fill_wan_vae(AutoencoderKLWan(**PUBLISHED)).save_pretrained(folder)
     return folder
 
 
