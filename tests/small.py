@@ -17,8 +17,11 @@ from mirage_min.networks.vae_2d import AutoencoderKL, AutoencoderKLConfig
 from mirage_min.networks.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
 from mirage_min.networks.vae_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from mirage_min.networks.vae_wan import WanVAE, WanVAEConfig
+from mirage_min.networks.vae_wan22 import Wan22VAE, Wan22VAEConfig
+from mirage_min.networks.wan_branch import WanBranch, WanBranchConfig
 from mirage_min.systems.mirage import Mirage
 from mirage_min.systems.r3d2 import R3D2
+from mirage_min.systems.world import World, WorldSettings
 
 
 @contextmanager
@@ -89,6 +92,22 @@ def save_wan(folder: Path) -> None:
     (folder / "base" / "scheduler").mkdir()
     (folder / "base" / "scheduler" / "scheduler_config.json").write_text(json.dumps(
         {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "flow_shift": 3.0}))
+
+
+def world(two_two: bool = False, **settings) -> World:
+    """A whole world model whose branch does something, with either VAE; settings: of the loop."""
+    torch.manual_seed(0)
+    statistics = dict(latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)
+    vae = Wan22VAE(Wan22VAEConfig(base_dim=8, decoder_base_dim=8, z_dim=4, num_res_blocks=1, **statistics)) if two_two \
+        else WanVAE(WanVAEConfig(base_dim=4, z_dim=4, num_res_blocks=1, **statistics))
+    config = dict(num_attention_heads=1, attention_head_dim=24, in_channels=4, out_channels=4, num_layers=2, ffn_dim=32,
+                  freq_dim=16, text_dim=8)
+    branch = WanBranch(WanBranchConfig(**config, vace_layers=(0, 1), vace_in_channels=5))
+    for block in branch.vace_blocks:
+        nn.init.normal_(block.proj_out.weight, std=0.5)
+    text = torch.randn(1, 2, 8)
+    return World(vae, WanDiT(WanDiTConfig(**config)), branch, text, WorldSettings(**dict(latents=2, steps=1) | settings)
+                 ).requires_grad_(False).eval()
 
 
 @torch.no_grad()

@@ -128,6 +128,28 @@ def test_without_what_moves_and_sky_in_the_memory():
     assert len(states[-1].memory) == 3 * (W // CELL - 1)
 
 
+def test_a_second_view_that_is_known_from_the_start_is_shown_where_the_first_ends():
+    """The wall two cells to the right is given too: nothing is new there."""
+    model, wide = world(), torch.cat([picture(), -picture()], dim=2)
+    first, second = wide[:, :, :W], wide[:, :, 2 * CELL : 2 * CELL + W]
+    known = model.start(second, wall(second[:, None], [camera(2)]), camera(2)).memory
+    state = model.start(first, wall(first[:, None], [camera(0)]), camera(0), known)
+    assert len(state.memory) == 2 * (H // CELL) * (W // CELL) and state.seen == 1
+    state, x = model.step(state, [camera(step / 4) for step in range(1, 9)], wall, Generator().manual_seed(1))
+    close(x[0, :, 7], second)
+    assert state.seen == 1
+
+
+def test_the_state_says_how_many_cells_of_the_new_latents_the_memory_showed():
+    """One cell in four is new at the first latent, two at the second: 5 of 8 were there."""
+    model, frame = world(), picture()
+    state = model.start(frame, wall(frame[:, None], [camera(0)]), camera(0))
+    state, _ = model.step(state, [camera(step / 4) for step in range(1, 9)], wall, Generator().manual_seed(1))
+    assert state.seen == pytest.approx(5 / 8)
+    away, _ = model.step(state, [camera(100)] * 8, wall, Generator().manual_seed(1))
+    assert away.seen == 0
+
+
 @pytest.mark.parametrize("frames", [2, 5, 9, 10, 20])
 def test_any_number_of_cameras_gives_as_many_frames(frames):
     video, states = run(world(), picture(), [camera(0)] * frames)

@@ -19,7 +19,7 @@ from pathlib import Path
 from torch import nn
 
 from ..networks import weights
-from . import harmonizer, r3d2
+from . import harmonizer, r3d2, world_folder
 from .mirage import Mirage
 from .mirage_folder import STAGE_A
 
@@ -47,6 +47,8 @@ def system_in(path: str | Path) -> type[nn.Module]:
     for system, describes in SYSTEMS.items():
         if describes(index):
             return system
+    if world_folder.describes(index):
+        raise ValueError(f"{file}: a world model makes a video from one frame: generate.py")
     names = ", ".join(system.__name__ for system in SYSTEMS)
     raise ValueError(f"{file}: describes none of {names}, but {index.get('_class_name', 'no _class_name')!r}")
 

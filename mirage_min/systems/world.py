@@ -15,13 +15,14 @@ the harmoniser. From one frame, its depth and a path of cameras it makes a video
 
 The frames that two chunks share are encoded anew for the second, because a latent in the middle of a video codes four
 frames and the first of a chunk codes one. Left out: text for each chunk, guidance, reference frames, and networks for
-depth, masks and cameras: `observe` is the caller's, and cameras are those of the path.
+masks and cameras: `observe` (observe.py) is the caller's, and cameras are those of the path. On disk: world_folder.py.
 
     python -m mirage_min.systems.world       # random networks: the loop, its shapes, and how the memory grows
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import Generator, Tensor, nn
@@ -30,6 +31,8 @@ from torch.nn import functional as nnf
 from ..method import flow, latent_memory
 from ..method.camera import Camera
 from ..method.latent_memory import Memory, pixel_frame
+from ..networks.checked import Within
+from . import world_folder
 
 CELL = 16  # pixels: frames are padded to it, the cell of Wan 2.2; of Wan 2.1's, 8, it is a multiple
 
@@ -38,11 +41,11 @@ CELL = 16  # pixels: frames are padded to it, the cell of Wan 2.2; of Wan 2.1's,
 class WorldSettings:
     """How a video is made."""
 
-    latents: int = 9            # of a chunk, 33 frames
-    shared: int = 1             # how many of them a chunk has in common with the one before
-    steps: int = 20
-    shift: float = 5.0
-    known: float | None = None  # bounds the memory's growth, see latent_memory.add; None is the paper's union
+    latents: Annotated[int, Within(2, 1000)] = 9  # of a chunk, 33 frames
+    shared: Annotated[int, Within(1, 999)] = 1    # how many of them a chunk has in common with the one before
+    steps: Annotated[int, Within(1, 1000)] = 20
+    shift: Annotated[float, Within(0.001, 1000)] = 5.0
+    known: Annotated[float, Within(0)] = 0.0      # bounds the memory's growth (latent_memory.add); 0: the paper's union
 
     def __post_init__(self):
         if not 1 <= self.shared < self.latents:
@@ -68,10 +71,15 @@ class State:
     memory: Memory
     past: Tensor           # [1, 3, 4k - 3, H', W'], padded: the frames that the next chunk is given
     cameras: list[Camera]  # theirs
+    seen: float = 1.0      # the share of the cells of the newest frames' latents that the memory showed
 
 
 class World(nn.Module):
     """The loop over chunks, around networks that are given."""
+
+    Options = WorldSettings
+    from_base, from_pretrained = classmethod(world_folder.from_base), classmethod(world_folder.from_pretrained)
+    save_pretrained = world_folder.save_pretrained
 
     def __init__(self, vae: nn.Module, dit: nn.Module, branch: nn.Module, text: Tensor,
                  settings: WorldSettings = WorldSettings()):
@@ -80,6 +88,7 @@ class World(nn.Module):
         dit     WanDiT
         branch  WanBranch; its control is the latent that was read and its mask
         text    [1, L, D], the encoded prompt
+        ValueError if the branch takes another number of channels.
         """
         super().__init__()
         wanted = dit.config.in_channels + 1
@@ -90,17 +99,18 @@ class World(nn.Module):
         self.register_buffer("text", text)
 
     @torch.no_grad()
-    def start(self, frame: Tensor, geometry: Geometry, camera: Camera) -> State:
-        """The state that holds one frame [3, H, W] in [-1, 1], which seeds the memory; geometry has n = 1.
+    def start(self, frame: Tensor, geometry: Geometry, camera: Camera, memory: Memory | None = None) -> State:
+        """The state that holds one frame [3, H, W] in [-1, 1], which is added to the memory; geometry has n = 1.
 
-        ValueError if frame, depth and camera are not of one size.
+        memory: of views that are known already, None if there are none. ValueError if frame, depth and camera are not
+        of one size.
         """
         if frame.shape != (3, camera.height, camera.width):
             raise ValueError(f"frame must be [3, {camera.height}, {camera.width}], the camera's size, "
                              f"got {list(frame.shape)}")
         past = pad(frame[None, :, None])                               # [1, 3, 1, H', W']
         z = self.vae.encode(past)
-        memory = Memory.empty(z.shape[1], z.dtype, z.device)
+        memory = Memory.empty(z.shape[1], z.dtype, z.device) if memory is None else memory
         return State(self.remember(memory, z[0], geometry, [camera]), past, [camera])
 
     @torch.no_grad()
@@ -117,7 +127,8 @@ class World(nn.Module):
             raise ValueError(f"all cameras must be of {H} x {W} pixels, as the first")
         cameras = state.cameras + cameras
         given = self.vae.encode(state.past)                            # [1, C, k, h, w]
-        z = self.denoise(given, self.look(state.memory, cameras, given), draws)
+        control = self.look(state.memory, cameras, given)
+        z = self.denoise(given, control, draws)
         decoded = self.vae.decode(z)[:, :, known : known + n, : state.past.shape[3], : state.past.shape[4]]
         # What is known stays as it is: it has been decoded once.
         x = torch.cat([state.past, decoded.clamp(-1, 1)], dim=2)       # [1, 3, known + n, H', W']
@@ -130,8 +141,8 @@ class World(nn.Module):
             views = [cameras[i] for i in at]
             again = self.vae.encode(x)[0]                              # [C, F, h, w]
             memory = self.remember(memory, again[:, new], observe(frames[0, :, at], views), views)
-        keep = self.kept(x.shape[2])
-        return State(memory, x[:, :, -keep:], cameras[-keep:]), frames[:, :, known:]
+        keep, seen = self.kept(x.shape[2]), float(control[:, -1, given.shape[2] :].mean())
+        return State(memory, x[:, :, -keep:], cameras[-keep:], seen), frames[:, :, known:]
 
     def generate(self, frame: Tensor, geometry: Geometry, cameras: list[Camera], observe: Observe,
                  draws: Generator) -> Iterator[tuple[State, Tensor]]:
@@ -180,7 +191,7 @@ class World(nn.Module):
             depth, dynamic, sky = (None if image is None else fill(image[i], camera)
                                    for image in (geometry.depth, geometry.dynamic, geometry.sky))
             memory = latent_memory.add(memory, z[:, i], depth, padded(camera), dynamic=dynamic, sky=sky,
-                                       known=self.settings.known)
+                                       known=self.settings.known or None)
         return memory
 
 
