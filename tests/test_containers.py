@@ -2,6 +2,7 @@
 
 import io
 import math
+import struct
 
 import av
 import numpy as np
@@ -9,16 +10,17 @@ import pytest
 from PIL import Image
 
 from mirage_min.data import containers
+from mirage_min.data.boxes import spoilt
 from mirage_min.data.containers import (
-    Matroska,
     avi_frames,
+    flv_is_broken,
     gif_images,
-    places,
     png_images,
-    riff_is_cut,
+    riff_missing,
     transport_is_broken,
     webp_images,
 )
+from mirage_min.data.matroska import Matroska, number
 from mirage_min.data.video import read_clip
 from tests.media import encode, picture, pictures
 
@@ -62,7 +64,7 @@ def test_a_whole_chain_passes_whether_its_lengths_are_told_or_not(tmp_path, clus
 def test_what_libav_writes_is_whole_and_each_packet_lies_in_a_block(tmp_path, name):
     path = encode(tmp_path / name, pictures(6), "libvpx-vp9", sound="libopus")
     data = path.read_bytes()
-    names = [data[place] for place in places(path)]
+    names = [data[place] for place in Matroska(path).places()]
     assert not breaks(path, data) and sum(first in (0xA3, 0xA1) for first in names) > 12
 
 
@@ -81,6 +83,20 @@ BLOCK = b"\xa3\x08\0\0\0\x0c"
 def test_one_wrong_bit_breaks_the_chain(tmp_path, old, new, why):
     data = file_of()
     assert data.count(old) == 1 and breaks(tmp_path / "a.mkv", data.replace(old, new)), why
+
+
+@pytest.mark.parametrize("flags, content, wanted", [
+    (0x80, b"xxxxxxxx", 1), (0x00, b"x", 1), (0x80, b"", 0),
+    (0x82, b"\2xxxxxx", 3), (0x86, b"\3xxxxxx", 4), (0x04, b"\0xxxxxx", 1)])  # laced: how many follow the first
+def test_the_frames_of_a_video_are_counted_in_its_blocks(tmp_path, flags, content, wanted):
+    tracks = chain(("1654ae6b", 40, chain(("ae", 14, chain(("83", 1, b"\2"), ("d7", 1, b"\5"))),
+                                          ("ae", 14, chain(("d7", 1, b"\1"), ("83", 1, b"\1"))))))
+    blocks = chain(*[("a3", 4 + len(content), bytes([0x81, 0, 0, flags]) + content)] * 3, ("a3", 6, b"\x85\0\0\x80yy"))
+    body = tracks + chain(("1f43b675", len(blocks), blocks))
+    (tmp_path / "a.mkv").write_bytes(chain(("1a45dfa3", 0, b""), ("18538067", len(body), body)) + bytes(9))
+    found = Matroska(tmp_path / "a.mkv")
+    assert not found.breaks_before(math.inf)
+    assert (found.frames_of_video(0), found.frames_of_video(1)) == (3 * wanted, 0)
 
 
 def test_a_break_is_told_once_and_not_before_its_place(tmp_path):
@@ -105,7 +121,7 @@ def test_an_avi_is_cut_off_if_it_is_shorter_than_its_chunks(tmp_path):
     whole = [riff, riff[:-1], 2 * riff, riff + b"junk at the end", *unknown]
     for data, wanted in [(data, False) for data in whole] + [(riff[:-2], True), (riff + riff[:-3], True)]:
         path.write_bytes(data)
-        assert riff_is_cut(path) == wanted, data
+        assert (riff_missing(path) > 0) == wanted, data
 
 
 @pytest.mark.parametrize("settings", [{}, {"transparency": 3, "disposal": 2}, {"comment": b"a comment", "loop": 0}])
@@ -130,19 +146,19 @@ def test_numbers_of_ebml_are_those_of_its_definition():
     for n in range(1, 9):
         for value in {0, 1, 2 ** (7 * n) - 2, int(np.random.default_rng(n).integers(2 ** (7 * n) - 1))}:
             coded = (value | 1 << 7 * n).to_bytes(n, "big")
-            assert containers.number(coded + b"\xff") == (value, n)
+            assert number(coded + b"\xff") == (value, n)
             with pytest.raises(IndexError):
-                containers.number(coded[:-1])
+                number(coded[:-1])
     with pytest.raises(ValueError, match="no number"):
-        containers.number(b"\0" + bytes(9))
+        number(b"\0" + bytes(9))
 
 
-@pytest.mark.parametrize("length, missing, cut", [(6, 0, False), (6, 1, True), (5, 0, False), (5, 1, False),
-                                                  (5, 2, True)])
+@pytest.mark.parametrize("length, missing, cut", [(6, 0, 0), (6, 1, 1), (5, 0, 0), (5, 1, 0),
+                                                  (5, 2, 1)])
 def test_an_avi_may_lack_what_fills_up_its_last_chunk_and_nothing_else(tmp_path, length, missing, cut):
     whole = b"RIFF" + length.to_bytes(4, "little") + bytes(length + length % 2)
     (tmp_path / "a.avi").write_bytes(whole[: len(whole) - missing])
-    assert riff_is_cut(tmp_path / "a.avi") == cut
+    assert riff_missing(tmp_path / "a.avi") == cut
 
 
 def chunk(name: bytes, content: bytes, fill: bool = True) -> bytes:
@@ -179,9 +195,9 @@ def test_the_chain_of_an_avi_breaks_where_a_byte_was_put_in_or_a_name_is_spoilt(
         assert avi_frames(path, 0, 2) is None, f"a byte put in at {at}"
     for name in (b"00dc", b"01wb", b"00db"):
         at = data.index(name)
-        for spoilt in (b"p" + name[1:], b"1" + name[1:], bytes(4)):
-            path.write_bytes(data[:at] + spoilt + data[at + 4 :])
-            assert avi_frames(path, 0, 2) is None, (name, spoilt)
+        for other in (b"p" + name[1:], b"1" + name[1:], bytes(4)):
+            path.write_bytes(data[:at] + other + data[at + 4 :])
+            assert avi_frames(path, 0, 2) is None, (name, other)
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +247,90 @@ def test_recordings_that_were_joined_are_whole(transport, tmp_path):
     data, pid = transport
     (tmp_path / "a.ts").write_bytes(data + data)
     assert not transport_is_broken(tmp_path / "a.ts", pid)
+
+
+def test_a_frame_of_a_transport_stream_whose_first_bytes_are_spoilt_is_missed(transport, tmp_path):
+    """It is in one packet of 188 bytes, so that no number is missing."""
+    data, pid = transport
+    starts = [at for at in of_video(data, pid) if data[at + 1] & 0x40]
+    for at in starts:
+        begin = at + (5 + data[at + 4] if data[at + 3] & 0x20 else 4)
+        assert data[begin : begin + 3] == b"\0\0\1"
+        (tmp_path / "a.ts").write_bytes(data[:begin] + b"\0\0\5" + data[begin + 3 :])
+        assert transport_is_broken(tmp_path / "a.ts", pid)
+
+
+# ---- mp4 and mov -----------------------------------------------------------------------------------------------------
+
+def box(name: bytes, *content: bytes) -> bytes:
+    body = b"".join(content)
+    return (8 + len(body)).to_bytes(4, "big") + name + body
+
+
+def full(name: bytes, flags: int, *numbers: int) -> bytes:
+    return box(name, *((n).to_bytes(4, "big") for n in (flags, *numbers)))
+
+
+MEDIA = box(b"mdia", full(b"mdhd", 0), full(b"hdlr", 0), box(b"minf", box(b"stbl")))
+MOVIE = box(b"moov", full(b"mvhd", 0), box(b"trak", full(b"tkhd", 0), MEDIA), box(b"udta", bytes(4)))
+PIECES = box(b"moov", full(b"mvhd", 0), box(b"trak", full(b"tkhd", 0), MEDIA), box(b"mvex", full(b"trex", 0, 7)))
+RUN = full(b"trun", 0x205, 2, 100, 0, 30, 40)            # two sizes after the data's place and the first one's flags
+FRAGMENT = box(b"moof", full(b"mfhd", 0, 1), box(b"traf", full(b"tfhd", 0, 7), full(b"tfdt", 0, 0), RUN))
+HEAD, DATA = box(b"ftyp", b"isom"), box(b"mdat", bytes(70))
+
+
+def test_boxes_that_fit_into_each_other_are_whole(tmp_path):
+    whole = {"a movie": HEAD + MOVIE + DATA, "its data first": HEAD + DATA + MOVIE, "fragments": HEAD + PIECES
+             + (FRAGMENT + DATA) * 3, "data to the end of the file": HEAD + PIECES + FRAGMENT + bytes(4) + DATA[4:],
+             "a length of 64 bits": HEAD + MOVIE + bytes(3) + b"\1mdat" + (86).to_bytes(8, "big") + bytes(70),
+             "an unknown box": HEAD + MOVIE + box(b"beam") + DATA, "zeros at the end": HEAD + MOVIE + bytes(4),
+             "data of a movie cut off, as its tables tell": (HEAD + MOVIE + DATA)[:-9], "nothing": b""}
+    for what, data in whole.items():
+        (tmp_path / "a.mp4").write_bytes(data)
+        assert not spoilt(tmp_path / "a.mp4"), what
+
+
+@pytest.mark.parametrize("old, new", [(b"mdhd", b"mdhe"), (b"tkhd", b"tkhx"), (b"hdlr", bytes(4)), (b"minf", b"mind"),
+                                      (b"stbl", b"stbx"), (b"mdia", b"mdii"), (MEDIA[:4], b"\0\0\x7f\0")])
+def test_a_track_that_lacks_what_it_is_read_by_is_spoilt(tmp_path, old, new):
+    data = HEAD + MOVIE + DATA
+    assert data.count(old) == 1
+    (tmp_path / "a.mp4").write_bytes(data.replace(old, new))
+    assert spoilt(tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize("old, new", [
+    (b"moof", b"moog"), (b"traf", b"trag"), (b"tfhd", b"tfhe"), (b"trun", b"true"), (b"mfhd", b"mfhe"),
+    (b"tfdt", b"tfdu"), (b"mdat", b"mdas"), (b"trex", b"trew"), (full(b"tfhd", 0, 7), full(b"tfhd", 0, 6)),
+    (RUN, full(b"trun", 0x205, 1, 100, 0, 30, 40)), (RUN, full(b"trun", 0x201, 2, 100, 0, 30, 40)),
+    (FRAGMENT[:4], bytes(3) + b"\x70"), (DATA, DATA[:-1]), (DATA, DATA + bytes(3) + b"\5abcdefgh")])
+def test_a_fragment_that_does_not_fit_is_spoilt(tmp_path, old, new):
+    data = HEAD + PIECES + FRAGMENT + DATA
+    assert data.count(old) == 1
+    (tmp_path / "a.mp4").write_bytes(data.replace(old, new))
+    assert spoilt(tmp_path / "a.mp4")
+
+
+# ---- Flash video -----------------------------------------------------------------------------------------------------
+
+def tag(kind: int, content: bytes) -> bytes:
+    size = len(content)
+    return bytes([kind]) + size.to_bytes(3, "big") + bytes(7) + content + (11 + size).to_bytes(4, "big")
+
+
+def test_the_tags_of_a_flash_video_are_a_chain_to_its_end(tmp_path):
+    head, path = b"FLV\1\5\0\0\0\x09" + bytes(4), tmp_path / "a.flv"
+    told = tag(18, b"\0\x08filesize\0" + struct.pack(">d", 97))
+    data = head + told + tag(9, bytes(10)) + tag(8, bytes(20))
+    assert len(data) == 13 + 34 + 25 + 35
+    video = len(head + told)
+    for what, changed, broken in [
+            ("whole", data, False), ("without the last length", data[:-4], False), ("cut off", data[:-5], True),
+            ("cut between two tags", data[:72], True),
+            ("a tag of another kind", data[:video] + b"\3" + data[video + 1 :], True),
+            ("a length that is spoilt", data[: video + 3] + b"\x0b" + data[video + 4 :], True)]:
+        path.write_bytes(changed)
+        assert flv_is_broken(path) == broken, what
 
 
 @pytest.mark.parametrize("name", [b"acTL", b"fcTL"])

@@ -510,13 +510,17 @@ def spoilt(data: bytes, draws: random.Random) -> bytes:
     return bytes(spoilt[:at] if kind == "cut" else spoilt)
 
 
-@pytest.mark.parametrize("name, codec, options", [
-    ("a.mkv", "libx264", {"bf": "2"}), ("a.webm", "libvpx", {}), ("a.webm", "libvpx-vp9", {}), ("a.avi", "mpeg4", {}),
-    ("a.mp4", "libx265", {"x265-params": "log-level=none"}), ("a.mov", "libx264", {"bf": "0"})])
-def test_a_damaged_file_gives_all_its_frames_or_says_that_it_does_not(tmp_path, name, codec, options):
+@pytest.mark.parametrize("name, codec, options, movflags", [
+    ("a.mkv", "libx264", {"bf": "2"}, ""), ("a.webm", "libvpx", {}, ""), ("a.webm", "libvpx-vp9", {}, ""),
+    ("a.avi", "mpeg4", {}, ""), ("a.mp4", "libx265", {"x265-params": "log-level=none"}, ""),
+    ("a.ts", "libx264", {}, ""), ("a.mov", "libx264", {"bf": "0"}, ""), ("a.flv", "libx264", {}, ""),
+    ("a.mp4", "libx264", {}, "frag_every_frame+empty_moov")])
+def test_a_damaged_file_gives_all_its_frames_or_says_that_it_does_not(tmp_path, name, codec, options, movflags):
     noise = np.random.default_rng(0)
     frames = [(p + noise.integers(0, 30, p.shape)).clip(0, 255).astype(np.uint8) for p in pictures(12)]
-    data, draws = encode(tmp_path / name, frames, codec, options=options).read_bytes(), random.Random(0)
+    container = {"movflags": movflags} if movflags else {}
+    source = encode(tmp_path / name, frames, codec, options=options, container=container)
+    data, draws = source.read_bytes(), random.Random(0)
     refused, path = 0, tmp_path / f"spoilt{name[1:]}"
     for number in range(20):
         path.write_bytes(spoilt(data, draws))

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,7 @@ from typing import Annotated
 import pytest
 
 from mirage_min.data import desk
+from mirage_min.networks import weights
 from mirage_min.networks.checked import Within
 from tests import signals
 
@@ -173,3 +175,34 @@ def test_every_script_has_a_help_where_python_keeps_no_docstrings():
                 assert stop.code == 0"""
     done = subprocess.run([sys.executable, "-OO", "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("usage: ") == len(SCRIPTS), done.stderr
+
+
+def test_ctrl_c_ends_a_command_with_workers_in_one_line_and_its_files_are_whole(tmp_path):
+    """A terminal sends it to every process of the command. Other commands have their workers from the same function."""
+    process = subprocess.Popen([sys.executable, "-m", "mirage_min.data.toy_world", "--out", str(tmp_path), "--clips",
+                                "1000", "--size", "16x24", "--frames", "2", "--workers", "2"], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                               preexec_fn=signals.heard)
+    while not list(tmp_path.glob("*.safetensors")) and process.poll() is None:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate()
+    assert (process.returncode, *said) == (130, "", "toy_world: stopped by SIGINT; the clips that are whole stay\n")
+    assert all(path.suffix == ".safetensors" and weights.load_tensors(path) for path in tmp_path.iterdir())
+    users = [path.name for path in (ROOT / "mirage_min").rglob("*.py") if "ProcessPool" in path.read_text()]
+    assert users == ["desk.py"]
+
+
+def fail_at(place: int, number: int) -> None:
+    if number == place:
+        raise ValueError(f"number {number}")
+    time.sleep(0.05)
+
+
+def test_the_first_error_of_a_worker_ends_the_work_and_a_killed_one_is_said():
+    begun = time.monotonic()
+    with pytest.raises(ValueError, match="number 3"):
+        desk.share(fail_at, [(3, number) for number in range(10_000)], 2, "clip")
+    assert time.monotonic() - begun < 250, "500 s of work were left"
+    with pytest.raises(OSError, match="one of 1 processes was killed, perhaps for want of memory"):
+        desk.share(os._exit, [(9,)], 1, "clip")

@@ -1,33 +1,24 @@
 """Frames that are missing from a damaged file, found in the bytes of its container where the demuxer is silent.
 
 A demuxer that meets damage looks for the next place that makes sense and continues there; what lies between is lost
-without a word. Here the chain of elements is followed instead: each must be allowed in its place, and end within the
-element that holds it. Their contents are not looked at.
+without a word. Here the tables are counted and the chain of chunks is followed instead: AVI, MPEG transport streams,
+Flash video, and the pictures that move. Matroska and mp4 have files of their own (matroska.py, boxes.py).
 
-    python -m mirage_min.data.containers          # a WebM with one bit flipped
+    python -m mirage_min.data.containers          # an AVI, whole and cut off
 """
 
 import math
 import re
-from collections.abc import Iterator
+import struct
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
+from av import VideoStream
+from av.container import InputContainer
 
-# Matroska's elements (RFC 9559), by the element that holds them. None: the file. A track may hold anything.
-EBML, SEGMENT, TRACKS, TRACK, NUMBER, CLUSTER = 0x1A45DFA3, 0x18538067, 0x1654AE6B, 0xAE, 0xD7, 0x1F43B675
-GROUP, BLOCK, SIMPLE_BLOCK, VOID, CRC = 0xA0, 0xA1, 0xA3, 0xEC, 0xBF
-CHILDREN = {
-    None: {EBML, SEGMENT, VOID, CRC},
-    SEGMENT: {0x114D9B74, 0x1549A966, TRACKS, CLUSTER, 0x1C53BB6B, 0x1941A469, 0x1043A770, 0x1254C367, VOID, CRC},
-    TRACKS: {TRACK, VOID, CRC},
-    TRACK: None,
-    CLUSTER: {0xE7, 0x5854, 0xA7, 0xAB, GROUP, SIMPLE_BLOCK, 0xAF, VOID, CRC},
-    GROUP: {BLOCK, 0xA2, 0x75A1, 0x9B, 0xFA, 0xFB, 0xFD, 0xA4, 0x75A2, 0x8E, 0xC8, VOID, CRC},
-}
+from .boxes import spoilt
+from .demux import samples
 
-INTEGERS = {0xE7, 0xA7, 0xAB, 0x9B, 0xFA, 0xFB, NUMBER}  # of at most eight bytes
 WEBP = {b"VP8X", b"VP8 ", b"VP8L", b"ANIM", b"ANMF", b"ALPH", b"ICCP", b"EXIF", b"XMP "}  # its chunks
 # What a chunk of an AVI may be called: False: elsewhere, True: among the packets.
 AVI_NAMES = {False: re.compile(rb"[ -~]{4}"), True: re.compile(rb"\d\d[ -~]{2}|ix\d\d|idx1|LIST|RIFF|JUN[KQ]|junk")}
@@ -35,95 +26,40 @@ UNKNOWN = {0, 2**31 - 1, 2**32 - 1}  # the length of a RIFF that was never fille
 AT_ONCE = 2**14  # packets of a transport stream
 
 
-class Master(NamedTuple):
-    """An element that holds others: its name, the byte after it, and whether the file tells that byte."""
+def missing(path: Path, container: InputContainer, stream: VideoStream, read: int, latest: float) -> int:
+    """How many more frames a file tells of than the `read` packets that came, the last of them at `latest` ticks.
 
-    name: int | None
-    end: float
-    known: bool
-
-
-class Matroska:
-    """The chain of elements of a Matroska file (or WebM), followed as far as its packets are read."""
-
-    def __init__(self, path: Path):
-        self.at, self.broken, self.places = 0, False, places(path)
-
-    def breaks_before(self, position: float) -> bool:
-        """Whether the chain breaks before this byte of the file; True once, False from then on."""
-        try:
-            while self.at < position and not self.broken:
-                self.at = next(self.places, math.inf)
-        except ValueError:
-            self.broken = True
-            return True
-        return False
-
-
-def places(path: Path) -> Iterator[int]:
-    """The first byte of each element, in order; ValueError where the chain breaks, or at the end of a cut file.
-
-    A recorder that could not go back leaves the length of the Segment open: such a file ends where it ends.
+    1 where the file only tells that something is missing. What can be told while reading is Matroska's (matroska.py).
     """
-    tracks: set[int] = set()
-    around, at, size = [Master(None, math.inf, True)], 0, path.stat().st_size
-    with open(path, "rb") as file:
-        while at < size:
-            yield at
-            file.seek(at)
-            head = file.read(32)
-            try:
-                name, length, start = element(head)
-            except IndexError:
-                break  # cut within a name or a length
-            while at >= around[-1].end or not (around[-1].known or may_hold(around[-1], name)):
-                around.pop()
-            if len(around) == 1 and at > 0 and not may_hold(around[0], name):
-                return  # whatever was appended to the file
-            end = around[-1].end if length is None else at + start + length
-            if not may_hold(around[-1], name) or end > around[-1].end or (name in INTEGERS and end > at + start + 8):
-                raise ValueError(f"{path}: no element {name:x} can be at byte {at}")
-            if name in CHILDREN:
-                around.append(Master(name, end, length is not None))
-                at += start
-                continue
-            if name == NUMBER and around[-1].name == TRACK:
-                tracks.add(int.from_bytes(head[start : start + length], "big"))
-            if name in (BLOCK, SIMPLE_BLOCK) and at + start + 8 < size and number(head[start:])[0] not in tracks:
-                raise ValueError(f"{path}: a block of no track at byte {at}")
-            at = end
-    if any(master.name == SEGMENT and master.known and master.end > size for master in around):
-        raise ValueError(f"{path}: cut off")
+    form, entries = container.format.name, stream.index_entries
+    if form == "avi":
+        return avi_missing(path, container, stream, read, latest)
+    if form == "mpegts":
+        return int(transport_is_broken(path, stream.id))
+    if form == "flv":
+        return int(flv_is_broken(path))
+    if not form.startswith("mov,"):
+        return 0
+    lost = max(0, sum(entry.size > 0 for entry in entries) - read)
+    # Some samples have a time and no place, unless an edit list hides them. Such a table tells no number.
+    nowhere = stream.frames > len(entries) and stream.frames > len(samples(path, stream.index))
+    return max(lost, int(nowhere or spoilt(path)))
 
 
-def may_hold(master: Master, name: int) -> bool:
-    """Whether Matroska allows an element of this name, a number, inside the master."""
-    return CHILDREN[master.name] is None or name in CHILDREN[master.name]
+def avi_missing(path: Path, container: InputContainer, stream: VideoStream, read: int, latest: float) -> int:
+    """The same for an AVI: by its chunks, and where it is cut off by its header, unless that is spoilt as well."""
+    size = path.stat().st_size
+    if cut := riff_missing(path):
+        frames = 1 + round(max(latest, -1))
+        told, likely = stream.frames - frames, math.ceil(frames * cut / size)
+        return max(1, min(told, 4 * likely))
+    chunks = avi_frames(path, stream.index, len(container.streams))
+    lost = max(0, sum(entry.size > 0 for entry in stream.index_entries) - read)
+    return max(lost, 1 if chunks is None else chunks - read)
 
 
-def element(head: bytes) -> tuple[int, int | None, int]:
-    """The first bytes of an element -> its name, the length of its content (None: not told), where that begins."""
-    name_bytes = number(head)[1]
-    length, bytes_ = number(head[name_bytes:])
-    unknown = length == (1 << 7 * bytes_) - 1
-    return int.from_bytes(head[:name_bytes], "big"), None if unknown else length, name_bytes + bytes_
-
-
-def number(head: bytes) -> tuple[int, int]:
-    """A number of EBML -> (its value, its bytes): leading zeros of the first byte tell how many follow (RFC 8794, 4).
-
-    ValueError if it is none, IndexError if it is cut off.
-    """
-    n = 9 - head[0].bit_length()
-    if n > 8:
-        raise ValueError("no number of EBML")
-    if n > len(head):
-        raise IndexError("cut off")
-    return int.from_bytes(head[:n], "big") & ((1 << 7 * n) - 1), n
-
-
-def riff_is_cut(path: Path) -> bool:
-    """Whether an AVI file is shorter than the lengths in its RIFF chunks; False where these were never filled in."""
+def riff_missing(path: Path) -> int:
+    """How many bytes an AVI file is shorter than the lengths in its RIFF chunks; 0 where these were never filled in."""
     at, size, length = 0, path.stat().st_size, 0
     with open(path, "rb") as file:
         while at + 8 <= size:
@@ -131,9 +67,9 @@ def riff_is_cut(path: Path) -> bool:
             head = file.read(8)
             length = int.from_bytes(head[4:], "little")
             if head[:4] != b"RIFF" or length in UNKNOWN:
-                return False
+                return 0
             at += 8 + length + length % 2
-    return at - length % 2 > size  # what fills up the last chunk may be left out
+    return max(0, at - length % 2 - size)  # what fills up the last chunk may be left out
 
 
 def avi_frames(path: Path, stream: int, streams: int) -> int | None:
@@ -191,22 +127,48 @@ def transport_is_broken(path: Path, pid: int) -> bool:
         file.seek(start)
         while block := file.read(n * AT_ONCE):
             count = -(-len(block) // n)
-            packets = np.frombuffer(block.ljust(n * count, b"\0"), np.uint8).reshape(count, n)
-            sync, high, low, control, length, flags = packets[:, :6].T.astype(int)
-            if (sync != 0x47).any():
+            rows = np.frombuffer(block.ljust(n * count, b"\0"), np.uint8).reshape(count, n)
+            high, low, control = rows[:, 1:4].T.astype(int)
+            if (rows[:, 0] != 0x47).any():
                 return True
-            ours = (high % 32 * 256 + low == pid) & (control & 0x10 > 0)          # with payload
-            if not ours.any():
+            rows = rows[(high % 32 * 256 + low == pid) & (control & 0x10 > 0)]     # ours, those with payload
+            if len(rows) == 0:
                 continue
-            number, begins = control[ours] % 16, high[ours] & 0x40 > 0
+            high, low, control, length, flags = rows[:, 1:6].T.astype(int)
+            number, begins, adapts = control % 16, high & 0x40 > 0, control & 0x20 > 0
+            # The payload that begins a frame begins with 0, 0, 1, unless it is scrambled.
+            at = np.where(adapts, 5 + length, 4)[:, None] + range(3)
+            heads = np.take_along_axis(rows, at % n, axis=1)
+            if (begins & (control < 0x40) & (heads != (0, 0, 1)).any(axis=1)).any():
+                return True
             # flags of the adaptation field, if any: 0x40 a decoder can start here, 0x80 the numbers start anew
-            flags = np.where((control & 0x20 > 0) & (length > 0), flags, 0)[ours]
+            flags = np.where(adapts & (length > 0), flags, 0)
             joined = (flags & 0x80 > 0) | (begins & (flags & 0x40 > 0))
             before = np.append(number[0] if last is None else last, number[:-1])
             if (((number - before) % 16 > 1) & ~joined).any():
                 return True
             last = number[-1]
     return False
+
+
+def flv_is_broken(path: Path) -> bool:
+    """Whether the chain of tags of a Flash video breaks, or does not end where the file does (its format, annex E).
+
+    A tag has a kind (8 sound, 9 video, 18 data), three bytes of length, four of time and three zeros.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        at = int.from_bytes(file.read(9)[5:], "big") + 4
+        while at + 11 <= size:
+            file.seek(at)
+            head = file.read(1024)
+            if head[0] & 0x1F not in (8, 9, 18) or any(head[8:11]):
+                return True
+            told = re.search(rb"\x00\x08filesize\x00(.{8})", head, re.DOTALL) if head[0] == 18 else None
+            if told and struct.unpack(">d", told[1])[0] > size:
+                return True
+            at += 11 + int.from_bytes(head[1:4], "big") + 4
+    return at not in (size, size + 4)  # the last length may be left out
 
 
 def webp_images(path: Path) -> tuple[int, bool]:
@@ -259,18 +221,14 @@ if __name__ == "__main__":
     import av
 
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "clip.webm")
+        path = Path(folder, "clip.avi")
         with av.open(str(path), "w") as file:
-            stream = file.add_stream("libvpx-vp9", rate=10)
+            stream = file.add_stream("mpeg4", rate=10)
             stream.width, stream.height = 96, 64
             for _ in range(12):
                 file.mux(stream.encode(av.VideoFrame(96, 64, "yuv420p")))
             file.mux(stream.encode())
-        data = bytearray(path.read_bytes())
-        elements = list(places(path))
-        data[elements[-8]] ^= 4
-        path.write_bytes(data)
-        with av.open(str(path)) as file:
-            print(f"{len(elements)} elements, one bit of a name flipped: libav finds {len(list(file.decode(video=0)))} "
-                  "of 12 frames and says nothing")
-        print("broken before the end:", Matroska(path).breaks_before(math.inf))
+        data = path.read_bytes()
+        print("chunks of the video:", avi_frames(path, 0, 1), "- bytes missing:", riff_missing(path))
+        path.write_bytes(data[: len(data) * 2 // 3])
+        print("a third cut off, bytes missing:", riff_missing(path))

@@ -19,11 +19,12 @@ import numpy as np
 from av.stream import Disposition
 from av.video.frame import PictureType
 
+from . import containers
 from .colour import BT709, UNKNOWN, Turn, matrix_of, rgb, turn_of_angle, turn_of_matrix
-from .containers import Matroska, avi_frames, riff_is_cut, transport_is_broken
-from .demux import decode_packet, measured_rate, open_file, packets, samples
+from .demux import decode_packet, hidden_by_edits, measured_rate, open_file, packets
+from .matroska import Matroska
 
-SILENT = {"hevc", "av1", "mpeg1video", "mpeg2video"}  # codecs whose decoders lose a frame without saying so
+SILENT = {"hevc", "av1", "mpeg1video", "mpeg2video", "mpeg4"}  # codecs whose decoders lose a frame without saying so
 
 
 class File:
@@ -31,7 +32,7 @@ class File:
 
     rate: frames a second, on average; time_base: seconds in a tick; aspect: width / height of a pixel; matrix,
     primaries, transfer: as H.273 numbers them; count: how many frames there are, as far as the file tells, or None;
-    notes: what is worth saying about the choice. ValueError if it holds no video.
+    notes: what is worth saying, one line each. ValueError if it holds no video.
     """
 
     def __init__(self, path: Path):
@@ -46,6 +47,8 @@ class File:
             self.notes.append(f"{path}: holds {len(known)} videos; read is the one of {stream.width}x{stream.height} "
                               f"(stream {stream.index})")
         self.decoder, self.codec = stream.codec_context, stream.codec_context.codec.canonical_name
+        if hidden := hidden_by_edits(path, self.container, stream):
+            self.notes.append(f"{path}: its edit list hides {hidden} frames")
         alpha = any(name.lower() == "alpha_mode" and value == "1" for name, value in stream.metadata.items())
         if alpha and self.codec in ("vp8", "vp9"):  # libav's own decoders leave the alpha of a WebM out
             self.decoder = av.CodecContext.create({"vp8": "libvpx", "vp9": "libvpx-vp9"}[self.codec], "r")
@@ -103,29 +106,17 @@ class File:
                 lost, time = due.take(frame)
                 yield from ((None, pts) for pts in lost)
                 yield (None if frame.is_corrupt else frame), time
-        broken = chain.breaks_before(math.inf) if chain else (
-            self.container.format.name == "mpegts" and transport_is_broken(self.path, self.stream.id))
-        missing = max(self._missing(read, due.latest), cut or broken)
-        yield from ((None, None if missing else pts) for pts in due.rest())
-        yield from ((None, None) for _ in range(missing))
+        if chain:
+            cut |= chain.breaks_before(math.inf)
+            lost = max(cut, chain.frames_of_video(self.container.streams.video.index(self.stream)) - read)
+        else:
+            lost = max(cut, containers.missing(self.path, self.container, self.stream, read, due.latest))
+        yield from ((None, None if lost else pts) for pts in due.rest())
+        yield from ((None, None) for _ in range(lost))
 
     def _repeats(self, packet: av.Packet) -> bool:
         """Whether a packet that gave no frame says that the one before stays: MPEG-4's vop_coded = 0."""
-        return self.codec == "mpeg4" and packet.size < 16
-
-    def _missing(self, read: int, latest: float) -> int:
-        """How many more packets a mov, mp4 or AVI tells of than were read, the last of them at `latest`."""
-        stream, form = self.stream, self.container.format.name
-        lost = max(0, sum(entry.size > 0 for entry in stream.index_entries) - read)
-        if form == "avi" and riff_is_cut(self.path):
-            return max(1, stream.frames - 1 - round(max(latest, -1)))
-        if form == "avi":
-            chunks = avi_frames(self.path, stream.index, len(self.container.streams))
-            return max(lost, 1 if chunks is None else chunks - read)
-        if form.startswith("mov,") and stream.frames > len(stream.index_entries):
-            # Some have a time and no place, unless an edit list hides them. Such a table tells no number.
-            return max(lost, int(stream.frames > samples(self.path, stream.index)))
-        return lost if form.startswith("mov,") else 0
+        return self.codec == "mpeg4" and packet.size - max(0, bytes(packet).rfind(b"\0\0\1\xb6")) < 16
 
     def name(self, number: int) -> str:
         """What an error calls frame number `number`."""

@@ -70,10 +70,18 @@ def measured_rate(path: Path, index: int, packets: int = 25) -> Fraction | None:
     return rate.limit_denominator(1001) if rate <= 120 else None
 
 
-def samples(path: Path, index: int) -> int:
-    """How many samples the tables of a mov or mp4 have for a stream, those that its edit list hides included."""
+def samples(path: Path, index: int) -> list[int]:
+    """The sizes of the samples that the tables of a mov or mp4 have for a stream, those that an edit list hides too."""
     with open_file(path, ignore_editlist="1") as container:
-        return len(container.streams[index].index_entries)
+        return [entry.size for entry in container.streams[index].index_entries]
+
+
+def hidden_by_edits(path: Path, container: av.container.InputContainer, stream: av.VideoStream) -> int:
+    """How many frames of a mov or mp4 its edit list hides."""
+    shown = sum(not entry.is_discard for entry in stream.index_entries)
+    if not container.format.name.startswith("mov,") or shown == len(stream.index_entries) >= stream.frames:
+        return 0
+    return sum(size > 0 for size in samples(path, stream.index)) - shown
 
 
 def packets(container: av.container.InputContainer, streams: list) -> Iterator[av.Packet | None]:

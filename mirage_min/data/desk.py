@@ -152,6 +152,31 @@ def silence(stream) -> None:
         pass
 
 
+def share(work: Callable, calls: Iterable[tuple], workers: int, unit: str) -> None:
+    """work(*call) for each of `calls`, in so many processes, with a bar that counts in `unit`.
+
+    The first error ends it, and so does a signal: what has begun is finished, nothing else begins. OSError if one of
+    the processes was killed.
+    """
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+
+    pool = ProcessPoolExecutor(workers, initializer=leave_signals)
+    try:
+        for job in bar([pool.submit(work, *call) for call in calls], unit=unit):
+            job.result()
+    except BrokenProcessPool as error:
+        raise OSError(f"one of {workers} processes was killed, perhaps for want of memory") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def leave_signals() -> None:
+    """Leave those of a terminal, which every process of a command gets, to its first process."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+
+
 def bar(items: Iterable | None = None, **settings):
     """tqdm(items, **settings): a bar where stderr is a terminal, none elsewhere. It vanishes at its end."""
     from tqdm import tqdm

@@ -12,6 +12,11 @@ wide, which `RealClips` reads in crops. Training never sees the frames in val: w
 Whoever ships weights trained on PandaSet names it, as weights/README.md does; its terms forbid identifying persons.
 """
 
+if __name__ == "__main__":
+    from . import desk
+
+    desk.open_up()  # before the imports that take seconds
+
 import argparse
 import hashlib
 import sys
@@ -192,7 +197,6 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, help="folder for the clips; without it, the list is printed")
     parser.add_argument("--folder", type=Path, help="take the files from here instead of fetching them")
     args = parser.parse_args()
-    desk.catch_signals()
     if args.out is None:
         for source in SOURCES:
             print(f"{source.name:32} train {source.train[1] - source.train[0]:3}, "

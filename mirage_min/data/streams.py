@@ -22,11 +22,15 @@ A pair is a file as data/pairs.py reads it, with the object's `actor` and `boxes
 and `visible` (toy_world.Clip).
 """
 
+if __name__ == "__main__":
+    from . import desk
+
+    desk.open_up()  # before the imports that take seconds
+
 import argparse
 import math
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -291,13 +295,10 @@ def main(args: argparse.Namespace) -> None:
         return demonstrate()
     args.out.mkdir(parents=True, exist_ok=True)
     jobs = jobs_of(args)
-    with ProcessPoolExecutor(args.workers) as pool:
-        futures = [pool.submit(write, job, args.out) for job in jobs]
-        for future in desk.bar(futures, unit="pair"):
-            future.result()
+    desk.share(write, [(job, args.out) for job in jobs], args.workers, "pair")
     shown = [load_tensors(args.out / f"{job.name()}.safetensors")[0] for job in jobs[:10]]
     draw_sheet([(from_bytes(pair["x_ni"]), from_bytes(pair["x_gt"])) for pair in shown], args.out / "streams.png")
-    print(f"{len(jobs)} pairs in {args.out}; the first {len(shown)} in {args.out / 'streams.png'}: degraded | clean")
+    desk.say(f"{len(jobs)} pairs in {args.out}; the first {len(shown)} in {args.out / 'streams.png'}: degraded | clean")
 
 
 if __name__ == "__main__":

@@ -10,11 +10,15 @@ recording are a few numbers that a person can write down from one frame, a `Stre
     python -m mirage_min.data.street                                            # a car on a made-up road: street.png
 """
 
+if __name__ == "__main__":
+    from . import desk
+
+    desk.open_up()  # before the imports that take seconds
+
 import argparse
 import math
 import sys
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -255,14 +259,12 @@ def main(args: argparse.Namespace) -> None:
     streets = clips_of_known_streets(args.clips)
     clips, weights = list(streets), lengths_of(streets)
     args.out.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(args.workers) as pool:
-        jobs = []
-        for seed in range(args.first_seed, args.first_seed + args.count):
-            clip = clips[int(torch.multinomial(weights, 1, generator=torch.Generator().manual_seed(seed)))]
-            path = args.out / f"{clip.stem}_{seed:06d}.safetensors"
-            jobs.append(pool.submit(write_pair, clip, streets[clip], path, args.size, args.frames, seed))
-        for job in desk.bar(jobs, unit="pair"):
-            job.result()
+    calls = []
+    for seed in range(args.first_seed, args.first_seed + args.count):
+        clip = clips[int(torch.multinomial(weights, 1, generator=torch.Generator().manual_seed(seed)))]
+        path = args.out / f"{clip.stem}_{seed:06d}.safetensors"
+        calls.append((clip, streets[clip], path, args.size, args.frames, seed))
+    desk.share(write_pair, calls, args.workers, "pair")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,11 @@ next to such a clip changes single ones. To check them, draw the ground they mea
     python -m mirage_min.data.street_camera                # how numbers become a camera, and what is refused
 """
 
+if __name__ == "__main__":
+    from . import desk
+
+    desk.open_up()  # before the imports that take seconds
+
 import argparse
 import sys
 from dataclasses import asdict, dataclass, fields

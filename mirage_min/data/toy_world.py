@@ -17,9 +17,13 @@ paint is the actor's paint, lights vary within narrow ranges, actors are large a
     python -m mirage_min.data.toy_world                     # one scene: shapes and a picture
 """
 
+if __name__ == "__main__":
+    from . import desk
+
+    desk.open_up()  # before the imports that take seconds
+
 import argparse
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -157,10 +161,7 @@ def write_all(args: argparse.Namespace, config: WorldConfig) -> None:
     """A folder of clips."""
     args.out.mkdir(parents=True, exist_ok=True)
     seeds = range(args.first_seed, args.first_seed + args.clips)
-    with ProcessPoolExecutor(args.workers) as pool:
-        jobs = [pool.submit(write, seed, config, args.out, args.extras) for seed in seeds]
-        for job in desk.bar(jobs, unit="clip"):
-            job.result()
+    desk.share(write, [(seed, config, args.out, args.extras) for seed in seeds], args.workers, "clip")
 
 
 def demonstrate() -> None:

@@ -17,6 +17,11 @@ annotations without their pickles: {"fields": ["object", "label", "x", …], "fr
     python -m mirage_min.data.vehicles                     # a box two lanes away, its corners and its mask
 """
 
+if __name__ == "__main__":
+    from . import desk
+
+    desk.open_up()  # before the imports that take seconds
+
 import argparse
 import json
 import sys

@@ -103,7 +103,7 @@ class Video(AbstractContextManager):
         count    how many frames there are, as far as the file tells; None if it does not
         times    (presentation time, duration) in ticks, of every frame that was decoded and is not yet popped
         broken   numbers, counted from 0, of the frames that did not decode
-        notes    lines worth saying: which of several videos is read
+        notes    lines worth saying: which of several videos is read, how many frames an edit list hides
 
     A frame that does not decode, or is missing from a damaged file, is a ValueError; with `skip_broken` the frame
     before is repeated. Whatever is wrong is a ValueError of one line that begins with the path.
