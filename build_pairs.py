@@ -9,7 +9,7 @@ one up.
     coarse   a similarity takes the asset's Gaussians to the actor's                                         (§3.3)
     fine     one scaling and one displacement in the image, for the whole video, take the rendered asset's
              boxes to the annotated ones                                                                     (§3.3)
-    x_NI     the scene without the actor, and over it the asset, behind what stands before it                (§8.4)
+    x_NI     the scene without the actor, and over it the asset, hidden where something is nearer            (§8.4)
     x_GT     the video as it was filmed
 
 Written to OUT: SCENE_FIRSTFRAME.safetensors, which mirage_min/data/pairs.py reads, with x_ni and x_gt (uint8
@@ -74,7 +74,8 @@ def choose_actor(folder: Path, scene: SceneFolder, frames: range, wanted: int | 
     """The id of the tracked object inside the image in all the frames whose mean mask is the largest (§8.2)."""
     if wanted is not None and wanted not in scene.tracks:
         raise ValueError(f"{folder / 'tracks.json'}: objects: no id {wanted} (--actor), there are {list(scene.tracks)}")
-    size, inside = torch.tensor([scene.cameras[0].width, scene.cameras[0].height]), {}
+    size = torch.tensor([scene.cameras[0].width, scene.cameras[0].height])
+    inside = {}
     for i in scene.tracks if wanted is None else [wanted]:
         track = scene.tracks[i]
         within = track.visible & (track.box[:, :2] > 0).all(1) & (track.box[:, 2:] < size).all(1)
@@ -97,20 +98,24 @@ def choose_actor(folder: Path, scene: SceneFolder, frames: range, wanted: int | 
 
 def build(folder: Path, args: argparse.Namespace, settings: dict) -> dict:
     """All pairs of one scene -> its entry in the manifest."""
-    scene, name, N = read_scene(folder, args.device), folder.resolve().name, args.frames
+    scene = read_scene(folder, args.device)
+    name, N = folder.resolve().name, args.frames
     start, stop = args.range or (0, len(scene.cameras))
     if not 0 <= start <= stop - N <= len(scene.cameras) - N:
         raise ValueError(f"{scene.video}: {len(scene.cameras)} frames, wanted {start}:{stop} in clips of {N}")
     actor = choose_actor(folder, scene, range(start, stop), args.actor)
-    asset, boxes_gt = on(load_ply(folder / "asset.ply"), args.device), scene.tracks[actor].box.float()
+    boxes_gt = scene.tracks[actor].box.float()
+    asset = on(load_ply(folder / "asset.ply"), args.device)
     if not len(asset) or not (asset.means.amax(0) > asset.means.amin(0)).all():
         raise ValueError(f"{folder / 'asset.ply'}: wanted Gaussians that span a space, got {len(asset)} that do not")
     clips, left_out, at = [], [], 0
     with desk.bar(total=2 * (stop - start), desc=name, unit="frame") as bar, \
             Video(scene.video) as video:
-        insertions, filmed = align_asset(scene, asset, args.asset_axes, actor, range(start, stop), bar), iter(video)
+        insertions = align_asset(scene, asset, args.asset_axes, actor, range(start, stop), bar=bar)
+        filmed = iter(video)
         for first in range(start, stop - N + 1, N):
-            rows, path = slice(first, first + N), args.out / f"{name}_{first:06d}.safetensors"
+            rows = slice(first, first + N)
+            path = args.out / f"{name}_{first:06d}.safetensors"
             iou = {stage: float(align.iou(insertion.aligned_boxes()[rows], boxes_gt[rows]).mean())
                    for stage, insertion in insertions.items()}
             if iou[args.align] < args.min_iou:
@@ -118,8 +123,9 @@ def build(folder: Path, args: argparse.Namespace, settings: dict) -> dict:
             elif (made := made_before(path, settings)) is not None:
                 clips.append(made)
             else:
-                x_gt, at = torch.stack(list(islice(filmed, first - at, first - at + N)), dim=1), first + N
-                tensors, figures = make_pair(scene, insertions, actor, rows, x_gt, args.align, bar)
+                x_gt = torch.stack(list(islice(filmed, first - at, first - at + N)), dim=1)
+                at = first + N  # frames that have been read
+                tensors, figures = make_pair(scene, insertions, actor, rows, x_gt, stage=args.align, bar=bar)
                 clips.append({"file": path.name, "first_frame": first, "box_iou": iou} | figures)
                 weights.save_tensors(path, tensors, {"clip": json.dumps(clips[-1]), "settings": json.dumps(settings)})
     return {"settings": settings, "actor": actor, "category": scene.tracks[actor].category,
@@ -130,7 +136,8 @@ def build(folder: Path, args: argparse.Namespace, settings: dict) -> dict:
 def make_pair(scene: SceneFolder, insertions: dict[str, Insertion], actor: int, rows: slice, x_gt: Tensor, stage: str,
               bar: tqdm) -> tuple[dict[str, Tensor], dict]:
     """Frames `rows` of a scene, filmed as x_gt [3, T, H, W] -> the tensors of its file, and figures of every stage."""
-    track, shots = scene.tracks[actor], {name: [] for name in insertions}
+    track = scene.tracks[actor]
+    shots = {name: [] for name in insertions}
     for t in range(rows.start, rows.stop):
         back = render(scene.at(t, without=actor), scene.cameras[t])
         for name, insertion in insertions.items():
@@ -138,7 +145,8 @@ def make_pair(scene: SceneFolder, insertions: dict[str, Insertion], actor: int, 
             shots[name].append([v.cpu() for v in composite(back, front, margin=float(track.size[t].min()))])
         bar.update()
     x_ni = {name: torch.stack([frame for frame, _ in shot], dim=1) * 2 - 1 for name, shot in shots.items()}
-    alpha, middle = torch.stack([alpha for _, alpha in shots[stage]], dim=1), x_gt.shape[1] // 2
+    alpha = torch.stack([alpha for _, alpha in shots[stage]], dim=1)
+    middle = x_gt.shape[1] // 2
     crops = actor_crops(track.box[rows], *x_gt.shape[2:])
     x_gt_cropped = cropped(x_gt[None], crops)
     figures = {"crop_psnr": {name: float(psnr(cropped(x[None], crops), x_gt_cropped)) for name, x in x_ni.items()}}
@@ -206,7 +214,8 @@ def main(args: argparse.Namespace) -> int:
     manifest = weights.read_json(path) if path.exists() else {}
     made = checked.value(dict[str, Entry], manifest, path, "")
     for folder in args.scenes:
-        name, old = folder.resolve().name, made.get(folder.resolve().name)
+        name = folder.resolve().name
+        old = made.get(name)
         try:
             settings = settings_of(folder, args)
             if old and old.settings == settings and all((args.out / clip.file).exists() for clip in old.clips):
@@ -219,7 +228,7 @@ def main(args: argparse.Namespace) -> int:
             broken += 1
             continue
         entry, files = manifest[name], {clip["file"] for clip in manifest[name]["clips"]}
-        for file in args.out.glob("*.safetensors"):  # of other settings: not to be trained on beside these
+        for file in args.out.glob("*.safetensors"):  # those of other settings must not be trained on
             if re.fullmatch(re.escape(name) + r"_\d{6}", file.stem) and file.name not in files:
                 file.unlink()
         if entry["clips"]:
@@ -236,8 +245,10 @@ def report(name: str, entry: dict, args: argparse.Namespace) -> None:
         values = [[clip[key][stage] for clip in entry["clips"]] for stage in STAGES]
         return " -> ".join(f"{sum(v) / len(v):.3g}" for v in values)
 
-    desk.say(f"{name}: actor {entry['actor']}, {len(entry['clips'])} pairs" + ("" if not entry["clips"] else
-             f"; {' -> '.join(STAGES)}: box IoU {mean('box_iou')}, PSNR in the crop {mean('crop_psnr')}"))
+    text = f"{name}: actor {entry['actor']}, {len(entry['clips'])} pairs"
+    if entry["clips"]:
+        text += f"; {' -> '.join(STAGES)}: box IoU {mean('box_iou')}, PSNR in the crop {mean('crop_psnr')}"
+    desk.say(text)
     for clip in entry["left_out"]:
         desk.say(f"{name}: frames from {clip['first_frame']} left out: box IoU {clip['box_iou'][args.align]:.3f}, "
                  f"wanted at least {args.min_iou}")
@@ -274,7 +285,7 @@ def cli(argv: list[str] | None = None) -> int:
     parser.add_argument("--min-iou", type=float, default=0.8, metavar="X",
                         help="leave out pairs whose boxes overlap less on average (default 0.8)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="where to render (default: cuda if it is there, else cpu)")
+                        help="where to render (default: cuda if there is one, else cpu)")
     args = parser.parse_args(argv)
     names = [folder.resolve().name for folder in args.scenes]
     if args.frames < 1 or len(set(names)) < len(names):

@@ -118,7 +118,7 @@ def tensors(content: dict, where: str, drop: list[str]) -> tuple[State, Counter]
 # ---- one network at a time -------------------------------------------------------------------------------------------
 
 def copies(state: State, key: str) -> list[str]:
-    """What stands before `key` in the names, for every copy of a network that a state dict holds."""
+    """The prefix of `key` in the names, for every copy of a network that a state dict holds."""
     return [name.removesuffix(key) for name in state if name == key or name.endswith("." + key)]
 
 
@@ -156,7 +156,7 @@ def cosmos_config(state: State, where: str, text: bool) -> CosmosDiTConfig:
     block = "transformer_blocks.0"
     D, columns = shape("patch_embed.proj.weight")
     d = shape(f"{block}.attn1.norm_q.weight")[0]
-    numbers = [int(m[1]) for name in state if (m := re.match(r"transformer_blocks\.(\d+)\.", name))]
+    numbers = [int(name.split(".")[1]) for name in state if re.match(r"transformer_blocks\.\d+\.", name)]
     return CosmosDiTConfig(
         in_channels=columns // 4 - 1, out_channels=shape("proj_out.weight")[0] // 4, num_attention_heads=D // d,
         attention_head_dim=d, num_layers=max(numbers) + 1, mlp_ratio=shape(f"{block}.ff.net.0.proj.weight")[0] / D,

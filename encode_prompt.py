@@ -8,7 +8,7 @@ and keeps it with the adapters. Tokens and padding are those of each base's publ
 
     CogVideoX               T5     L = 226    the padding is encoded as well, and the text attends to it
     Wan 2.1                 UMT5   L = 512    the text is cleaned first, attends to itself alone, and zeros follow it
-    SD-Turbo, SD 2.1, 1.5   CLIP   L = 77     the padding is encoded as well, after the text; R3D2 and Difix stand on it
+    SD-Turbo, SD 2.1, 1.5   CLIP   L = 77     the padding is encoded as well, after the text; for R3D2 and Difix
 
 CLIP's padding differs between checkpoints (SD 2.x has "!", SD 1.x the end of text), and every padded position with it:
 the checkpoint's own tokenizer decides, and its token is printed.
@@ -52,9 +52,9 @@ class Kind(NamedTuple):
 
 
 KINDS = {  # by model_type in the text encoder's config.json
-    "t5": Kind("T5EncoderModel", "d_model", CogVideoXDiT, "transformer", "text_embed_dim", None),
-    "umt5": Kind("UMT5EncoderModel", "d_model", WanDiT, "transformer", "text_dim", 512),
-    "clip_text_model": Kind("CLIPTextModel", "hidden_size", UNet2D, "unet", "cross_attention_dim", 77),
+    "t5": Kind("T5EncoderModel", "d_model", CogVideoXDiT, folder="transformer", taken="text_embed_dim", L=None),
+    "umt5": Kind("UMT5EncoderModel", "d_model", WanDiT, folder="transformer", taken="text_dim", L=512),
+    "clip_text_model": Kind("CLIPTextModel", "hidden_size", UNet2D, folder="unet", taken="cross_attention_dim", L=77),
 }
 
 

@@ -17,7 +17,7 @@ it with the truth's own, which has a row.
     vFID      of clips of 16 frames one after another, the rest of a video being a clip, too (below 10 frames it is
               played to and fro); the network is TorchScript: videos [B, 3, T, H, W] in [-1, 1] -> features [B, d].
               TorchScript is code that runs here: take it from whom you trust
-    frames/s  as infer.py printed them, where a *.log beside the results has kept that
+    frames/s  as infer.py printed them, where a *.log next to the results has kept that
 
 A metric that lacks its weights is left out and the reason given. Status 2: one line says what is wrong.
 """
@@ -197,7 +197,7 @@ def logged_speed(folder: Path) -> dict[str, float]:
 def markdown(means: dict[str, dict[str, dict[str, float]]]) -> str:
     """{region: {method: {metric: value}}} -> a table for each region, the best of several methods in bold.
 
-    The warp error favours blur: the best is the nearest to the truth's own, if that is there.
+    The warp error favours blur: the best is the nearest to the truth's own, if that is known.
     """
     text = ""
     for region, rows in means.items():
@@ -315,7 +315,7 @@ def cli(argv: list[str] | None = None) -> int:
     parser.add_argument("--vfid", type=Path, metavar="FILE", help="feature network of vFID, TorchScript")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write scores.json, scores.csv and scores.md there")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="default: cuda if it is there, else cpu")
+                        help="default: cuda if there is one, else cpu")
     return desk.serve("evaluate.py", lambda: main(parser.parse_args(argv)))
 
 

@@ -10,7 +10,7 @@ folder of PNGs if the output ends in neither. Size, number, order and times of t
 streams through the model, so a long one takes time but no more memory; the output appears when it is complete, or
 never. Which system the model's folder holds, and so what else --set takes, is read from the folder (systems/load.py).
 
-Of a folder of videos each becomes NAME.mp4 in the output, whole. Those that are there are skipped, so the same command
+Of a folder of videos each becomes NAME.mp4 in the output, whole. Existing ones are skipped, so the same command
 continues; one that cannot be done is reported, and the others are done.
 
 Exit status: 0 done; 1 a video of a folder could not be done; 2 the input, the model or a flag is wrong, and one line
@@ -83,7 +83,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def harmonise_all(videos: list[Path], load: Callable, args: argparse.Namespace, settings: Settings) -> int:
-    """Each video -> NAME.mp4 in the folder args.output, unless it is there. Returns the exit status."""
+    """Each video -> NAME.mp4 in the folder args.output, unless that exists. Returns the exit status."""
     if is_mp4(args.output) or place.is_clip(args.output) or args.output.is_file():
         raise ValueError(f"{args.output}: wanted a folder for the results of a folder of videos")
     if args.output.exists() and args.output.samefile(args.input):
@@ -106,7 +106,7 @@ def harmonise_all(videos: list[Path], load: Callable, args: argparse.Namespace, 
 
 def harmonise(source: Path, target: Path, load: Callable, args: argparse.Namespace, settings: Settings,
               label: str | None = None) -> None:
-    """One video from file to file; load() returns the system, label stands before the progress bar."""
+    """One video from file to file; load() returns the system, label is put before the progress bar."""
     with Video(source, settings.fps, args.skip_broken) as video:
         output = video.format
         if min(output.width, output.height) < 16:
@@ -141,7 +141,7 @@ def harmonise(source: Path, target: Path, load: Callable, args: argparse.Namespa
             for write in writes:
                 write.result()
             if not args.videos:
-                desk.ignore_signals()  # the output is about to stand: a signal now would be said to leave none
+                desk.ignore_signals()  # the output is about to appear: a signal now would be reported to leave none
     if video.broken:
         desk.say_error(f"note: {len(video.broken)} frames did not decode and repeat the one before: "
                        f"{', '.join(map(str, video.broken[:8]))}{', ...' * (len(video.broken) > 8)}")
@@ -196,7 +196,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         help="folder or hub id of what a Mirage was trained on (default: as it says)")
     parser.add_argument("--vae2d", metavar="ID", help="folder or hub id of its AutoencoderKL (default: as it says)")
     parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", metavar="NAME",
-                        help="cuda, mps, cpu or auto (default: auto, the first of them that is there)")
+                        help="cuda, mps, cpu or auto (default: auto, the first that this machine has)")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", metavar="TYPE",
                         help=f"{', '.join(DTYPES)} or auto (default: auto, bfloat16 on cuda and float32 elsewhere)")
     parser.add_argument("--window", type=int, metavar="N",

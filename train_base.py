@@ -53,6 +53,7 @@ from mirage_min.networks.vae_wan import WanVAE
 from mirage_min.training import checkpoint, processes, run, watch
 from mirage_min.training.latents import EachFrame, Latents
 
+NETWORKS = {"cogvideox": (CogVideoXVAE, CogVideoXDiT), "wan": (WanVAE, WanDiT)}
 SCHEDULERS = {  # scheduler_config.json, by family
     "cogvideox": config_from_schedule(VPrediction(prediction_type="v_prediction", rescale_betas_zero_snr=True,
                                                   snr_shift_scale=1.0)),
@@ -216,7 +217,7 @@ class Stage:
 def build(args, recipe: Recipe) -> Stage:
     """The stage of --stage and --family."""
     wan = args.family == "wan"
-    VAE, DiT = (WanVAE, WanDiT) if wan else (CogVideoXVAE, CogVideoXDiT)
+    VAE, DiT = NETWORKS[args.family]
     base = args.out / f"base{'_wan' * wan}"
     pairs = Pairs(args.data, recipe.frames)
     if args.stage in ("vae_2d", "vae"):
@@ -229,13 +230,14 @@ def build(args, recipe: Recipe) -> Stage:
         else:
             model = small_base.new_vae(args.family, recipe.width, recipe.norm_groups)
             loss, out = vae_loss, base / "vae"
-        return Stage(model, data, partial(loss, lpips_distance=lpips), out, files, lpips)
+        return Stage(model, data, partial(loss, lpips_distance=lpips), out, files, judge=lpips)
     if args.stage == "one_step_2d":
         vae = EachFrame(AutoencoderKL.from_pretrained(args.out, "vae_2d", device=args.device))
         data = Latents(pairs, vae, recipe, args.run.parent / "latents_2d.safetensors")
         loss = partial(one_step_2d_loss, alpha_bars=alpha_bar(zero_terminal_snr=False).to(args.device))
         return Stage(small_base.new_unet(), data, loss, args.out / "base_2d" / "unet", pairs.paths())
-    out, alpha_bars = base / "transformer", None if wan else alpha_bar().to(args.device)
+    out = base / "transformer"
+    alpha_bars = None if wan else alpha_bar().to(args.device)
     if args.stage == "prior":
         model, loss = small_base.new_transformer(args.family), prior_loss
     else:
@@ -260,7 +262,8 @@ def main(args, recipe: Recipe) -> None:
     log = watch.Log(args.run, recipe, start)
     desk.say(f"{args.stage}: {sum(p.numel() for p in params.values()):,} parameters, {recipe}")
 
-    for step in (bar := run.Steps(args, recipe, start)):
+    bar = run.Steps(args, recipe, start)
+    for step in bar:
         draws = run.draws(recipe.seed, step)
         batch, names = next_batch(stage.data, recipe, step, draws)
         optimizer.zero_grad()
@@ -330,6 +333,7 @@ if __name__ == "__main__":
                         help="default: cuda if there is one, else cpu")
     args = parser.parse_args()
     own = f"{args.stage}_wan" if args.family == "wan" and not args.stage.endswith("_2d") else args.stage
-    args.run, args.recipe = args.runs / own, own if own in RECIPES else args.stage
+    args.run = args.runs / own
+    args.recipe = own if own in RECIPES else args.stage
     del args.runs  # only where things lie
     run.launch(main, args, RECIPES)

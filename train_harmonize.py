@@ -131,7 +131,8 @@ def main(args, recipe: Recipe) -> None:
     mirage, lpips, _ = models
     identity = checkpoint.identify(args, recipe, data.paths(), models, params, t=mirage.t)
     processes.print_once(f"stage H: {recipe}\ntrained: {run.count(params)}")
-    processes.print_once(memory.plan(models, forward_and_backward, recipe, args.device, processes.world(), mirage.dit))
+    processes.print_once(memory.plan(models, forward_and_backward, recipe, args.device, processes.world(),
+                                     sharded=mirage.dit))
     if recipe.shard:
         processes.shard(mirage.dit, args.device)
     models.to(args.device)
@@ -145,12 +146,13 @@ def main(args, recipe: Recipe) -> None:
         with run.autocast(recipe, x_ni.device):
             return mirage(x_ni)
 
-    for step in (bar := run.Steps(args, recipe, start)):
+    bar = run.Steps(args, recipe, start)
+    for step in bar:
         terms, names = defaultdict(float), []
         optimizer.zero_grad()
         for clips in processes.pieces(recipe):
             x_ni, x_gt, drawn = run.batch(data, recipe, step, clips, args.device)
-            forward_and_backward(models, recipe, x_ni, x_gt, terms, step)
+            forward_and_backward(models, recipe, x_ni, x_gt, terms, step=step)
             names += drawn
         processes.reduce(params, terms)
         norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)

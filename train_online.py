@@ -22,6 +22,7 @@ if __name__ == "__main__":
 
 import warnings
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
@@ -30,6 +31,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as nnf
 
 from mirage_min.data import desk
+from mirage_min.data.pairs import Pairs
 from mirage_min.method.optical_flow import flow_dis, visible_by_consistency, warp_loss
 from mirage_min.method.perceptual import Lpips, patch_loss
 from mirage_min.networks import checked, frugal, small_base
@@ -55,7 +57,7 @@ class Recipe(run.Recipe):
     wiring: Literal["release", "paper"] = "paper"
     past: Annotated[int, checked.Within(0, 64)] = 4  # K
     temporal_from: int = 10_000    # the step from which there are temporal batches
-    temporal_every: Annotated[int, checked.Within(1)] = 2  # then every so manieth is one
+    temporal_every: Annotated[int, checked.Within(1)] = 2  # then one step in so many has one
     past_from: Literal["outputs", "truth"] = "outputs"  # what a temporal batch sees: the model's outputs, or the truth
     past_share: Share = 1.0        # of temporal batches that see a past; the others begin a clip
     lambda_l2: Weight = 1.0
@@ -136,14 +138,16 @@ def motion(recipe: Recipe, x_gt: Tensor, flow: Tensor, visible: Tensor, names: l
         raise ValueError(f"{name}: holds no flow, which the warp loss needs: --set flow=dis estimates it, "
                          "--set lambda_warp=0 does without the loss")
     if unknown.any():
-        forward, backward = (flow_dis(x) for x in (x_gt[unknown][:, :, -2:], x_gt[unknown][:, :, -2:].flip(2)))
+        pair = x_gt[unknown][:, :, -2:]
+        forward, backward = flow_dis(pair), flow_dis(pair.flip(2))
         flow[unknown] = forward[:, :, 0]
         visible[unknown] = visible_by_consistency(forward, backward)[:, :, 0].to(visible)
     return flow, visible
 
 
 @torch.no_grad()
-def see_past(harmonizer: Harmonizer, recipe: Recipe, frames: list[Tensor], truths: list[Tensor]) -> list[Tensor]:
+def see_past(harmonizer: Harmonizer, recipe: Recipe, frames: Sequence[Tensor], truths: Sequence[Tensor]
+             ) -> list[Tensor]:
     """`past` after frames in a row, each [n, 3, H, W]: of the model's own outputs, or of the truth in their place."""
     past = []
     for frame, truth in zip(frames, truths, strict=True):
@@ -162,11 +166,12 @@ def forward_and_backward(models: nn.ModuleList, recipe: Recipe, x_ni: Tensor, x_
     draws   for the square of the patch loss; None: the largest
     """
     harmonizer, lpips_distance, vgg = models
-    (n, _, T, H, W), share = x_ni.shape, len(x_ni) / recipe.batch
-    batch = batch or Batch(True, recipe.past)
+    n, _, T, H, W = x_ni.shape
+    share = n / recipe.batch  # of the clips of the whole batch
+    batch = batch or Batch(temporal=True, past=recipe.past)
     if T < recipe.past + 2:
         raise ValueError(f"wanted clips of past + 2 = {recipe.past + 2} frames, got {T}")
-    frames, truths = list(x_ni.unbind(dim=2)), list(x_gt.unbind(dim=2))
+    frames, truths = x_ni.unbind(dim=2), x_gt.unbind(dim=2)
     shown = range(T - 2, T) if batch.temporal else range(T - 1, T)
     before = slice(shown[0] - batch.past, shown[0])
     found, outputs = defaultdict(float), []
@@ -182,7 +187,7 @@ def forward_and_backward(models: nn.ModuleList, recipe: Recipe, x_ni: Tensor, x_
             y = harmonizer.enhance(frames[t], past)
             past = harmonizer.remember(truths[t] if recipe.past_from == "truth" else y, past)
             outputs.append(y.to(x_gt.dtype))
-            for name, distance in losses(recipe, lpips_distance, vgg, outputs[-1], truths[t], draws).items():
+            for name, distance in losses(recipe, lpips_distance, vgg, outputs[-1], truths[t], draws=draws).items():
                 found[name] = found[name] + distance / len(shown)
         if batch.temporal and recipe.lambda_warp:
             flow, visible = moved or (x_gt.new_zeros(n, 2, H, W), x_gt.new_ones(n, 1, H, W))
@@ -225,13 +230,15 @@ def main(args, recipe: Recipe) -> None:
         with run.autocast(recipe, x_ni.device):
             return harmonizer(x_ni)
 
-    for step in (bar := run.Steps(args, recipe, start)):
-        terms, names, batch = defaultdict(float), [], batch_of(step, recipe)
+    bar = run.Steps(args, recipe, start)
+    for step in bar:
+        terms, names = defaultdict(float), []
+        batch = batch_of(step, recipe)
         optimizer.zero_grad()
         for clips in processes.pieces(recipe):
-            x_ni, x_gt, moved, drawn = read(data, recipe, batch, step, clips, args.device)
-            # one square a step, whichever process and piece a clip is in
-            forward_and_backward(models, recipe, x_ni, x_gt, terms, batch, moved, run.draws(recipe.seed, step, k=4_098))
+            x_ni, x_gt, moved, drawn = read(data, recipe, step, clips, args.device, batch=batch)
+            square = run.draws(recipe.seed, step, k=4_098)  # one a step, whichever process and piece a clip is in
+            forward_and_backward(models, recipe, x_ni, x_gt, terms, batch=batch, moved=moved, draws=square)
             names += drawn
         processes.reduce(params, terms)
         norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
@@ -249,7 +256,7 @@ def main(args, recipe: Recipe) -> None:
         desk.say(f"harmonizer: {recipe.steps} steps -> {args.out}")
 
 
-def read(data, recipe: Recipe, batch: Batch, step: int, clips: range, device: str):
+def read(data: Pairs, recipe: Recipe, step: int, clips: range, device: str, batch: Batch):
     """These clips of a step's batch: x_ni, x_gt, flow and visible where the warp loss wants them (else None), names."""
     if not (batch.temporal and recipe.lambda_warp):
         x_ni, x_gt, names = run.batch(data, recipe, step, clips, device)

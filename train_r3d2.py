@@ -89,9 +89,10 @@ def build(args, recipe: Recipe) -> tuple[nn.ModuleList, dict[str, nn.Parameter]]
     """(R3D2, LPIPS, the network whose features Gram compares), and what is trained by name."""
     text = read_prompt(args)
     if args.base is None:
-        unet, (vae, skips) = small_base.new_unet(), read_vae(args.vae, None, recipe.skip_start)
+        unet = small_base.new_unet()
+        vae, skips = read_vae(args.vae, None, recipe.skip_start)
         text = torch.zeros(1, 1, unet.config.cross_attention_dim) if text is None else text
-        r3d2 = R3D2(unet, vae, skips, text, alpha_bar(zero_terminal_snr=False), recipe.t).float()
+        r3d2 = R3D2(unet, vae, skips, text, alpha_bar(zero_terminal_snr=False), t=recipe.t).float()
     else:
         r3d2 = R3D2.from_base(args.base, args.vae, text, recipe.t, recipe.skip_start, dtype=torch.float32)
     wanted = VAES.get(args.recipe)
@@ -169,12 +170,13 @@ def main(args, recipe: Recipe) -> None:
         with run.autocast(recipe, x_ni.device):
             return r3d2(x_ni)
 
-    for step in (bar := run.Steps(args, recipe, start)):
+    bar = run.Steps(args, recipe, start)
+    for step in bar:
         terms, names = defaultdict(float), []
         optimizer.zero_grad()
         for clips in processes.pieces(recipe):
             x_ni, x_gt, drawn = run.batch(data, recipe, step, clips, args.device)
-            forward_and_backward(models, recipe, x_ni, x_gt, terms, step)
+            forward_and_backward(models, recipe, x_ni, x_gt, terms, step=step)
             names += drawn
         processes.reduce(params, terms)
         norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)

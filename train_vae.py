@@ -140,7 +140,8 @@ def main(args, recipe: Recipe) -> None:
             scales = injection.measure_scales(mirage.vae, mirage.vae.encode(x_gt), mirage.mids(x_ni))
         processes.print_once("std of (decoder stream, 2D features), finest first:", scales)
 
-    for step in (bar := run.Steps(args, recipe, start)):
+    bar = run.Steps(args, recipe, start)
+    for step in bar:
         terms, names = defaultdict(float), []
         optimizer.zero_grad()
         for clips in processes.pieces(recipe):

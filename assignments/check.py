@@ -2,8 +2,8 @@
 
 A function's own words, torch's functions over tensors and plain Python are written down here, and nothing else is let
 in. What a body calls by name is looked up as the compiler sees it (symtable), scope by scope, for a name that is local
-in one scope is global in the next. This keeps a body from the tests beside which it runs; that it does no harm to the
-machine is not left to it (cage.py).
+in one scope is global in the next. This keeps a body from the tests, which run in the same process; the machine is
+protected by cage.py.
 """
 
 import ast
@@ -93,7 +93,8 @@ def globals_of(body: list[ast.stmt], function: ast.FunctionDef) -> set[str]:
     """What a body with this function's arguments finds outside of itself, in whichever scope; dunders count too."""
     arguments = ", ".join(n.arg for n in ast.walk(function.args) if isinstance(n, ast.arg))
     text = f"def alone({arguments}):\n" + textwrap.indent("\n".join(map(ast.unparse, body)) or "pass", "    ")
-    tables, found = symtable.symtable(text, "body", "exec").get_children(), set()
+    tables = symtable.symtable(text, "body", "exec").get_children()
+    found = set()
     while tables:
         table = tables.pop()
         tables += table.get_children()

@@ -61,7 +61,8 @@ def graft(submission: Path, function: str, graded: list[str]) -> str:
 def run_tests(tree: Path, tests: list[str], seed: int, limit: float = LIMIT,
               protections: tuple[str, ...] = ()) -> tuple[bool, str, str]:
     """Whether all the tests pass in a tree; if not, at which with what kind of error, and the error's own text."""
-    nonce, (reading, writing) = secrets.token_hex(16), os.pipe()
+    nonce = secrets.token_hex(16)
+    reading, writing = os.pipe()
     job = {"tests": tests, "seed": seed, "nonce": nonce, "seconds": limit, "protections": protections,
            "hidden": [str(source.ROOT), *(str(Path(p) / "mirage_min") for p in sys.path)]}
     environment = {"PATH": os.environ.get("PATH", ""), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
@@ -153,7 +154,8 @@ def main(args: argparse.Namespace) -> None:
     if missing := [name for name in cage.PROTECTIONS if name not in protections]:
         print(f"grade.py: no {' and no '.join(missing)} here; bodies that you do not trust want a container "
               "(assignments/README.md)", file=sys.stderr)
-    seed, grades = secrets.randbelow(2**31) if args.seed is None else args.seed, []
+    seed = secrets.randbelow(2**31) if args.seed is None else args.seed
+    grades = []
     for name in dict.fromkeys(chosen):
         grades.append(grade(args.submission, name, seed, args.limit, protections))
         for row in grades[-1]["functions"]:

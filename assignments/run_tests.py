@@ -42,7 +42,8 @@ def reseed(seed: int) -> None:
 
 
 if __name__ == "__main__":
-    job, sys.stdin = json.load(sys.stdin), open(os.devnull)
+    job = json.load(sys.stdin)
+    sys.stdin = open(os.devnull)
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     import cage
 

@@ -73,7 +73,8 @@ def statements(function: ast.FunctionDef) -> list[ast.stmt]:
 
 def splice(source: str, name: str, body: str) -> str:
     """The source with another body for one function; signature, decorators and docstring stay."""
-    function, lines = find(ast.parse(source), name), source.splitlines(keepends=True)
+    function = find(ast.parse(source), name)
+    lines = source.splitlines(keepends=True)
     first = function.body[0]
     if ast.get_docstring(function) is None:
         raise ValueError(f"{name} has no docstring, which is the task")

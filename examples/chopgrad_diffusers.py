@@ -40,7 +40,8 @@ class WanGroups:
     """diffusers' AutoencoderKLWan (2.1), one latent at a time; an empty tensor stands for "Rep"."""
 
     def __init__(self, vae: AutoencoderKLWan):
-        self.vae, self.slots = vae, sum(isinstance(m, WanCausalConv3d) for m in vae.decoder.modules())
+        self.vae = vae
+        self.slots = sum(isinstance(m, WanCausalConv3d) for m in vae.decoder.modules())
 
     def decode_groups(self, F: int) -> list[slice]:
         return [slice(i, i + 1) for i in range(F)]

@@ -95,7 +95,8 @@ def yaw(angle: float) -> Tensor:
 
 def seen_from_one_side(x: Tensor, normals: Tensor, draws: Draws) -> Tensor:
     """Those of the points [N, 3] whose faces look towards a distant camera."""
-    azimuth, elevation = draws.number(-math.pi, math.pi), math.radians(draws.number(3, 20))
+    azimuth = draws.number(-math.pi, math.pi)
+    elevation = math.radians(draws.number(3, 20))
     camera = torch.tensor([math.cos(elevation) * math.sin(azimuth), -math.sin(elevation),
                            math.cos(elevation) * math.cos(azimuth)])
     return x[normals @ camera > 0]
@@ -119,20 +120,24 @@ def make_trial(case: str, seed: int, N: int = 600) -> Trial:
     if case in ("noise", "all"):
         along = nnf.normalize(draws.normal(*x.shape), dim=1)
         x = x + length * (0.02 * along * draws.normal(len(x), 1) + 0.005 * draws.normal(*x.shape))
-    opacity, centre = torch.full((len(x),), 0.9), torch.tensor([0, -height / 2, 0])
+    opacity = torch.full((len(x),), 0.9)
+    centre = torch.tensor([0, -height / 2, 0])
     if case in ("floaters", "all"):
         floaters = centre + 2 * torch.tensor([width, height, length]) * (draws.even(len(x) // 9, 3) - 0.5)
-        x, opacity = torch.cat([x, floaters]), torch.cat([opacity, draws.even(len(floaters))])
-    s, R = draws.number(0.3, 3.0), yaw(draws.number(-math.pi, math.pi))
+        x = torch.cat([x, floaters])
+        opacity = torch.cat([opacity, draws.even(len(floaters))])
+    s = draws.number(0.3, 3.0)
+    R = yaw(draws.number(-math.pi, math.pi))
     t = 30 * draws.normal(3)
     heading = R @ yaw(math.radians(draws.number(-30, 30))) @ torch.tensor([0.0, 0, 1])
-    return Trial(points(asset, torch.full((N,), 0.9)), points(s * x @ R.T + t, opacity), heading, (s, R, t), centre,
-                 s * length)
+    return Trial(asset=points(asset, torch.full((N,), 0.9)), obj=points(s * x @ R.T + t, opacity), heading=heading,
+                 truth=(s, R, t), centre=centre, length=s * length)
 
 
 def errors(found: Similarity, trial: Trial) -> tuple[float, float, float]:
     """(centre in % of the length, yaw in degrees, scale in %): how far a similarity is from the truth of a trial."""
-    (s, R, t), (s0, R0, t0) = found, trial.truth
+    s, R, t = found
+    s0, R0, t0 = trial.truth
     centre = s * R @ trial.centre + t
     centre0 = s0 * R0 @ trial.centre + t0
     turn = R @ R0.T
@@ -162,7 +167,8 @@ errors; flips are yaw errors of more than 90°.
 def main(args: argparse.Namespace) -> None:
     """Measure every case and write the table."""
     torch.set_num_threads(1)
-    lines, start = [HEAD.format(trials=args.trials)], time.process_time()
+    lines = [HEAD.format(trials=args.trials)]
+    start = time.process_time()
     for case, heading in [*((case, True) for case in CASES), ("all", False)]:
         e = measure(case, args.trials, heading)
         quantiles = e.quantile(torch.tensor([0.5, 0.9]), dim=0).T.tolist()

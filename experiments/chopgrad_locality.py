@@ -73,7 +73,8 @@ def influence(vae: nn.Module, z: Tensor, probes: int) -> list[tuple[int, float]]
 
 def exponential_fit(means: list[float]) -> dict[str, float]:
     """C, alpha and R² of C exp(-alpha D) through the means at D = 0, 1, ..., by least squares in the logarithm."""
-    y, D = torch.tensor(means).log(), torch.arange(len(means), dtype=torch.float32)
+    y = torch.tensor(means).log()
+    D = torch.arange(len(means), dtype=torch.float32)
     # log mean(D) = log C - alpha D                                                     ChopGrad Eq. 3
     slope = ((D - D.mean()) * (y - y.mean())).sum() / (D - D.mean()).square().sum()
     log_c = y.mean() - slope * D.mean()
@@ -134,7 +135,9 @@ def decoded_and_gradient(vae: nn.Module, z: Tensor, x_gt: Tensor, **settings) ->
     def loss_fn(x: Tensor, where) -> Tensor:
         x_dr[where] = x.detach()
         return mse(x, where)
-    return x_dr, gradients(vae, z, loss_fn, d_trunc=1, **settings)[0]
+
+    grad_z, _ = gradients(vae, z, loss_fn, d_trunc=1, **settings)
+    return x_dr, grad_z
 
 
 def tiling(vae: nn.Module, z: Tensor, x_gt: Tensor, tiles: tuple[int, int]) -> list[dict[str, float]]:

@@ -82,7 +82,8 @@ def seconds(vae: nn.Module, z: Tensor, repeat: int, **method) -> float:
 def by_length(name: str, size: int, repeat: int, lengths=LENGTHS, timed=TIMED) -> dict:
     """Part 1, for latents of size x size cells: `frames`; `bytes` by method and length; `ms_per_frame` by method at the
     lengths `timed`; and by method the `spread`: how far its bytes range, as a fraction, once the window is full."""
-    vae, (a, b) = small_decoder(name), FIRST[name]
+    vae = small_decoder(name)
+    a, b = FIRST[name]
     methods = {"autograd": {}}
     for delayed, d in product((False, True), (0, 1, 2)):
         methods[f"d={d}{', delayed' * delayed}"] = {"d_trunc": d, "delayed": delayed}
@@ -159,7 +160,8 @@ def draw_lengths(name: str, table: dict) -> Figure:
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for method, held in table["bytes"].items():
-        style = "k-" if method == "autograd" else "--" if "delayed" in method else "-"
+        style = "--" if "delayed" in method else "-"
+        style = "k-" if method == "autograd" else style
         left.plot(table["frames"], [n / 2**20 for n in held], style, label=method)
         right.plot(table["timed"], table["ms_per_frame"][method], style, label=method)
     left.set(xlabel="frames", ylabel="MiB held for backward", ylim=(0, None), title=f"{name}, small and random")

@@ -7,7 +7,7 @@
     L2        nothing else
 
 The paper says that LPIPS leaves high-frequency artifacts and that without either the result is too smooth. Both would
-show in harmonizer_losses.png: the power of what is left, result − truth, by horizontal frequency, over that of L2. A
+show in harmonizer_losses.png: the power of the error, result − truth, by horizontal frequency, over that of L2. A
 grid of period n pixels is a peak at the multiples of 1/n; latents are 8 pixels wide, the transformer's patches 16.
 `grid` is how far these multiples stick out of their neighbours.
 """
@@ -46,7 +46,7 @@ def residual_spectrum(clips: Path, results: Path) -> Tensor:
 
 
 def grid(power: Tensor, W: int) -> float:
-    """Mean ratio of the power at the multiples of 1 / PERIOD to that two bins beside them; 1: no grid."""
+    """Mean ratio of the power at the multiples of 1 / PERIOD to that two bins away; 1: no grid."""
     bins = torch.arange(1, PERIOD // 2) * W // PERIOD
     return float((2 * power[bins] / (power[bins - 2] + power[bins + 2])).mean())
 
@@ -78,12 +78,12 @@ def main(args: argparse.Namespace) -> None:
         spectra.append({name: residual_spectrum(clips, where) for name, where in results.items()})
         W = 2 * (len(spectra[-1]["L2"]) - 1)
         text = ", ".join(f"{name} {grid(power, W):.2f}" for name, power in spectra[-1].items())
-        scores["remarks"]["grid"] = f"power at multiples of 1/{PERIOD} over that beside them: {text}"
+        scores["remarks"]["grid"] = f"power at multiples of 1/{PERIOD} over that next to them: {text}"
         seeds.append(scores)
     mean = {name: torch.stack([each[name] for each in spectra]).mean(dim=0) for name in METHODS}
     draw(args.out / "reproduce" / "harmonizer_losses.png", mean)
     tables.report("harmonizer_losses", __doc__, args, {}, seeds,
-                  {"spectra": {name: power.tolist() for name, power in mean.items()}})
+                  more={"spectra": {name: power.tolist() for name, power in mean.items()}})
 
 
 def flags() -> argparse.ArgumentParser:

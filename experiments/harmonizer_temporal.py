@@ -7,7 +7,7 @@
     no past           every frame by itself (past=0), with the warp loss
 
 All are trained on from one harmonizer that knows single frames. `temporal` is VBench's flicker, as in the paper:
-1 − mean |x_t − x_t+1| on [0, 1] over the whole frame, which motion lowers too; the truth's own stands in the text.
+1 − mean |x_t − x_t+1| on [0, 1] over the whole frame, which motion lowers too; the text gives the truth's own.
 E*warp takes motion out of it. The paper's numbers are for drives at 1024 x 576 that it was not trained on.
 """
 

@@ -50,26 +50,25 @@ def stopwatch(methods: dict[str, tuple[type, str]], wait: Callable[[], None] = l
     """
     spent = defaultdict(float)
     originals = {stage: inspect.getattr_static(*method) for stage, method in methods.items()}
-
-    def watched(stage: str) -> Callable:
-        call = getattr(*methods[stage])
-
-        def method(*args, **kwargs):
-            wait()
-            start = time.perf_counter()
-            out = call(*args, **kwargs)
-            wait()
-            spent[stage] += time.perf_counter() - start
-            return out
-        return method
-
     try:
         for stage, (owner, name) in methods.items():
-            setattr(owner, name, watched(stage))
+            setattr(owner, name, watched(getattr(owner, name), stage, spent, wait))
         yield spent
     finally:
         for stage, (owner, name) in methods.items():
             setattr(owner, name, originals[stage])
+
+
+def watched(call: Callable, stage: str, spent: dict[str, float], wait: Callable[[], None]) -> Callable:
+    """A method that does what `call` does, and adds its seconds to spent[stage]."""
+    def method(*args, **kwargs):
+        wait()
+        start = time.perf_counter()
+        out = call(*args, **kwargs)
+        wait()
+        spent[stage] += time.perf_counter() - start
+        return out
+    return method
 
 
 # ---- infer.py as a user runs it --------------------------------------------------------------------------------------

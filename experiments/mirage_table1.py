@@ -15,6 +15,7 @@ mirage_fig4.png shows the actor at three frames of the first clip.
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -59,7 +60,8 @@ def drift(clips: Path, folder: Path, key: str) -> float:
     """Deviation over the frames of the actor's mean colour minus the truth's, in 1/255; mean over clips."""
     found = []
     for path in sorted(clips.glob("*.safetensors")):
-        truth, x = weights.load_tensors(path)[0], weights.load_tensors(folder / path.name)[0][key].float()
+        truth = weights.load_tensors(path)[0]
+        x = weights.load_tensors(folder / path.name)[0][key].float()
         mask = truth["actor"].float() / 255
         shown = mask.sum(dim=(0, 2, 3)) > 0
         if shown.sum() > 1:
@@ -85,18 +87,27 @@ def draw_figure_4(path: Path, clips: Path, results: dict[str, Path]) -> None:
     common.save_figure(path, figure, dpi=80)
 
 
+METHODS = {"R3D2": theirs, "Mirage": ours}
+
+
+def predict(args: argparse.Namespace, short: Path, long: Path, name: str, seed: int, to: Path) -> None:
+    """Train by the method of that name, unless it is trained, and write what it makes of all clips into `to`."""
+    model = METHODS[name](args, seed)
+    for clips, part in ((short, "short"), (long, "long")):
+        (to / part).mkdir(exist_ok=True)
+        tables.predict(clips, to / part, model)
+
+
 def main(args: argparse.Namespace) -> None:
     short = tables.held_out(args)
     few = tables.with_settings(args, clips=min(8, args.clips))
-    long, seeds, drifts = tables.held_out(few, LONG), [], []
+    long = tables.held_out(few, LONG)
+    seeds, drifts = [], []
     for seed in range(1, args.seeds + 1):
-        folder, made = args.runs / "mirage_table1" / f"seed_{seed}", {}
-        for name, trained in {"R3D2": theirs, "Mirage": ours}.items():
-            def make(to: Path) -> None:
-                model = trained(args, seed)
-                for clips, part in ((short, "short"), (long, "long")):
-                    (to / part).mkdir(exist_ok=True)
-                    tables.predict(clips, to / part, model)
+        folder = args.runs / "mirage_table1" / f"seed_{seed}"
+        made = {}
+        for name in METHODS:
+            make = partial(predict, args, short, long, name, seed)
             made[name] = tables.once(folder / name, tables.scored_on(args), make)
         results = {name: to / "short" for name, to in made.items()}
         seeds.append(tables.evaluate(args, short, results, folder / "scores"))
@@ -105,7 +116,7 @@ def main(args: argparse.Namespace) -> None:
     seeds[0]["remarks"][f"drift of the actor's colour over {LONG} frames, of 255"] = ", ".join(
         f"{name} {' '.join(f'{each[name]:.1f}' for each in drifts)}" for name in drifts[0])
     draw_figure_4(args.out / "reproduce" / "mirage_fig4.png", long, {name: to / "long" for name, to in made.items()})
-    tables.report("mirage_table1", __doc__, args, PAPER, seeds, {"drift": drifts})
+    tables.report("mirage_table1", __doc__, args, PAPER, seeds, more={"drift": drifts})
 
 
 def flags() -> argparse.ArgumentParser:

@@ -17,6 +17,7 @@ The paper trains 10,000 steps a stage with LPIPS on VGG; here it is the recipe `
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -117,11 +118,18 @@ def both(args: argparse.Namespace, seed: int) -> Mirage:
 METHODS = {"H": h_alone, "H, 3D skips": with_skips, "A + H": both}
 
 
+def predict(args: argparse.Namespace, clips: Path, name: str, seed: int, to: Path) -> None:
+    """Train by the method of that name, unless it is trained, and write what it makes of the clips into `to`."""
+    mirage = METHODS[name](args, seed)
+    tables.predict(clips, to, lambda x_ni, x_gt: mirage(x_ni))
+
+
 # ---- what features say of other frames -------------------------------------------------------------------------------
 
 def features(mirage: Mirage, x: Tensor) -> dict[str, Tensor]:
     """What is said of frame FRAME of x [1, 3, 9, H, W], each [C, H, W] or at half of that."""
-    dec_4, seen = mirage.vae.decoder.up_blocks[-1].layers[0], []
+    seen: list[Tensor] = []
+    dec_4 = mirage.vae.decoder.up_blocks[-1].layers[0]
     hook = dec_4.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     mirage.vae.decode(mirage.vae.encode(x))
     hook.remove()
@@ -177,21 +185,20 @@ def draw_ghosting(path: Path, clips: Path, results: dict[str, Path]) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    clips, seeds, folder = tables.held_out(args), [], args.out / "reproduce"
+    clips, folder = tables.held_out(args), args.out / "reproduce"
     base = Mirage.from_base(args.weights / "base", args.weights / "vae_2d")
     x = from_bytes(weights.load_tensors(min(clips.glob("*.safetensors")))[0]["x_gt"][None])
     reaction = reactions(base, x)
     draw_figure_6(folder / "mirage_fig6.png", base, x, reaction)
+    seeds = []
     for seed in range(1, args.seeds + 1):
-        runs, results = args.runs / "mirage_table4" / f"seed_{seed}", {}
-        for name, trained in METHODS.items():
-            def make(to: Path) -> None:
-                mirage = trained(args, seed)
-                tables.predict(clips, to, lambda x_ni, x_gt: mirage(x_ni))
-            results[name] = tables.once(runs / name, tables.scored_on(args), make)
+        runs = args.runs / "mirage_table4" / f"seed_{seed}"
+        results = {name: tables.once(runs / name, tables.scored_on(args), partial(predict, args, clips, name, seed))
+                   for name in METHODS}
         seeds.append(tables.evaluate(args, clips, results, runs / "scores"))
     draw_ghosting(folder / "mirage_ghosting.png", clips, results)
-    tables.report("mirage_table4", __doc__, args, {tables.FULL: PAPER}, seeds, {f"reaction of frame {FRAME}": reaction})
+    tables.report("mirage_table4", __doc__, args, {tables.FULL: PAPER}, seeds,
+                  more={f"reaction of frame {FRAME}": reaction})
 
 
 def flags() -> argparse.ArgumentParser:

@@ -4,7 +4,7 @@
 
 Writes model_card.json, model_card.md and model_card.png (naive | ours | truth of the first held-out clips, not chosen).
 Held out: seeds from 1,000,000 on; training used seeds from 0 on. Of the real video training saw no frame after 109.
-The crop is evaluate.py's (metrics.actor_crops): it follows the actor; its shadow has a row of its own.
+The crop is evaluate.py's (metrics.actor_crops): it follows the actor; its shadow has a separate row.
 """
 
 import argparse
@@ -156,7 +156,8 @@ def main(args: argparse.Namespace) -> None:
              "warp_ours_over_truth": card["warp_ours"] / card["warp_truth"]}
     if args.real:
         x = real_clip(args.real, (272, 480), 150, 220)
-        card["real"], card["blank"] = real_figures(mirage, x), blank_figures(mirage, x[:, :9])
+        card["real"] = real_figures(mirage, x)
+        card["blank"] = blank_figures(mirage, x[:, :9])
     common.save_json(args.out / "model_card.json", card)
     common.save_text(args.out / "model_card.md", report(card))
     common.save_figure(args.out / "model_card.png", draw_sheet(strips), dpi=100)

@@ -94,7 +94,8 @@ def largest_patch(x_ni: Tensor, x_gt: Tensor) -> Tensor:
 
 def patches(cells: Tensor) -> list[list[tuple[int, int]]]:
     """The connected patches of a bool [rows, columns], each a list of (row, column); cells touch at corners too."""
-    left, found = {tuple(cell) for cell in cells.nonzero().tolist()}, []
+    left = {tuple(cell) for cell in cells.nonzero().tolist()}
+    found = []
     while left:
         patch = [left.pop()]
         for row, column in patch:  # it grows as it is read

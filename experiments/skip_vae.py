@@ -26,7 +26,8 @@ class SkipVAE(nn.Module):
         decoder, z = self.vae.decoder, z / self.vae.config.scaling_factor
         if self.vae.post_quant_conv is not None:
             z = self.vae.post_quant_conv(z)
-        h, last = decoder.mid_block(decoder.conv_in(z)), len(self.skips) - 1
+        h = decoder.mid_block(decoder.conv_in(z))
+        last = len(self.skips) - 1
         for i, stage in enumerate(decoder.up_blocks):
             h = stage(h)
             if i <= last:

@@ -99,8 +99,7 @@ def vae_part(args: argparse.Namespace) -> dict:
             for key, call in every.items():
                 runs[key].append(measuring.timed(call))
         for way in ("encode", "decode"):
-            ours, theirs = ([min(column) for column in zip(*runs[side, way])] for side in ("ours", "diffusers"))
-            (a, m), (b, n) = ours, theirs
+            (a, m), (b, n) = (map(min, zip(*runs[side, way])) for side in ("ours", "diffusers"))  # seconds, bytes
             share = operations(every["ours", way]) / a / peak
             rows[f"{name} {way}"] = {"size": size, "seconds": [a, b], "bytes": [m, n], "of_peak": share}
             print(f"{name} {way} {size}: {a:.2f} s, diffusers {b:.2f}, ratio {a / b:.2f}; {m / GIB:.2f} GiB, "

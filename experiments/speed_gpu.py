@@ -36,8 +36,9 @@ def run_twice(call: Callable[[], object], frames: int, weights: int) -> dict[str
 
 
 @torch.no_grad()
-def measure_size(T: int, H: int, W: int, ours, theirs: Callable[[Tensor], Tensor], on_meta) -> dict:
-    """All figures of one size of video; on_meta is `ours` again, on the meta device."""
+def measure_size(size: tuple[int, int, int], ours, theirs: Callable[[Tensor], Tensor], on_meta) -> dict:
+    """All figures of one size of video, frames x rows x columns; on_meta is `ours` again, on the meta device."""
+    T, H, W = size
     x = torch.rand(T, 3, H, W).mul(2).sub(1)
     whole = x.movedim(0, 1)[None, ..., : H // 16 * 16, : W // 16 * 16].to(torch.bfloat16)  # what diffusers takes
     with FlopCounterMode(display=False) as count:
@@ -60,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
     ours, theirs = published.mirage_5b("cuda"), published.diffusers_5b("cuda")
     on_meta, rows = published.mirage_5b("meta"), {"gpu": torch.cuda.get_device_name()}
     for T, H, W in SIZES:
-        rows[f"{T}x{H}x{W}"] = measure_size(T, H, W, ours, theirs, on_meta)
+        rows[f"{T}x{H}x{W}"] = measure_size((T, H, W), ours, theirs, on_meta)
         print(f"{T}x{H}x{W}: {rows[f'{T}x{H}x{W}']}")
     measuring.record(args.out / "speed.json", "gpu", rows)
 

@@ -50,7 +50,8 @@ def count_parts(system: R3D2, H: int, W: int) -> dict[str, float]:
 
 
 def operations_part(args: argparse.Namespace) -> dict:
-    rows, (H, W) = {}, args.size or (1080, 1920)
+    rows = {}
+    H, W = args.size or (1080, 1920)
     for name, reported in SYSTEMS.items():
         parts = count_parts(published.r3d2(name, "meta"), H, W)
         rows[name] = {"size": [H, W], "operations": parts, "fps_limit": H200_BF16 / parts["all"], "reported": reported}
@@ -62,7 +63,8 @@ def operations_part(args: argparse.Namespace) -> dict:
 @torch.no_grad()
 def bytes_part(args: argparse.Namespace) -> dict:
     """GiB alive at once at most, above the weights, float32 on a CPU: attention has no matrix of scores there."""
-    rows, (H, W) = {}, args.size or (1080, 1920)
+    rows = {}
+    H, W = args.size or (1080, 1920)
     for name in SYSTEMS:
         ours = published.r3d2(name, "meta")
         peaks = []
@@ -88,7 +90,8 @@ def timed(call: Callable[[], object], device: str) -> tuple[float, int]:
 
 @torch.no_grad()
 def seconds_part(args: argparse.Namespace) -> dict:
-    rows, (H, W) = {}, args.size or (128, 192)
+    rows = {}
+    H, W = args.size or (128, 192)
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
     for name in SYSTEMS:
         torch.manual_seed(0)
@@ -101,7 +104,7 @@ def seconds_part(args: argparse.Namespace) -> dict:
         for _ in range(args.repeat):
             for side, call in (("ours", ours.enhance), ("diffusers", theirs)):
                 runs[side].append(timed(lambda: call(x), args.device))
-        (s, m), (t, n) = ([min(column) for column in zip(*runs[side])] for side in ("ours", "diffusers"))
+        (s, m), (t, n) = (map(min, zip(*runs[side])) for side in ("ours", "diffusers"))  # seconds, bytes
         rows[name] = {"size": [H, W], "dtype": str(dtype), "seconds": [s, t], "bytes": [m, n], "rms": difference}
         print(f"{name} {H}x{W} {dtype}: {s:.2f} s, diffusers {t:.2f}, ratio {s / t:.2f}; {m / GIB:.2f} GiB, "
               f"diffusers {n / GIB:.2f}, ratio {m / n:.2f}; they differ by {difference:.1e} of the std")

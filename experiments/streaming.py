@@ -73,18 +73,17 @@ def seams(mirage: Mirage, x: Tensor, window: int) -> dict:
             k = (t + offset + 3) // 4  # the latent that begins with frame t
             # the latents of an overlap, and the one after it, follow a latent that was made otherwise
             at_border = k >= step and k % step <= shared
-            (across if at_border else inside)[t].append(d[t - 1])
+            there = across if at_border else inside
+            there[t].append(d[t - 1])
         results.append(y)
     both = sorted(across.keys() & inside.keys())
-
-    def mean(found: dict[int, list[Tensor]]) -> float:
-        return float(torch.stack([torch.stack(found[t]).mean() for t in both]).mean())
-
+    of_borders, of_insides = (float(torch.stack([torch.stack(found[t]).mean() for t in both]).mean())
+                              for found in (across, inside))
     difference = (results[1] - results[0]).abs() * 127.5
     some = difference.flatten()[::7]  # torch takes quantiles of 16 million numbers at most
     return {"frames": T, "window": window, "overlap": shared, "borders": len(both), "offsets": len(results),
-            "input": float(differences(x)[[t - 1 for t in both]].mean()), "across": mean(across),
-            "inside": mean(inside), "offset_mean": float(difference.mean()),
+            "input": float(differences(x)[[t - 1 for t in both]].mean()), "across": of_borders,
+            "inside": of_insides, "offset_mean": float(difference.mean()),
             "offset_p99": float(some.quantile(0.99)), "offset_largest": float(difference.max())}
 
 
@@ -141,7 +140,8 @@ norms over the tile; Wan: attention over the frame), nor does the 2D VAE (norms)
 
 def report(result: dict) -> str:
     """The text of streaming.md."""
-    seams, first = result["seams"].items(), next(iter(result["seams"].values()))
+    seams = result["seams"].items()
+    first = next(iter(result["seams"].values()))
     tables = {
         "memory": [f"| {T} | {mib:.1f} |" for T, mib in result["memory"].items()],
         "seams": [f"| {name} | {s['frames']} | {s['across']:.3f} | {s['inside']:.3f} | {s['across'] / s['inside']:.3f} "
@@ -155,7 +155,7 @@ def report(result: dict) -> str:
 
 
 def clips(real: Path | None, T: int) -> dict[str, Tensor]:
-    """{name: [3, T, H, W]}: a picture that stands still, a toy clip, and a real one at 136x240."""
+    """{name: [3, T, H, W]}: a still picture, a toy clip, and a real one at 136x240."""
     toy = make_clip(1_000_000, WorldConfig(frames=T)).x_ni
     found = {"static": toy[:, :1].expand(-1, T, -1, -1), "toy": toy}
     if real:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -191,9 +192,11 @@ def perceptual_loss(args: argparse.Namespace, gram: float = 0.0, mse: float = 0.
 def train(params: Iterable[nn.Parameter], loss: Callable[[Tensor, Tensor], Tensor], args: argparse.Namespace, seed: int,
           lr: float, size: tuple[int, int] | None = (96, 96), batch: int = 2) -> None:
     """args.steps of AdamW on loss(x_ni, x_gt), scheduled, drawn and clipped as in the training scripts."""
-    data, params = Pairs(args.data, 9, size), [p.requires_grad_() for p in params]
+    data = Pairs(args.data, 9, size)
+    params = [p.requires_grad_() for p in params]
     optimizer = torch.optim.AdamW(params, lr=lr)
-    for step in (bar := tqdm(range(args.steps), unit="step", disable=None)):
+    bar = tqdm(range(args.steps), unit="step", disable=None)
+    for step in bar:
         x_ni, x_gt, _ = data.batch([run.draws(seed, step, k) for k in range(batch)])
         with torch.autocast("cpu", torch.bfloat16):
             value = loss(x_ni, x_gt)
@@ -221,10 +224,15 @@ def harmonise(clips: Path, folder: Path, models: dict[str, Path], settings: dict
               ) -> dict[str, Path]:
     """What each trained system makes of the clips, kept under `folder` -> {method: where}. read: that loads one from
     its folder; None: as what the folder holds."""
-    def make(to: Path, model: Path) -> None:
-        system = (read or system_in(model).from_pretrained)(model)
-        predict(clips, to, lambda x_ni, x_gt: system(x_ni))
-    return {name: once(folder / name, settings, lambda to: make(to, model)) for name, model in models.items()}
+    return {name: once(folder / name, settings, partial(harmonise_with, model, read, clips))
+            for name, model in models.items()}
+
+
+def harmonise_with(model: Path, read: Callable | None, clips: Path, to: Path) -> None:
+    """What the system in the folder `model` makes of the clips."""
+    read = read or system_in(model).from_pretrained
+    system = read(model)
+    predict(clips, to, lambda x_ni, x_gt: system(x_ni))
 
 
 def evaluate(args: argparse.Namespace, clips: Path, results: dict[str, Path], to: Path, exact: bool = True) -> dict:
@@ -297,7 +305,7 @@ def region_table(region: str, paper: dict[str, dict[str, float]], rows: list[dic
     return "\n".join(lines)
 
 
-def report(name: str, doc: str, args: argparse.Namespace, paper: dict, seeds: list[dict], more: dict | None = None
+def report(name: str, doc: str, args: argparse.Namespace, paper: dict, seeds: list[dict], *, more: dict | None = None
            ) -> None:
     """Write NAME.json and NAME.md: ours and the paper's numbers, mean ± deviation over seeds, and the order of methods.
 

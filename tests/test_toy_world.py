@@ -26,7 +26,7 @@ def clips():
 def test_rays_meet_a_convex_part_where_a_search_along_them_does():
     """The slab test against small steps along the ray, asking at each point whether it is inside every half-space."""
     torch.manual_seed(0)
-    part = toy_shapes.prism(-1, 1, -1.5, 0, -2, 2, (0.7, 0.5, 0.2))
+    part = toy_shapes.prism((-1, 1), (-1.5, 0), (-2, 2), (0.7, 0.5, 0.2))
     origin = torch.randn(60, 3) * 2 + torch.tensor([0.0, 0.0, -6.0])
     direction = nnf.normalize(torch.randn(60, 3) * 0.3 + torch.tensor([0.0, 0.0, 1.0]), dim=1)
     near, far, face = toy_render.slab(origin, direction, part)

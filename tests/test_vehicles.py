@@ -76,7 +76,7 @@ def test_a_piece_holds_a_vehicle_in_all_its_frames_and_isp_changes_it_alone(clip
         outside = torch.nn.functional.max_pool2d(shot.mask[0], 5, 1, 2)[None] == 0
         assert ((sample.degraded - sample.clean).abs() * outside).max() < 1e-5
         assert (sample.degraded - sample.clean)[:, shot.mask[0] == 1].abs().mean() > 0.01
-    with pytest.raises(ValueError, match="no vehicle is there in 6 frames in a row"):
+    with pytest.raises(ValueError, match="no vehicle is in view in 6 frames in a row"):
         vehicles.shoot_vehicle(clip, found, (48, 96), 6, torch.Generator())
 
 

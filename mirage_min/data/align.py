@@ -145,7 +145,8 @@ def refine(src: Tensor, dst: Tensor, w: Tensor, start: Similarity, steps: int = 
         theta, sigma, tau = step_onto_planes(x - c, n, (n * (dst - x)).sum(1), root)
         # x -> (1 + σ) R(θ) (x - c) + c + τ
         Q = upright(theta.item())
-        s, R, t = s * (1 + sigma), Q @ R, (1 + sigma) * Q @ (t - c) + c + tau
+        s, R = s * (1 + sigma), Q @ R
+        t = (1 + sigma) * Q @ (t - c) + c + tau
     return s, R, t
 
 
@@ -172,7 +173,8 @@ def coarse_3d(asset: Gaussians, obj: Gaussians, heading=None, up=(0, -1, 0), ass
     The defaults are OpenCV's y down and a front towards z; an asset with z up has asset_up=(0, 0, 1).
     ValueError for fewer than 16 Gaussians without floaters, flat shapes, a vertical heading, or a scale that becomes 0.
     """
-    A, B = axes(asset_up, asset_front), axes(up, any_level(up) if heading is None else heading)
+    A = axes(asset_up, asset_front)
+    B = axes(up, any_level(up) if heading is None else heading)
     src, _ = points(asset, A)
     dst, w = points(obj, B)
     for name, x in (("asset", src), ("object", dst)):
@@ -205,7 +207,8 @@ def fine_2d(boxes_rendered: Tensor, boxes_gt: Tensor) -> tuple[tuple[float, floa
     Boxes [T, 4] are x0, y0, x1, y1 in pixels; frames where one is empty do not count. A frame's box is scaled about its
     own centre, then moved by (dx, dy) pixels. ValueError if no frame has both boxes.
     """
-    (c, size), (c_gt, size_gt) = centres(boxes_rendered), centres(boxes_gt)
+    c, size = centres(boxes_rendered)
+    c_gt, size_gt = centres(boxes_gt)
     both = (size > 0).all(1) & (size_gt > 0).all(1)
     if not both.any():
         raise ValueError("no frame has both a rendered and an annotated box")

@@ -1,6 +1,6 @@
 """A generated asset in the place of a scene's actor: aligned in 3D and in the image, and composited (Mirage §3.3, §8).
 
-    insertions = align_asset(scene, asset, turn, actor, frames, bar)     # one at each stage of the alignment
+    insertions = align_asset(scene, asset, turn, actor, frames, bar=bar)     # one at each stage of the alignment
     front = insertions["full"].render(t, camera, pose)                   # the asset alone
     frame, alpha = composite(render(scene.at(t, without=actor), camera), front, margin)
 
@@ -37,7 +37,9 @@ class Insertion:
         """
         # x' = s (x − c) + c + d is applied to the camera: no picture is resampled, so the asset stays sharp
         x0, y0, x1, y1 = self.boxes[t].tolist()
-        (sx, sy), (dx, dy), cx, cy = self.scaling, self.displacement, (x0 + x1) / 2, (y0 + y1) / 2
+        cx, cy = (x0 + x1) / 2, (y0 + y1) / 2
+        sx, sy = self.scaling
+        dx, dy = self.displacement
         A = torch.tensor([[sx, 0, cx - sx * cx + dx], [0, sy, cy - sy * cy + dy], [0, 0, 1]])
         return render(moved(self.asset, pose), replace(camera, K=A @ camera.K))
 
@@ -64,24 +66,26 @@ def composite(back: tuple[Tensor, ...], front: tuple[Tensor, ...], margin: float
     `margin` or more, in world units; by less, it would be the ground, hiding the lower edge of an asset that is
     a little too low. DEVIATION: the paper does not mention depth here.
     """
-    (background, density, depth), (rgb, alpha, asset_depth) = back, front
+    background, density, depth = back
+    rgb, alpha, asset_depth = front
     seen = ((depth > asset_depth - margin) | (density < 0.5)).float()
     # x = α a + (1 − α) b, the asset's colour being multiplied by its α already
     return seen * rgb + (1 - seen * alpha) * background, seen * alpha
 
 
-def align_asset(scene: SceneFolder, asset: Gaussians, turn: Tensor, actor: int, frames: range, bar: tqdm
+def align_asset(scene: SceneFolder, asset: Gaussians, turn: Tensor, actor: int, frames: range, *, bar: tqdm
                 ) -> dict[str, Insertion]:
     """Align in two stages -> the Insertion at each: "none", "coarse" and "full"; boxes outside `frames` are 0.
 
     turn [3, 3] takes the asset's axes to x forward, y left, z up, as the actor's frame has them. `bar` moves one step a
     frame. ValueError if asset and actor cannot be aligned (align.coarse_3d, align.fine_2d).
     """
-    track, T, (front, _, up) = scene.tracks[actor], len(scene.cameras), torch.eye(3)
+    track = scene.tracks[actor]
+    front, _, up = torch.eye(3)
     similarities = {
         "none": by_position(asset, scene.objects[actor], track.size[track.reference], turn),
         "coarse": align.coarse_3d(asset, scene.objects[actor], front, up, asset_up=up @ turn, asset_front=front @ turn)}
-    found = {stage: Insertion(asset.transformed(*similarity), torch.zeros(T, 4))
+    found = {stage: Insertion(asset.transformed(*similarity), torch.zeros(len(scene.cameras), 4))
              for stage, similarity in similarities.items()}
     for t in frames:
         for insertion in found.values():
@@ -103,9 +107,10 @@ if __name__ == "__main__":
 
     with tempfile.TemporaryDirectory() as folder:
         write_scene(Path(folder), 0, WorldConfig(frames=2, height=48, width=72))
-        scene, asset = read_scene(Path(folder)), load_ply(Path(folder, "asset.ply"))
+        scene = read_scene(Path(folder))
+        asset = load_ply(Path(folder, "asset.ply"))
     turn = torch.tensor([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])  # x right, y down, z forward -> forward, left, up
-    found = align_asset(scene, asset, turn, 1, range(2), tqdm(disable=True))
+    found = align_asset(scene, asset, turn, 1, range(2), bar=tqdm(disable=True))
     for stage, insertion in found.items():
         overlap = align.iou(insertion.aligned_boxes(), scene.tracks[1].box.float()).mean()
         print(f"{stage:7} the asset's box and the annotated one overlap by {overlap:.3f}")

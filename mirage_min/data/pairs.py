@@ -2,8 +2,8 @@
 
 A folder of pairs holds `ni/NAME` and `gt/NAME` videos (files or image folders) of equal names, or clips as toy_world
 and build_pairs write them, `NAME.safetensors` with x_ni and x_gt as uint8 [3, T, H, W] and perhaps the actor's `boxes`
-[T, 4]. A sample's clip, crop and flip are a function of its own generator alone, so a run can be repeated, resumed, and
-shared among processes.
+[T, 4]. A sample's clip, crop and flip depend on its generator alone, so a run can be repeated, resumed, and shared
+among processes.
 
     python -m mirage_min.data.pairs
 """
@@ -37,21 +37,24 @@ class Pairs:
         real         videos that are their own truth: one that PyAV decodes, or a folder of clips (real_clips.py)
         real_frames  of the one video only its first so many frames; 0: all
         """
-        self.folder, self.frames, self.size, self.left_out = Path(folder), frames, size, []
+        self.folder, self.frames, self.size = Path(folder), frames, size
         ni, gt = ({p.name for p in (self.folder / side).glob("[!.]*")} for side in ("ni", "gt"))
-        self.left_out += [f"{name}: only in {'ni' if name in ni else 'gt'}" for name in sorted(ni ^ gt)]
+        self.left_out = [f"{name}: only in {'ni' if name in ni else 'gt'}" for name in sorted(ni ^ gt)]
         found = sorted(p.name for p in self.folder.glob("[!.]*.safetensors")) + sorted(ni & gt)
         self.names = [name for name in found if self._usable(name)]
         if not self.names:
             raise ValueError(f"{folder}: no usable pairs: " + ("; ".join(self.left_out[:5]) or
                              "wanted *.safetensors clips, or ni/ and gt/ videos of equal names"))
-        self.real, self.real_clips, self.real_paths = None, None, []
+        self.real: Tensor | None = None            # one video, uint8 [3, T, H, W]
+        self.real_clips: RealClips | None = None
+        self.real_paths: list[Path] = []
         if real is not None and any(Path(real).glob("*.safetensors")):
             self.real_clips = RealClips(real, frames)
             self.real_paths = self.real_clips.paths()
         elif real is not None:
-            self.real, self.real_paths = to_bytes(read_clip(real)[:, : real_frames or None]), [Path(real)]
-            if self.real.shape[1] < frames:                                            # [3, T, H, W]
+            self.real = to_bytes(read_clip(real)[:, : real_frames or None])
+            self.real_paths = [Path(real)]
+            if self.real.shape[1] < frames:
                 raise ValueError(f"{real}: wanted at least {frames} frames, got {self.real.shape[1]}")
 
     def __len__(self) -> int:
@@ -129,24 +132,30 @@ class Pairs:
 
     def _read(self, i: int, integer, moving: bool) -> list[Tensor]:
         """`read`, and then, moving, flow and visible of the same piece."""
-        clip = self.folder / self.names[i]
+        name = self.names[i]
         try:
-            if clip.suffix == ".safetensors":
-                with safe_open(clip, framework="pt") as file:  # reads only what the crop needs
-                    x, y = file.get_slice("x_ni"), file.get_slice("x_gt")
-                    t, h, w = self._cut(x.get_shape(), integer)
-                    found = [from_bytes(x[:, t, h, w]), from_bytes(y[:, t, h, w])]
-                    if moving and "flow" in file.keys():
-                        between = slice(t.start, t.stop - 1)
-                        return found + [file.get_slice(key)[:, between, h, w].float() for key in ("flow", "visible")]
-                    return found + (unknown_motion(found[0]) if moving else [])
-            x, y = (read_clip(self.folder / side / clip.name) for side in ("ni", "gt"))
+            if name.endswith(".safetensors"):
+                return self._read_tensors(name, integer, moving)
+            x_ni, x_gt = (read_clip(path) for path in self._paths(name))
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{clip}: cannot be read: {error}") from None
-        if x.shape != y.shape or x.shape[1] < self.frames:
-            raise ValueError(f"{clip.name}: ni decodes to {list(x.shape)}, gt to {list(y.shape)}")
-        t, h, w = self._cut(x.shape, integer)
-        return [x[:, t, h, w], y[:, t, h, w], *(unknown_motion(x[:, t, h, w]) if moving else [])]
+            raise ValueError(f"{self.folder / name}: cannot be read: {error}") from None
+        if x_ni.shape != x_gt.shape or x_ni.shape[1] < self.frames:
+            raise ValueError(f"{name}: ni decodes to {list(x_ni.shape)}, gt to {list(x_gt.shape)}")
+        t, h, w = self._cut(x_ni.shape, integer)
+        found = [x_ni[:, t, h, w], x_gt[:, t, h, w]]
+        return found + unknown_motion(found[0]) if moving else found
+
+    def _read_tensors(self, name: str, integer, moving: bool) -> list[Tensor]:
+        """`_read` for a pair in one file, of which only the crop is read."""
+        with safe_open(self.folder / name, framework="pt") as file:
+            t, h, w = self._cut(file.get_slice("x_ni").get_shape(), integer)
+            found = [from_bytes(file.get_slice(key)[:, t, h, w]) for key in ("x_ni", "x_gt")]
+            if not moving:
+                return found
+            if "flow" not in file.keys():
+                return found + unknown_motion(found[0])
+            steps = slice(t.start, t.stop - 1)  # from each of the frames to the next
+            return found + [file.get_slice(key)[:, steps, h, w].float() for key in ("flow", "visible")]
 
     def crops(self, i: int) -> list[tuple[slice, slice] | None] | None:
         """metrics.actor_crops of the clip's first frames; None if its boxes are not known, or show no actor there.
@@ -160,7 +169,8 @@ class Pairs:
             with safe_open(clip, framework="pt") as file:
                 if "boxes" not in file.keys():
                     return None
-                boxes, (H, W) = file.get_tensor("boxes")[: self.frames], file.get_slice("x_gt").get_shape()[2:]
+                boxes = file.get_tensor("boxes")[: self.frames]
+                H, W = file.get_slice("x_gt").get_shape()[2:]
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{clip}: cannot be read: {error}") from None
         if not boxes.isfinite().all():
@@ -197,10 +207,11 @@ class Pairs:
                     if boxes.get_dtype()[0] not in "FBIU" or boxes.get_shape() != [T, 4]:
                         raise ValueError(f"wanted boxes [{T}, 4], got {boxes.get_dtype()} {boxes.get_shape()}")
                 T, H, W = both[1].get_shape()[1:]
-                for key, C in (("flow", 2), ("visible", 1)) if "flow" in file.keys() else ():
-                    given = file.get_slice(key).get_shape() if key in file.keys() else "none"
-                    if given != [C, T - 1, H, W]:
-                        raise ValueError(f"wanted {key} {[C, T - 1, H, W]}, got {given}")
+                if "flow" in file.keys():
+                    for key, C in (("flow", 2), ("visible", 1)):
+                        given = file.get_slice(key).get_shape() if key in file.keys() else "none"
+                        if given != [C, T - 1, H, W]:
+                            raise ValueError(f"wanted {key} {[C, T - 1, H, W]}, got {given}")
                 return [x.get_shape()[1:] for x in both]
         shapes = []
         for side in ("ni", "gt"):
@@ -224,9 +235,9 @@ class Pairs:
         h, w = self.size or (96, 144)
         low = max(h / H, w / W)
         scale = low * (max(0.8, low) / low) ** float(torch.rand((), generator=draws))
-        ch, cw = min(H, round(h / scale)), min(W, round(w / scale))
-        t, y, x = (int(torch.randint(n, (), generator=draws)) for n in (T - self.frames + 1, H - ch + 1, W - cw + 1))
-        crop = from_bytes(self.real[:, t : t + self.frames, y : y + ch, x : x + cw]).transpose(0, 1)
+        rows, columns = min(H, round(h / scale)), min(W, round(w / scale))
+        t, y, x = (int(torch.randint(n + 1, (), generator=draws)) for n in (T - self.frames, H - rows, W - columns))
+        crop = from_bytes(self.real[:, t : t + self.frames, y : y + rows, x : x + columns]).transpose(0, 1)
         return nnf.interpolate(crop, size=(h, w), mode="bilinear", antialias=True).transpose(0, 1)
 
 

@@ -61,13 +61,13 @@ def camera(x: Tensor, draws: Generator) -> Tensor:
 def bars(x: Tensor, draws: Generator) -> Tensor:
     """Bars of one dark tone above and below, or left and right: a letter-box or a pillar-box."""
     H, W = x.shape[-2:]
-    x, tone = x.clone(), uniform(draws, 0.0, 0.08)
-    if integer(draws, 2):
-        n = int(H * uniform(draws, 0.05, 0.3))
-        x[:, :, :n] = x[:, :, H - n :] = tone
-    else:
-        n = int(W * uniform(draws, 0.05, 0.3))
-        x[..., :n] = x[..., W - n :] = tone
+    tone = uniform(draws, 0.0, 0.08)
+    across = integer(draws, 2)
+    n = int((H if across else W) * uniform(draws, 0.05, 0.3))
+    x = x.clone()
+    edges = (x[:, :, :n], x[:, :, H - n :]) if across else (x[..., :n], x[..., W - n :])
+    for edge in edges:
+        edge.fill_(tone)
     return x
 
 
@@ -118,7 +118,8 @@ if __name__ == "__main__":
     from .toy_world import WorldConfig, make_clip
     from .video import to_uint8
 
-    x, draws = make_clip(0, WorldConfig(frames=3)).x_gt, torch.Generator().manual_seed(0)
+    x = make_clip(0, WorldConfig(frames=3)).x_gt
+    draws = torch.Generator().manual_seed(0)
     rows = []
     for kind in KINDS:
         varied = [vary(x, draws, kind) for _ in range(4)]

@@ -97,7 +97,7 @@ class RealClips:
                 self.files.append((file, shape))
         if not self.files:
             raise ValueError(f"{folder}: wanted NAME.safetensors clips of at least {frames} frames, found none "
-                             f"(python -m mirage_min.data.real_clips makes them)")
+                             "(python -m mirage_min.data.real_clips makes them)")
         self.names = [file.stem for file, _ in self.files]
 
     def paths(self) -> list[Path]:
@@ -178,7 +178,7 @@ def keep(source: Source, video: Path, out: Path) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Every clip, whole or not at all; those that are there are kept."""
+    """Write every clip, whole or not at all, unless its file exists."""
     with tempfile.TemporaryDirectory() as temporary:
         for source in desk.bar(SOURCES, unit="clip"):
             if args.folder is None:

@@ -37,11 +37,13 @@ def back_project(frames: list[Tensor], depths: list[Tensor], cameras: list[Camer
 
     A depth of inf is the sky.
     """
-    parts, each = [], max(1, count // len(frames))
+    parts = []
+    each = max(1, count // len(frames))
     for frame, depth, camera in zip(frames, depths, cameras, strict=True):
         H, W = depth.shape
         i = torch.randperm(H * W, generator=draws)[:each]
-        v, u, z = i // W, i % W, depth.flatten()[i].clamp(max=FAR)
+        v, u = i // W, i % W
+        z = depth.flatten()[i].clamp(max=FAR)
         ray = torch.stack([u + 0.5, v + 0.5, torch.ones(len(i))], dim=1) @ torch.linalg.inv(camera.K).T
         c2w = torch.linalg.inv(camera.world_to_camera)
         means = (ray * z[:, None]) @ c2w[:3, :3].T + c2w[:3, 3]
@@ -92,14 +94,16 @@ if __name__ == "__main__":
     from .toy_world import WorldConfig, sample_scene
     from .toy_world import render as render_scene
 
-    config, draws = WorldConfig(frames=3, height=48, width=72, static=True), torch.Generator().manual_seed(0)
+    config = WorldConfig(frames=3, height=48, width=72, static=True)
+    draws = torch.Generator().manual_seed(0)
     scene = sample_scene(0, config)
-    clip, cameras = render_scene(scene, config), cameras_of(scene.c2w, intrinsics(config), (48, 72))
-    seen = [0, 2]
-    frames, depths, of = zip(*((clip.x_gt[:, t], clip.depth[0, t], cameras[t]) for t in seen))
-    g = back_project(frames, depths, of, 600, draws)
+    clip = render_scene(scene, config)
+    cameras = cameras_of(scene.c2w, intrinsics(config), (48, 72))
+    seen = cameras[::2]
+    frames, depths = clip.x_gt[:, ::2].unbind(1), clip.depth[0, ::2].unbind(0)
+    g = back_project(frames, depths, seen, 600, draws)
     for steps in (0, 40):
-        x, _ = film(fit(g, frames, of, steps, draws), cameras)
+        x, _ = film(fit(g, frames, seen, steps, draws), cameras)
         error = ((x - clip.x_gt).abs().mean(dim=(0, 2, 3)) * 127.5).tolist()
         print(f"{len(g)} Gaussians after {steps:2} steps: mean difference {error[0]:.1f} and {error[2]:.1f} of 255 in "
               f"the frames that were seen, {error[1]:.1f} in the one between")

@@ -100,8 +100,9 @@ def read_boxes(source: Path, name: str, T: int) -> Tensor:
 
 def exact_flow(path: Path, T: int, H: int, W: int) -> tuple[Tensor, Tensor]:
     """`flow` [1, 2, T - 1, H, W] of a clip in pixels, and where it leads to something `visible` [1, 1, T - 1, H, W]."""
-    flow, seen = (tensor(path, key, channels, T - 1, H, W)[None] for key, channels in (("flow", 2), ("visible", 1)))
-    return flow.float(), seen.bool()
+    flow = tensor(path, "flow", 2, T - 1, H, W)
+    visible = tensor(path, "visible", 1, T - 1, H, W)
+    return flow[None].float(), visible[None].bool()
 
 
 if __name__ == "__main__":

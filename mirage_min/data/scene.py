@@ -1,6 +1,6 @@
 """A scene folder: a drive reconstructed as 3D Gaussians, with its cameras, its tracked objects and its video.
 
-    scene.ply        Gaussians in INRIA's layout, in world coordinates; those of a moving object stand as at one frame
+    scene.ply        Gaussians in INRIA's layout, in world coordinates; those of a moving object as it is in one frame
     asset.ply        the generated asset, in the same layout, upright in its own frame
     transforms.json  cameras as nerfstudio and instant-ngp write them: frames[].transform_matrix, camera to world with
                      OpenGL's axes; fl_x, fl_y, cx, cy, w, h of the file or of a frame; or camera_angle_x (_y) for
@@ -14,7 +14,7 @@
 have it; `box` is in pixels. Objects move rigidly with their track: `reference` (if not given, the first of its frames)
 is the frame at which scene.ply shows the object. A Gaussian belongs to the object whose id is its integer property
 `object_id`; in a file without that property, to the object in whose 3D box it lies at the object's reference frame.
-All other Gaussians stand still. Cameras are pinholes: a distorting lens, a fisheye or a panorama is refused by name, so
+All other Gaussians do not move. Cameras are pinholes: a distorting lens, a fisheye or a panorama is refused by name, so
 undistort the images first.
 
     python -m mirage_min.data.scene
@@ -95,7 +95,8 @@ def read_scene(folder: str | Path, device: str = "cpu") -> SceneFolder:
     if not path.exists():
         raise ValueError(f"{folder}: holds neither video.mp4 nor images/")
     with Video(path) as video:
-        count, width, height = sum(1 for _ in video), video.format.width, video.format.height
+        width, height = video.format.width, video.format.height
+        count = sum(1 for _ in video)
     pictures = pictures_of(path) if path.is_dir() else []
     cameras = read_cameras(folder / "transforms.json", width, height, pictures)
     if len(cameras) != count:
@@ -255,8 +256,9 @@ def read_tracks(path: Path, T: int) -> dict[int, Track]:
         where = f"{path}: objects[{n}]"
         if item.id in tracks:
             raise ValueError(f"{where}.id: {item.id} is taken by an object before it")
-        track = Track(item.id, str(item.category), -1, *(torch.full((T, *shape), torch.nan, dtype=torch.float64)
-                      for shape in ((4, 4), (3,), (4,))), torch.zeros(T, dtype=torch.bool))
+        pose, size, box = (torch.full((T, *shape), torch.nan, dtype=torch.float64) for shape in ((4, 4), (3,), (4,)))
+        track = Track(item.id, str(item.category), reference=-1, pose=pose, size=size, box=box,
+                      visible=torch.zeros(T, dtype=torch.bool))
         for k, sight in enumerate(item.frames):
             t, here = sight.frame, f"{where}.frames[{k}]"
             if not 0 <= t < T or track.pose[t].isfinite().all():
@@ -267,7 +269,9 @@ def read_tracks(path: Path, T: int) -> dict[int, Track]:
                 raise ValueError(f"{here}.box: wanted x0, y0, x1, y1 with x0 <= x1 and y0 <= y1, got "
                                  f"{sight.box.tolist()}")
             track.pose[t] = rigid(sight.pose, f"{here}.pose")
-            track.size[t], track.box[t], track.visible[t] = sight.size, sight.box, sight.visible
+            track.size[t] = sight.size
+            track.box[t] = sight.box
+            track.visible[t] = sight.visible
         there = [sight.frame for sight in item.frames]
         track.reference = min(there) if item.reference is None else item.reference
         if track.reference not in there:
@@ -296,7 +300,7 @@ if __name__ == "__main__":
         write_scene(Path(folder), 0, WorldConfig(frames=3, height=48, width=72))
         scene = read_scene(Path(folder))
     print(f"{len(scene.cameras)} cameras of {scene.cameras[0].width} x {scene.cameras[0].height}, "
-          f"{len(scene.still)} Gaussians stand still")
+          f"{len(scene.still)} Gaussians that do not move")
     for i, track in scene.tracks.items():
         print(f"object {i}: {track.category}, {[round(x, 1) for x in track.size[0].tolist()]} m, "
               f"{len(scene.objects[i])} Gaussians, boxes {track.box.round().int().tolist()}")

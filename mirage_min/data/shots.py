@@ -47,7 +47,7 @@ class ToyShot:
     def pair(self, relit: bool, shadowed: bool) -> Sample:
         """Clean, and degraded: the object in the light `scene.naive` (relit), with or without its shadow."""
         clip = toy_world.render(self.scene, self.config, True, relit, shadowed)
-        return Sample(clip.x_ni, clip.x_gt, clip.actor, clip.boxes, clip.flow, clip.visible)
+        return Sample(clip.x_ni, clip.x_gt, clip.actor, clip.boxes, flow=clip.flow, visible=clip.visible)
 
 
 @dataclass

@@ -42,7 +42,8 @@ class Gaussians:
     ids: Tensor | None = None  # [N] int64, the object that each belongs to
 
     def __post_init__(self):
-        N, K = len(self.means), self.sh.shape[1] if self.sh.ndim == 3 else 0
+        N = len(self.means)
+        K = self.sh.shape[1] if self.sh.ndim == 3 else 0
         wanted = [[N, 3], [N, 3], [N, 4], [N], [N, K, 3]] + [[N]] * (self.ids is not None)
         given = [list(v.shape) for v in vars(self).values() if v is not None]
         if given != wanted or K not in (1, 4, 9, 16):
@@ -72,8 +73,9 @@ class Gaussians:
         if not (s > 0 and (R @ R.T - torch.eye(3).to(R)).abs().max() < 1e-3 and torch.linalg.det(R) > 0):
             raise ValueError(f"wanted a scale > 0 and a rotation, got {s.item():.3g} and {R.tolist()}")
         # f'(d) = f(Rᵀ d) at many directions d, solved for the coefficients of f'
-        K, d = self.sh.shape[1], torch.randn(64, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        d = nnf.normalize(d, dim=1)
+        K = self.sh.shape[1]
+        draws = torch.Generator().manual_seed(0)
+        d = nnf.normalize(torch.randn(64, 3, generator=draws, dtype=torch.float64), dim=1)
         turn = torch.linalg.lstsq(sh_basis(d, K), sh_basis(d @ R.double().cpu(), K)).solution
         return replace(self, means=s * self.means @ R.T + t, log_scales=self.log_scales + s.log(),
                        quats=quaternions(R @ rotations(self.quats)), sh=turn.to(self.sh) @ self.sh)
@@ -194,7 +196,8 @@ def load_ply(path: str | Path) -> Gaussians:
         raise ValueError(f"{path}: rot_0 to rot_3 are zero at vertex {quats.any(dim=1).int().argmin()}")
     # f_rest: all coefficients of red, then of green, then of blue
     sh = torch.cat([dc[:, None], rest.view(N, 3, K - 1).mT], dim=1)
-    return Gaussians(means, log_scales, quats, opacity[:, 0], sh, column("object_id") if "object_id" in names else None)
+    ids = column("object_id") if "object_id" in names else None
+    return Gaussians(means, log_scales, quats, opacity[:, 0], sh, ids=ids)
 
 
 def save_ply(path: str | Path, g: Gaussians) -> None:
@@ -224,19 +227,25 @@ def project(g: Gaussians, camera: Camera) -> tuple[Tensor, Tensor]:
     -> splats [M, 10]: x, y in pixels; a, b, c of the inverse covariance [[a, b], [b, c]]; opacity; r, g, b; depth
     -> boxes [M, 4]: x0, y0, x1, y1 in pixels, outside of which alpha is below MIN_ALPHA
     """
-    K, W, t = camera.K.to(g.means), *camera.world_to_camera[:3].to(g.means).split([3, 1], dim=1)
-    p, opacity = g.means @ W.T + t[:, 0], g.logit_opacities.sigmoid()
+    K = camera.K.to(g.means)
+    W, t = camera.world_to_camera[:3].to(g.means).split([3, 1], dim=1)
+    p, opacity = g.means @ W.T + t[:, 0], g.logit_opacities.sigmoid()          # in the camera's coordinates
     seen = ((p[:, 2] > NEAR) & (opacity > MIN_ALPHA)).nonzero().squeeze(1)
     seen = seen[p[seen, 2].argsort(stable=True)]
-    g, p, opacity, z = g.select(seen), p[seen], opacity[seen], p[seen, 2]
-    slope, size, focal = p[:, :2] / z[:, None], torch.tensor([camera.width, camera.height]).to(K), K.diagonal()[:2]
+    g, p, opacity = g.select(seen), p[seen], opacity[seen]
+    z = p[:, 2]
+    slope = p[:, :2] / z[:, None]
     xy = slope @ K[:2, :2].T + K[:2, 2]
     # J = ∂(pixel) / ∂(camera), taken at most 0.15 image sizes outside the image, as 3DGS: farther off it explodes
-    u, v = slope.maximum((-K[:2, 2] - 0.15 * size) / focal).minimum((1.15 * size - K[:2, 2]) / focal).unbind(1)
+    size, focal = torch.tensor([camera.width, camera.height]).to(K), K.diagonal()[:2]
+    low, high = (-K[:2, 2] - 0.15 * size) / focal, (1.15 * size - K[:2, 2]) / focal
+    u, v = slope.maximum(low).minimum(high).unbind(1)
     J = K[:2, :2] @ torch.stack([1 / z, 0 * z, -u / z, 0 * z, 1 / z, -v / z], dim=1).view(-1, 2, 3)
-    # Σ' = J W Σ Wᵀ Jᵀ + 0.3 I = A Aᵀ + 0.3 I,   Σ = R S Sᵀ Rᵀ                                          3DGS Eq. 5, 6
+    # Σ' = J W Σ Wᵀ Jᵀ + 0.3 I = A Aᵀ + 0.3 I = [[a, b], [b, c]],   Σ = R S Sᵀ Rᵀ                       3DGS Eq. 5, 6
     A = J @ W @ (rotations(g.quats) * g.log_scales.exp()[:, None])
-    a, b, c = (A[:, 0] ** 2).sum(1) + LOW_PASS, (A[:, 0] * A[:, 1]).sum(1), (A[:, 1] ** 2).sum(1) + LOW_PASS
+    a = (A[:, 0] ** 2).sum(1) + LOW_PASS
+    b = (A[:, 0] * A[:, 1]).sum(1)
+    c = (A[:, 1] ** 2).sum(1) + LOW_PASS
     # a c - b² without cancellation: |A_0 × A_1|² + 0.3 (a + c) - 0.3²
     det = torch.linalg.cross(A[:, 0], A[:, 1]).square().sum(1) + LOW_PASS * (a + c) - LOW_PASS**2
     # colour = max(0, ½ + Σ_k sh_k Y_k(d)),   d from the camera to the Gaussian
@@ -256,8 +265,9 @@ def blend(splats: Tensor, index: Tensor, pixels: Tensor, sums: Tensor, T: Tensor
 
     sums are r, g, b, depth and 1, weighted with α T; T [P] is the transmittance of all that was blended so far.
     """
-    s = splats[index]
-    (dx, dy), (a, b, c, opacity) = (pixels.T[:, None] - s[:, :2].T[..., None]), s[:, 2:6, None].unbind(1)
+    s = splats[index]                                                   # [n, 10]
+    dx, dy = pixels.T[:, None] - s[:, :2].T[..., None]                  # [n, P] each
+    a, b, c, opacity = s[:, 2:6, None].unbind(1)                        # [n, 1] each
     # α = o exp(-½ dᵀ Σ'⁻¹ d), at most .99, and 0 if less than 1/255
     alpha = (opacity * torch.exp(-0.5 * (a * dx * dx + c * dy * dy) - b * dx * dy)).clamp(max=MAX_ALPHA)
     alpha = torch.where(alpha < MIN_ALPHA, 0, alpha)                    # [n, P]
@@ -273,23 +283,34 @@ def render(gaussians: Gaussians, camera: Camera, background=(0.0, 0.0, 0.0)) -> 
     Gaussians and the camera, in the means' dtype and on their device. What is not finite is left out.
     """
     splats, boxes = project(gaussians, camera)
-    H, W, rows = camera.height, camera.width, []
-    for y in range(0, H, TILE):
+    rows = []
+    for y in range(0, camera.height, TILE):
         over = ((boxes[:, 1] < y + TILE) & (boxes[:, 3] > y)).nonzero().squeeze(1)
-        row, x0, x1, tiles = splats[over], boxes[over, 0], boxes[over, 2], []
-        for x in range(0, W, TILE):
-            h, w = min(TILE, H - y), min(TILE, W - x)
-            pixels = torch.cartesian_prod(torch.arange(h) + y + 0.5, torch.arange(w) + x + 0.5).flip(1).to(splats)
-            sums, T = splats.new_zeros(h * w, 5), splats.new_ones(h * w)
-            for block in ((x0 < x + TILE) & (x1 > x)).nonzero().squeeze(1).split(BLOCK):
-                if T.max() > 1e-6:  # DEVIATION: 3DGS stops each pixel at 1e-4, which its gradients feel
-                    args = row, block, pixels, sums, T
-                    sums, T = checkpoint(blend, *args, use_reentrant=False) if splats.requires_grad else blend(*args)
-            tiles.append(sums.T.view(5, h, w))
+        row, x0, x1 = splats[over], boxes[over, 0], boxes[over, 2]
+        tiles = []
+        for x in range(0, camera.width, TILE):
+            near = ((x0 < x + TILE) & (x1 > x)).nonzero().squeeze(1)
+            tiles.append(render_tile(row, near, x, y, camera))
         rows.append(torch.cat(tiles, dim=2))
     rgb, depth, alpha = torch.cat(rows, dim=1).split([3, 1, 1])
     rgb = rgb + (1 - alpha) * torch.as_tensor(background, dtype=rgb.dtype, device=rgb.device).view(3, 1, 1)
-    return rgb.clamp(0, 1), alpha, torch.where(alpha > 0, depth / torch.where(alpha > 0, alpha, 1), torch.inf)
+    depth = torch.where(alpha > 0, depth / torch.where(alpha > 0, alpha, 1), torch.inf)
+    return rgb.clamp(0, 1), alpha, depth
+
+
+def render_tile(splats: Tensor, index: Tensor, x: int, y: int, camera: Camera) -> Tensor:
+    """The tile whose first pixel is in column x and row y, made of splats[index] -> [5, h, w], the sums of `blend`."""
+    h, w = min(TILE, camera.height - y), min(TILE, camera.width - x)
+    pixels = torch.cartesian_prod(torch.arange(h) + y + 0.5, torch.arange(w) + x + 0.5).flip(1).to(splats)
+    sums, T = splats.new_zeros(h * w, 5), splats.new_ones(h * w)
+    for block in index.split(BLOCK):
+        if T.max() <= 1e-6:  # DEVIATION: 3DGS stops each pixel at 1e-4, which its gradients feel
+            break
+        if splats.requires_grad:
+            sums, T = checkpoint(blend, splats, block, pixels, sums, T, use_reentrant=False)
+        else:
+            sums, T = blend(splats, block, pixels, sums, T)
+    return sums.T.view(5, h, w)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     isp           the object is developed by another camera, in its mask                                 (Eq. 3; isp.py)
     relighting    the object is lit by another sun and sky; what it does to the street is left
-    shadows       the object's shadow is taken away; in made-up scenes the sun stands anywhere
+    shadows       the object's shadow is taken away; in made-up scenes the sun may be anywhere
     reinsertion   the object is put back from outside: in another light and without its shadow. In made-up scenes all
                   around it is a reconstruction, and the object a generated one, aligned as in build_pairs.py
     artifacts     the scene is fitted with 3D Gaussians (reconstruct.py) that see too little of it, and filmed again:
@@ -39,6 +39,7 @@ from PIL import Image
 from torch import Generator, Tensor
 from tqdm import tqdm
 
+from ..method.camera import Camera
 from ..networks.weights import load_tensors
 from . import desk, reconstruct, street, toy_render, toy_scene, toy_world
 from .insertion import align_asset, composite
@@ -46,9 +47,9 @@ from .isp import develop_object
 from .photometric import integer, uniform
 from .scene import read_scene
 from .shots import Sample, StreetShot, ToyShot, save_sample, toy_shot
-from .splat import load_ply, render
+from .splat import Gaussians, load_ply, render
 from .street_camera import Street, clips_of_known_streets
-from .toy_light import sample_light
+from .toy_light import Light, sample_light
 from .toy_world import WorldConfig, height_x_width
 from .vehicles import Vehicles, shoot_vehicle, vehicles_of
 from .video import Video, from_bytes, to_uint8
@@ -62,16 +63,14 @@ KINDS = "sparse", "shifted", "one camera", "stopped"
 UPRIGHT = torch.tensor([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])  # x right, y down, z ahead -> ahead, left, up
 
 
-def another_light(draws: Generator):
+def another_light(draws: Generator) -> Light:
     """A sun from anywhere and a sky, as an asset may be lit by."""
-    def u(low: float, high: float) -> float:
-        return float(uniform(draws, low, high))
-
-    return sample_light(u, (20, 70), (0.3, 1.8), (0.4, 1.1), 0.15, (0.7, 1.35))
+    return sample_light(lambda low, high: float(uniform(draws, low, high)), elevation=(20, 70), sun=(0.3, 1.8),
+                        sky=(0.4, 1.1), tint=0.15, exposure=(0.7, 1.35))
 
 
-def angles(light) -> dict[str, float]:
-    """Where a sun stands, in degrees: azimuth from straight ahead to the right, and elevation."""
+def angles(light: Light) -> dict[str, float]:
+    """Where a sun is, in degrees: azimuth from straight ahead to the right, and elevation."""
     x, y, z = light.to_sun.tolist()
     return {"azimuth": math.degrees(math.atan2(x, z)), "elevation": math.degrees(math.asin(-y)),
             "exposure": light.exposure}
@@ -127,14 +126,15 @@ def reinserted(shot: ToyShot) -> Sample:
     T, H, W = shot.config.frames, shot.config.height, shot.config.width
     with tempfile.TemporaryDirectory() as folder:
         toy_scene.write_folder(Path(folder), shot.scene, shot.config)
-        made, asset = read_scene(Path(folder)), load_ply(Path(folder, "asset.ply"))
+        made = read_scene(Path(folder))
+        asset = load_ply(Path(folder, "asset.ply"))
         with Video(made.video) as video:
             clean = torch.stack(list(video), dim=1)
     track = made.tracks[1]
     inside = track.visible & (track.box[:, :2] > 0).all(1) & (track.box[:, 2:] < torch.tensor([W, H])).all(1)
     if not inside.all():
         raise ValueError("wanted an actor that is inside the image in all frames")
-    insertion = align_asset(made, asset, UPRIGHT, 1, range(T), tqdm(disable=True))["full"]
+    insertion = align_asset(made, asset, UPRIGHT, 1, range(T), bar=tqdm(disable=True))["full"]
     frames, alphas = [], []
     for t, camera in enumerate(made.cameras):
         front = insertion.render(t, camera, track.pose[t])
@@ -143,7 +143,7 @@ def reinserted(shot: ToyShot) -> Sample:
         alphas.append(alpha)
     motion = toy_render.motion(shot.scene, shot.config)
     return Sample(torch.stack(frames, dim=1), clean, torch.stack(alphas, dim=1), insertion.aligned_boxes(),
-                  motion.flow, motion.visible)
+                  flow=motion.flow, visible=motion.visible)
 
 
 # ---- artifacts of a reconstruction -----------------------------------------------------------------------------------
@@ -157,34 +157,38 @@ def artifacts(shot, draws: Generator, kind: str | None = None, steps: int = 60) 
     clip = toy_world.render(scene, config)
     size, K = (config.height, config.width), toy_render.intrinsics(config)
     true = reconstruct.cameras_of(scene.c2w, K, size)
-    kind, points = kind or KINDS[integer(draws, len(KINDS))], max(100, clip.x_gt[0].numel() // PIXELS)
+    kind = kind or KINDS[integer(draws, len(KINDS))]
+    points = max(100, clip.x_gt[0].numel() // PIXELS)
     did = {"kind": kind, "points": points, "steps": steps}
 
-    def fitted(x: Tensor, depth: Tensor, cameras: list, steps: int):
-        frames, depths = list(x.unbind(1)), list(depth[0])
+    def fitted(x: Tensor, depth: Tensor, cameras: list[Camera], steps: int) -> Gaussians:
+        frames, depths = x.unbind(1), depth[0].unbind(0)
         g = reconstruct.back_project(frames, depths, cameras, points, draws)
         return reconstruct.fit(g, frames, cameras, steps, draws)
 
     if kind == "sparse":
-        did["every"] = n = 2 + integer(draws, 3)
+        n = 2 + integer(draws, 3)
+        did["every"] = n
         g = fitted(clip.x_gt[:, ::n], clip.depth[:, ::n], true[::n], steps)
     elif kind == "shifted":
-        did["shift"] = shift = side(draws, *SHIFT)
+        shift = side(draws, *SHIFT)
+        did["shift"] = shift
         first = fitted(clip.x_gt, clip.depth, true, steps)
-        cameras = reconstruct.cameras_of(beside(scene.c2w, shift, 0.0), K, size)
+        cameras = reconstruct.cameras_of(moved_aside(scene.c2w, shift, 0.0), K, size)
         g = fitted(*reconstruct.film(first, cameras), cameras, steps)
     elif kind == "one camera":
-        did["shift"], did["turn"] = shift, turn = side(draws, 0.3, 1.0), side(draws, *TURN)
-        path = beside(scene.c2w, shift, turn)
+        shift, turn = side(draws, 0.3, 1.0), side(draws, *TURN)
+        did |= {"shift": shift, "turn": turn}
+        path = moved_aside(scene.c2w, shift, turn)
         other = toy_world.render(replace(scene, c2w=path), config)
         g = fitted(other.x_gt, other.depth, reconstruct.cameras_of(path, K, size), steps)
     elif kind == "stopped":
-        did["steps"] = stop = round(steps * float(uniform(draws, 0.25, 0.75)))
-        g = fitted(clip.x_gt, clip.depth, true, stop)
+        did["steps"] = round(steps * float(uniform(draws, 0.25, 0.75)))
+        g = fitted(clip.x_gt, clip.depth, true, did["steps"])
     else:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     x, _ = reconstruct.film(g, true)
-    return Sample(x, clip.x_gt, clip.actor, clip.boxes, clip.flow, clip.visible, did)
+    return Sample(x, clip.x_gt, clip.actor, clip.boxes, flow=clip.flow, visible=clip.visible, did=did)
 
 
 def side(draws: Generator, low: float, high: float) -> float:
@@ -192,7 +196,7 @@ def side(draws: Generator, low: float, high: float) -> float:
     return float(uniform(draws, low, high)) * (1 - 2 * integer(draws, 2))
 
 
-def beside(c2w: Tensor, shift: float, turn: float) -> Tensor:
+def moved_aside(c2w: Tensor, shift: float, turn: float) -> Tensor:
     """A path [T, 4, 4] moved by `shift` metres to its right and turned by `turn` degrees to the right."""
     a = math.radians(turn)
     step = torch.tensor([[math.cos(a), 0, math.sin(a), shift], [0, 1, 0, 0], [-math.sin(a), 0, math.cos(a), 0],
@@ -242,7 +246,7 @@ def make(job: Job) -> Sample:
 
 
 def shot_of(job: Job, draws: Generator):
-    """A made-up scene; or a piece of the clip with a car rendered into it, for half of the ISP's one of its own."""
+    """A made-up scene; or a piece of the clip with a rendered car in it or, for half of the ISP's, a recorded one."""
     if job.clip is None:
         return toy_shot(draws, WorldConfig(job.frames, *job.size))
     if job.stream == "isp" and job.vehicles and integer(draws, 2):
@@ -251,7 +255,7 @@ def shot_of(job: Job, draws: Generator):
 
 
 def write(job: Job, folder: Path) -> None:
-    """The job's file, unless it is there; one thread, for every worker is a process."""
+    """Write the job's file, unless it exists; on one thread, since every worker is a process."""
     torch.set_num_threads(1)
     path = folder / f"{job.name()}.safetensors"
     if not path.exists():
@@ -271,8 +275,8 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
         seed, clip = args.first_seed + i, None
         if clips:
             clip = clips[int(torch.multinomial(lengths, 1, generator=torch.Generator().manual_seed(seed)))]
-        jobs.append(Job(names[seed % len(names)], seed, args.frames, args.size, clip, streets.get(clip),
-                        vehicles.get(clip)))
+        jobs.append(Job(names[seed % len(names)], seed, args.frames, args.size, clip, street=streets.get(clip),
+                        vehicles=vehicles.get(clip)))
     return jobs
 
 

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from einops import rearrange
 from PIL import Image
 from safetensors import safe_open
 from torch import Generator, Tensor
@@ -35,9 +34,9 @@ from .photometric import uniform
 from .real_clips import resize
 from .street_camera import Street, clips_of_known_streets, intrinsics
 from .toy_light import Light, contact, shade
-from .toy_render import Scene, blocked, cast, project
+from .toy_render import Scene, blocked, cast, project, to_pixels
 from .toy_shapes import Body, albedo, car
-from .toy_street import CAR_COLORS
+from .toy_street import CAR_COLORS, turned
 from .toy_world import height_x_width
 from .video import from_bytes, to_bytes, to_uint8
 
@@ -118,7 +117,7 @@ def insert(x: Tensor, scene: Scene, K: Tensor, shadow: float, white: Tensor, rel
     naive, truth, alphas = [], [], []
     for t in range(x.shape[1]):
         linear = ((x[:, t] + 1) / 2).clamp(min=0) ** GAMMA  # resizing may leave a value just below 0: a power is NaN
-        lit, wrong, alpha, darkening = render_car(scene, K, x.shape[-2:], t, shadow, white)
+        lit, wrong, alpha, darkening = render_car(scene, K, x.shape[-2:], t, shadow=shadow, white=white)
         truth.append(linear * darkening * (1 - alpha) + lit)
         naive.append(linear * (darkening if shadowed else 1) * (1 - alpha) + (wrong if relit else lit))
         alphas.append(alpha)
@@ -135,8 +134,7 @@ def sample_car(street: Street, T: int, draws: Generator) -> Scene:
     z = float(uniform(draws, street.near, street.far))
     yaw = math.radians(heading + float(uniform(draws, -6, 6)))
     pose = torch.eye(4).repeat(T, 1, 1)
-    pose[:, 0, 0] = pose[:, 2, 2] = math.cos(yaw)
-    pose[:, 0, 2], pose[:, 2, 0] = math.sin(yaw), -math.sin(yaw)
+    pose[:, :3, :3] = turned(torch.tensor(yaw, dtype=torch.float64))
     drift = float(uniform(draws, -0.12, 0.12)) * torch.arange(T)       # metres along its heading
     pose[:, 0, 3] = x + drift * math.sin(yaw)
     pose[:, 2, 3] = z + drift * math.cos(yaw)
@@ -154,7 +152,7 @@ def sample_car(street: Street, T: int, draws: Generator) -> Scene:
                   torch.tensor([0.85, 0.95, 1.05]) * uniform(draws, 0.4, 1.0), float(uniform(draws, 0.7, 1.4)))
     c2w = torch.eye(4).repeat(T, 1, 1)
     c2w[:, 1, 3] = -street.height
-    return Scene([body], right, wrong, c2w, None, 0)
+    return Scene([body], right, wrong, c2w, road=None, seed=0)
 
 
 def towards(azimuth: float, elevation: float) -> Tensor:
@@ -195,7 +193,7 @@ def render_car(scene: Scene, K: Tensor, size: tuple[int, int], t: int, shadow: f
     one = torch.ones(int(on.sum()))
     up = torch.tensor([[0.0, -1.0, 0.0]])
     road = shade(torch.ones(1, 3), up, light, torch.ones(1), torch.ones(1))[0]
-    lit, wrong = torch.zeros(len(on), 3), torch.zeros(len(on), 3)
+    lit, wrong = torch.zeros(2, len(on), 3)
     lit[on] = shade(painted[on], hits.normal[on], light, free[on], one) * (white / road)
     grey = white.mean() / road.mean()
     wrong[on] = shade(painted[on], hits.normal[on], scene.naive, one, one) * grey
@@ -205,13 +203,11 @@ def render_car(scene: Scene, K: Tensor, size: tuple[int, int], t: int, shadow: f
     open_sky = contact(hits.point[ground], body, t)
     factor[ground] = (shadow + (1 - shadow) * free[ground]) * (0.4 + 0.6 * open_sky)
 
-    def down(v: Tensor) -> Tensor:
-        return rearrange(v.view(H, s, W, s, -1), "h p w q c -> c h w p q").mean(dim=(3, 4))
-    darkening = down(factor[:, None].expand(-1, 3))
+    darkening = to_pixels(factor[:, None].expand(-1, 3), H, W)
     if shadow < 0.7:  # where the sun is hidden, the blue sky lights the road
         blue = torch.tensor([0.94, 1.0, 1.08]).view(3, 1, 1)
         darkening = darkening * torch.lerp(blue, torch.ones(3, 1, 1), darkening)
-    return down(lit), down(wrong), down(on.float()[:, None]), darkening
+    return to_pixels(lit, H, W), to_pixels(wrong, H, W), to_pixels(on.float()[:, None], H, W), darkening
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -227,7 +223,8 @@ def demonstrate() -> None:
     x = torch.full((3, 1, 96, 160), 0.2)
     x[:, :, 43:] = -0.2
     street = Street(0.9, 0.45, lanes=((1.5, 0.0),), near=8, far=10, sun=(60, 35))
-    scene, K = sample_car(street, 1, torch.Generator().manual_seed(3)), intrinsics(street, 96, 160)
+    scene = sample_car(street, 1, torch.Generator().manual_seed(3))
+    K = intrinsics(street, 96, 160)
     pair = insert(x, scene, K, street.shadow, brightness_of_the_road(x, street) / street.asphalt)
     darker = (x - pair.x_gt).mean(dim=0)[pair.actor[0] == 0] * 127.5
     print(f"the car covers {pair.actor.mean():.1%} of the frame, its box is {pair.boxes[0].int().tolist()}")
@@ -236,8 +233,8 @@ def demonstrate() -> None:
     print("street.png: naive insertion | truth")
 
 
-def write_pair(clip: Path, street: Street, path: Path, size: tuple[int, int], frames: int, seed: int) -> None:
-    """One pair to its file, unless it is there; one thread, for every worker is a process."""
+def write_pair(path: Path, seed: int, clip: Path, street: Street, size: tuple[int, int], frames: int) -> None:
+    """Write the pair of a seed, unless its file exists; on one thread, since every worker is a process."""
     torch.set_num_threads(1)
     if not path.exists():
         save_pair(make_pair(clip, street, size, frames, torch.Generator().manual_seed(seed)), path)
@@ -263,7 +260,7 @@ def main(args: argparse.Namespace) -> None:
     for seed in range(args.first_seed, args.first_seed + args.count):
         clip = clips[int(torch.multinomial(weights, 1, generator=torch.Generator().manual_seed(seed)))]
         path = args.out / f"{clip.stem}_{seed:06d}.safetensors"
-        calls.append((clip, streets[clip], path, args.size, args.frames, seed))
+        calls.append((path, seed, clip, streets[clip], args.size, args.frames))
     desk.share(write_pair, calls, args.workers, "pair")
 
 

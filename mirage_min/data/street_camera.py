@@ -1,6 +1,6 @@
 """What a person writes down about the camera and the light of a recorded street, so that a car can be put into it.
 
-They stand next to the clip, NAME.safetensors, in NAME.street.json, measured by eye on one frame:
+They are in NAME.street.json, next to the clip NAME.safetensors, measured by eye on one frame:
 
     focal     the focal length in image widths; 0.9 is a field of view of 58 degrees
     horizon   the row where the road would vanish, in image heights from the top
@@ -9,7 +9,7 @@ They stand next to the clip, NAME.safetensors, in NAME.street.json, measured by 
     lanes     where cars may drive: [[metres to the right of the camera, heading in degrees from straight ahead], …]
     near, far how far ahead a car may be inserted, metres
     sun       [azimuth, elevation] in degrees: azimuth from straight ahead, positive to the right
-    shadow    what share of a road's light is left where the sun is hidden: 0.35 on a clear day, 1 under clouds
+    shadow    the share of a road's light that remains where the sun is hidden: 0.35 on a clear day, 1 under clouds
     asphalt   the road's albedo: 0.08 new and dark, 0.25 concrete; how bright a car is next to it follows from that
     warmth    how much redder than blue the sun is
 
@@ -70,16 +70,22 @@ class Street:
             raise ValueError(f"sun and each of lanes must be two numbers, got {self.sun} and {self.lanes}")
 
 
-STREETS = {  # of the clips in real_clips.py: measured by eye on one frame, checked with --grid
-    "highway_dashcam": Street(0.95, 0.575, 0.49, 1.3, ((-3.7, 0), (-0.2, 0)), 9, 30, (-120, 58), 0.35, 0.10),
-    "U1a_project_video_000-199": Street(0.9, 0.585, 0.50, 1.3, ((0.3, 0), (3.9, 0)), 8, 26, (-120, 62), 0.34, 0.08),
-    "U1b_project_video_125-299": Street(0.9, 0.585, 0.50, 1.3, ((0.3, 0), (3.9, 0)), 8, 26, (-120, 62), 0.34, 0.08),
-    "U3_challenge_video": Street(0.9, 0.60, 0.52, 1.3, ((0.6, 0), (4.2, 0)), 8, 26, (-100, 50), 0.36, 0.25),
-    "U4_project_video_later": Street(0.9, 0.585, 0.50, 1.3, ((0.3, 0), (3.9, 0)), 8, 26, (-120, 62), 0.34, 0.08),
-    "front_camera": Street(0.98, 0.52, 0.5, 1.6, ((-3.4, 0), (-6.6, 180)), 9, 24, (-60, 25), 0.85, 0.12),
-    "back_camera": Street(0.98, 0.50, 0.5, 1.6, ((0.4, 180), (3.8, 180)), 13, 26, (120, 25), 0.85, 0.12),
-    "front_left_camera": Street(0.98, 0.52, 0.5, 1.6, ((-1.0, 60), (2.0, 235)), 8, 16, (0, 25), 0.85, 0.12),
-    "left_camera": Street(0.98, 0.52, 0.5, 1.6, ((0.0, 90), (0.0, 270)), 8, 14, (-20, 20), 0.85, 0.12),
+# Of the clips in real_clips.py: measured by eye on one frame, checked with --grid.
+PROJECT_VIDEO = Street(focal=0.9, horizon=0.585, centre=0.50, height=1.3, lanes=((0.3, 0), (3.9, 0)), near=8, far=26,
+                       sun=(-120, 62), shadow=0.34, asphalt=0.08)
+pandaset = partial(Street, focal=0.98, height=1.6, shadow=0.85, asphalt=0.12)  # what its cameras have in common
+STREETS = {
+    "highway_dashcam": Street(focal=0.95, horizon=0.575, centre=0.49, height=1.3, lanes=((-3.7, 0), (-0.2, 0)),
+                              near=9, far=30, sun=(-120, 58), shadow=0.35, asphalt=0.10),
+    "U1a_project_video_000-199": PROJECT_VIDEO,
+    "U1b_project_video_125-299": PROJECT_VIDEO,
+    "U3_challenge_video": Street(focal=0.9, horizon=0.60, centre=0.52, height=1.3, lanes=((0.6, 0), (4.2, 0)),
+                                 near=8, far=26, sun=(-100, 50), shadow=0.36, asphalt=0.25),
+    "U4_project_video_later": PROJECT_VIDEO,
+    "front_camera": pandaset(horizon=0.52, lanes=((-3.4, 0), (-6.6, 180)), near=9, far=24, sun=(-60, 25)),
+    "back_camera": pandaset(horizon=0.50, lanes=((0.4, 180), (3.8, 180)), near=13, far=26, sun=(120, 25)),
+    "front_left_camera": pandaset(horizon=0.52, lanes=((-1.0, 60), (2.0, 235)), near=8, far=16, sun=(0, 25)),
+    "left_camera": pandaset(horizon=0.52, lanes=((0.0, 90), (0.0, 270)), near=8, far=14, sun=(-20, 20)),
 }
 
 
@@ -104,7 +110,8 @@ def street_of(clip: Path) -> Street | None:
 
 def clips_of_known_streets(folder: Path) -> dict[Path, Street]:
     """The clips of a folder, in order, whose cameras are known. ValueError if there are none."""
-    found = {clip: street for clip in sorted(folder.glob("*.safetensors")) if (street := street_of(clip))}
+    found = {clip: street_of(clip) for clip in sorted(folder.glob("*.safetensors"))}
+    found = {clip: street for clip, street in found.items() if street is not None}
     if not found:
         raise ValueError(f"{folder}: no clip of a known camera (NAME.safetensors with NAME.street.json: "
                          "mirage_min/data/street_camera.py)")

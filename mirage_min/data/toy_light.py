@@ -33,7 +33,8 @@ def sample_light(u: Callable[[float, float], float], elevation: tuple[float, flo
                  sky: tuple[float, float], tint: float, exposure: tuple[float, float]) -> Light:
     """A sun at an elevation (degrees) and a sky, drawn by u(low, high) from these ranges; `tint` is how much redder the
     sun may be, and as much less blue."""
-    high, azimuth = math.radians(u(*elevation)), u(-math.pi, math.pi)
+    high = math.radians(u(*elevation))
+    azimuth = u(-math.pi, math.pi)
     while math.cos(azimuth) < -0.75:  # a sun right behind the camera would hide the shadow behind the actor
         azimuth = u(-math.pi, math.pi)
     to_sun = torch.tensor([math.cos(high) * math.sin(azimuth), -math.sin(high), math.cos(high) * math.cos(azimuth)])

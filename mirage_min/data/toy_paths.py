@@ -2,7 +2,7 @@
 
 A path is poses [T, 4, 4], camera to world with OpenCV's axes. `drive` is what a car does, and the only one that clips
 to train on have; the others come back to where they began, and are for what remembers (a world model): in a scene that
-does not move, whatever the first frame shows is there again in the last.
+does not move, the last frame shows what the first one showed.
 
     python -m mirage_min.data.toy_paths
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .toy_shapes import Body
-from .toy_street import Draws, moving
+from .toy_street import Draws, moving, turned
 
 PATHS = "drive", "out_and_back", "loop"
 KEPT = 3.0   # metres between the camera and what is ahead of it
@@ -23,9 +23,10 @@ LANE = 2.2   # metres to either side of the camera that have to be free
 def drive(u: Draws, config) -> tuple[Tensor, float]:
     """Forward at some speed, with a little turn and pitch, 1.5 to 2 m above the ground -> (path, metres a second)."""
     speed, turn = u(2, 12), u(-0.06, 0.06)
-    c2w, pitch = moving(config, u(-0.4, 0.4), 0.0, u(-0.05, 0.05), speed, turn), torch.eye(4)
+    c2w = moving(config, u(-0.4, 0.4), 0.0, yaw=u(-0.05, 0.05), speed=speed, turn=turn)
     p = u(0.06, 0.16)
-    pitch[1, 1], pitch[1, 2], pitch[2, 1], pitch[2, 2] = math.cos(p), math.sin(p), -math.sin(p), math.cos(p)
+    pitch = torch.eye(4)
+    pitch[1:3, 1:3] = torch.tensor([[math.cos(p), math.sin(p)], [-math.sin(p), math.cos(p)]])
     c2w = c2w @ pitch
     c2w[:, 1, 3] = -u(1.5, 2.0)
     return c2w, speed
@@ -68,11 +69,9 @@ def loop(path: Tensor, way: float, width: float = 1.2, swing: float = 0.25) -> T
     """
     T = len(path)
     phase = torch.arange(T) * (2 * math.pi / max(1, T - 1))
-    start, found = path[0], path[:1].repeat(T, 1, 1)
-    turn = torch.eye(4).repeat(T, 1, 1)
-    angle = swing * phase.sin()
-    turn[:, 0, 0], turn[:, 0, 2], turn[:, 2, 0], turn[:, 2, 2] = angle.cos(), angle.sin(), -angle.sin(), angle.cos()
-    found[:, :3, :3] = turn[:, :3, :3] @ start[:3, :3]
+    start = path[0]
+    found = path[:1].repeat(T, 1, 1)
+    found[:, :3, :3] = turned(swing * phase.sin()) @ start[:3, :3]
     found[:, 0, 3] = start[0, 3] + width * phase.sin()
     found[:, 2, 3] = start[2, 3] + way * (1 - phase.cos()) / 2
     found[-1] = start if T > 1 else found[-1]  # exactly

@@ -79,7 +79,8 @@ class Hits:
 
 def cast(scene: Scene, K: Tensor, size: tuple[int, int], t: int, supersample: int) -> Hits:
     """Primary rays of frame t of a camera K [3, 3] with `size` rows and columns, `supersample` squared to a pixel."""
-    H, W, c2w = size[0] * supersample, size[1] * supersample, scene.c2w[t]
+    H, W = size[0] * supersample, size[1] * supersample
+    c2w = scene.c2w[t]
     y, x = torch.meshgrid((torch.arange(H) + 0.5) / supersample, (torch.arange(W) + 0.5) / supersample, indexing="ij")
     rays = torch.stack([(x - K[0, 2]) / K[0, 0], (y - K[1, 2]) / K[1, 1], torch.ones_like(x)], dim=-1).view(-1, 3)
     direction, origin = rays @ c2w[:3, :3].T, c2w[:3, 3]               # rays have z = 1: their t is the depth
@@ -97,7 +98,9 @@ def cast(scene: Scene, K: Tensor, size: tuple[int, int], t: int, supersample: in
             near, far, face = slab(o.expand_as(d), d, part)
             hit = ((near < far) & (near > 0.1) & (near < hits.depth[index])).nonzero().squeeze(1)
             index, near = index[hit], near[hit]
-            hits.depth[index], hits.body[index], hits.part[index] = near, b, k
+            hits.depth[index] = near
+            hits.body[index] = b
+            hits.part[index] = k
             hits.local[index] = o + near[:, None] * d[hit]
             hits.normal[index] = part.normals[face[hit]] @ R.T
     hits.point = origin + torch.where(hits.depth.isfinite(), hits.depth, 0.0)[:, None] * direction
@@ -113,7 +116,8 @@ def meet_ground(origin: Tensor, direction: Tensor) -> Hits:
     depth = torch.where(depth < FAR, depth, math.inf)
     body = torch.where(depth < math.inf, GROUND, SKY)
     up = torch.tensor([0.0, -1.0, 0.0]).repeat(len(direction), 1)
-    return Hits(torch.zeros_like(direction), up, torch.zeros_like(direction), depth, body, torch.zeros_like(body))
+    return Hits(point=torch.zeros_like(direction), normal=up, local=torch.zeros_like(direction), depth=depth, body=body,
+                part=torch.zeros_like(body))
 
 
 def candidates(pixels: Tensor, z: Tensor, pixels_of: Tensor) -> Tensor:
@@ -137,7 +141,8 @@ def blocked(scene: Scene, t: int, point: Tensor, bodies: list[int], to_sun: Tens
         solid = scene.bodies[b]
         R, centre = solid.pose[t, :3, :3], solid.pose[t, :3, 3]
         corners = torch.cat([part.corners for part in solid.parts]) @ R.T + centre
-        middle, radius = corners.mean(0), (corners - corners.mean(0)).norm(dim=1).max()
+        middle = corners.mean(0)
+        radius = (corners - middle).norm(dim=1).max()
         # only points whose ray to the sun passes the bounding sphere
         away = point - middle
         along = away @ to_sun
@@ -219,21 +224,25 @@ def frame(scene: Scene, config, t: int, relit: bool = True, shadowed: bool = Fal
     """
     hits = cast(scene, intrinsics(config), (config.height, config.width), t, config.supersample)
     light, eye = scene.light, scene.c2w[t, :3, 3]
-    s, above, actor = look_at(scene, hits, t), hits.body == SKY, hits.body == 0
+    above, actor = hits.body == SKY, hits.body == 0
+    s = look_at(scene, hits, t)
     truth = leaving(s, eye, light, s.lit * s.lit_actor, torch.minimum(s.open_sky, s.open_actor))
     naive = truth.clone() if shadowed else leaving(s, eye, light, s.lit, s.open_sky)
     one = torch.ones(int(actor.sum()))
     naive[actor] = leaving(s.of(actor), eye, scene.naive, one, one) if relit else truth[actor]
-    truth[above] = naive[above] = sky(-hits.local[above, 1], light)
+    truth[above] = sky(-hits.local[above, 1], light)
+    naive[above] = truth[above]
     # distance takes a little of the horizon's colour, the same in both
     truth, naive = (torch.where(above[:, None], v, haze(v, hits.depth, light)) for v in (truth, naive))
     darker = ((naive - truth).sum(1) > 0.04 * naive.sum(1)) & ~actor & ~above
+    return tuple(to_pixels(v, config.height, config.width)
+                 for v in (naive, truth, actor.float()[:, None], darker.float()[:, None]))
 
-    def pixels(v: Tensor) -> Tensor:
-        """The mean [C, H, W] of a pixel's rays [N, C]."""
-        p = config.supersample
-        return rearrange(v.view(config.height, p, config.width, p, -1), "h p w q c -> c h w p q").mean(dim=(3, 4))
-    return pixels(naive), pixels(truth), pixels(actor.float()[:, None]), pixels(darker.float()[:, None])
+
+def to_pixels(v: Tensor, H: int, W: int) -> Tensor:
+    """Values [H·s·W·s, C] of the rays of a frame, s squared to a pixel -> their means [C, H, W]."""
+    s = round((len(v) / (H * W)) ** 0.5)
+    return rearrange(v.view(H, s, W, s, -1), "h p w q c -> c h w p q").mean(dim=(3, 4))
 
 
 @dataclass
@@ -250,11 +259,11 @@ def motion(scene: Scene, config) -> Motion:
     """Depth, flow, visibility and what moves, of all frames."""
     H, W, T = config.height, config.width, config.frames
     hits = [cast(scene, intrinsics(config), (H, W), t, 1) for t in range(T)]
-    steps = [step(scene, config, t, hits[t], hits[t + 1]) for t in range(T - 1)]
-    flow, visible = zip(*steps) if steps else ([torch.zeros(2, 0, H, W)], [torch.zeros(1, 0, H, W)])
-    join = torch.stack if steps else torch.cat
+    flow, visible = torch.zeros(2, T - 1, H, W), torch.zeros(1, T - 1, H, W)
+    for t in range(T - 1):
+        flow[:, t], visible[:, t] = step(scene, config, t, hits[t], hits[t + 1])
     moves = torch.tensor([bool((body.pose != body.pose[:1]).any()) for body in scene.bodies] + [False, False])
-    return Motion(torch.stack([h.depth.view(1, H, W) for h in hits], dim=1), join(flow, dim=1), join(visible, dim=1),
+    return Motion(torch.stack([h.depth.view(1, H, W) for h in hits], dim=1), flow, visible,
                   torch.stack([moves[h.body].float().view(1, H, W) for h in hits], dim=1))
 
 
@@ -262,7 +271,8 @@ def step(scene: Scene, config, t: int, now: Hits, after: Hits) -> tuple[Tensor, 
     """(flow [2, H, W], visible [1, H, W]) from frame t to t + 1, whose rays through the pixels' centres met these."""
     H, W = config.height, config.width
     y, x = torch.meshgrid(torch.arange(H) + 0.5, torch.arange(W) + 0.5, indexing="ij")
-    here, point, above = torch.stack([x, y], dim=-1).view(-1, 2), now.point.clone(), now.body == SKY
+    here = torch.stack([x, y], dim=-1).view(-1, 2)
+    point, above = now.point.clone(), now.body == SKY
     for b, body in enumerate(scene.bodies):
         on = now.body == b
         point[on] = now.local[on] @ body.pose[t + 1, :3, :3].T + body.pose[t + 1, :3, 3]

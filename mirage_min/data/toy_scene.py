@@ -109,7 +109,8 @@ def reconstructed(scene: Scene, b: int, t: int, draws: torch.Generator) -> Gauss
     N = len(points) // 20
     low, high = points.amin(0), points.amax(0)
     around = low + (torch.rand(N, 3, generator=draws) * 1.6 - 0.3) * (high - low)
-    return Gaussians.cat([shell, gaussians(around, rgb[:N], 0.08 * torch.exp(0.5 * normal(N, 3)), normal(N, 4), 0.3)])
+    sizes = 0.08 * torch.exp(0.5 * normal(N, 3))
+    return Gaussians.cat([shell, gaussians(around, rgb[:N], sizes, normal(N, 4), opacity=0.3)])
 
 
 def generated(scene: Scene, b: int, t: int, draws: torch.Generator) -> Gaussians:
@@ -132,19 +133,23 @@ def write_folder(folder: Path, scene: Scene, config: toy_world.WorldConfig) -> N
     """A scene, its first vehicle (whose asset it is) and the others tracked, as a scene folder."""
     folder.mkdir(parents=True, exist_ok=True)
     draws = torch.Generator().manual_seed(scene.seed)
-    T, H, W, K = config.frames, config.height, config.width, toy_render.intrinsics(config)
+    T, H, W = config.frames, config.height, config.width
+    K = toy_render.intrinsics(config)
     write_clip(folder / "images", toy_world.render(scene, config, extras=False).x_gt, config.fps)
     cameras = Z_UP @ scene.c2w @ OPENGL_TO_OPENCV.float()
     frames = [{"file_path": f"images/{t:06d}.png", "transform_matrix": cameras[t].tolist()} for t in range(T)]
     write_json(folder / "transforms.json", {"w": W, "h": H, "fl_x": float(K[0, 0]), "fl_y": float(K[1, 1]),
                                             "cx": float(K[0, 2]), "cy": float(K[1, 2]), "frames": frames})
 
-    vehicles, reference = [b for b, body in enumerate(scene.bodies) if body.size is not None], T // 2
+    vehicles = [b for b, body in enumerate(scene.bodies) if body.size is not None]
+    reference = T // 2
     bodies = [toy_render.cast(scene, K, (H, W), t, 2).body.view(H, 2, W, 2) for t in range(T)]
-    parts = [moved(street(scene, config, t), Z_UP) for t in sorted({0, T // 2, T - 1})]
-    parts, objects = [replace(p, ids=torch.zeros(len(p), dtype=torch.int64)) for p in parts], []
+    still = [moved(street(scene, config, t), Z_UP) for t in sorted({0, T // 2, T - 1})]
+    parts = [replace(p, ids=torch.zeros(len(p), dtype=torch.int64)) for p in still]
+    objects = []
     for b in vehicles:
-        body, entries = scene.bodies[b], []
+        body = scene.bodies[b]
+        entries = []
         g = moved(reconstructed(scene, b, reference, draws), Z_UP @ body.pose[reference])
         parts.append(replace(g, ids=torch.full((len(g),), b + 1)))
         for t in range(T):

@@ -1,7 +1,7 @@
 """The solids of toy scenes: cars of several shapes, houses, poles and trees, and how they are painted.
 
 Everything solid is a union of convex parts, each an intersection of half-spaces, in the object's own coordinates: x
-right, y down, z forward, standing on y = 0. A new shape is a function that returns parts, entered into CARS; a new
+right, y down, z forward, the ground at y = 0. A new shape is a function that returns parts, entered into CARS; a new
 paint is a function of the points that a ray meets, entered into PAINTS.
 
     python -m mirage_min.data.toy_shapes
@@ -38,9 +38,13 @@ class Body:
 FACES = (4, 5, 6, 7), (3, 2, 1, 0), (0, 1, 5, 4), (1, 2, 6, 5), (2, 3, 7, 6), (3, 0, 4, 7)  # corners of a prism's faces
 
 
-def prism(x0, x1, y0, y1, z0, z1, top=(1.0, 1.0, 0.0), paint="plain") -> Part:
-    """A box from y0 (top) to y1 (bottom) whose top is scaled by top[:2] in x and z and shifted by top[2] in z."""
-    cx, cz, hx, hz = (x0 + x1) / 2, (z0 + z1) / 2, (x1 - x0) / 2, (z1 - z0) / 2
+def prism(x: tuple[float, float], y: tuple[float, float], z: tuple[float, float], top=(1.0, 1.0, 0.0), paint="plain"
+          ) -> Part:
+    """A box over these ranges, y from the top to the bottom; its top is scaled by top[:2] in x and z and shifted by
+    top[2] in z."""
+    (x0, x1), (y0, y1), (z0, z1) = x, y, z
+    cx, hx = (x0 + x1) / 2, (x1 - x0) / 2
+    cz, hz = (z0 + z1) / 2, (z1 - z0) / 2
     signs = ((-1, -1), (1, -1), (1, 1), (-1, 1))
     low = [(cx + sx * hx, y1, cz + sz * hz) for sx, sz in signs]
     high = [(cx + sx * hx * top[0], y0, cz + sz * hz * top[1] + top[2]) for sx, sz in signs]
@@ -59,39 +63,43 @@ def wheels(half: float, w: float) -> list[Part]:
     parts = []
     for sx in (-1, 1):
         for z in (-0.62 * half, 0.62 * half):
-            x0, x1 = sorted((sx * w * 1.01, sx * w * 0.75))
-            parts.append(prism(x0, x1, -0.62, 0.0, z - 0.31, z + 0.31, (1.0, 0.75, 0.0), "wheel"))
+            x = sorted((sx * w * 1.01, sx * w * 0.75))
+            parts.append(prism(x, (-0.62, 0.0), (z - 0.31, z + 0.31), (1.0, 0.75, 0.0), "wheel"))
     return parts
 
 
 def saloon(half: float, w: float, height: float) -> list[Part]:
     """A body, and a cabin that leans back, between a hood and a boot."""
     waist = -0.6 * height
-    return [prism(-w, w, waist, -0.22, -half, half, (0.94, 0.97, 0.0), "body"),
-            prism(-0.92 * w, 0.92 * w, -height, waist, -0.78 * half, 0.42 * half, (0.8, 0.62, -0.16 * half), "cabin")]
+    return [prism((-w, w), (waist, -0.22), (-half, half), (0.94, 0.97, 0.0), "body"),
+            prism((-0.92 * w, 0.92 * w), (-height, waist), (-0.78 * half, 0.42 * half), (0.8, 0.62, -0.16 * half),
+                  "cabin")]
 
 
 def hatchback(half: float, w: float, height: float) -> list[Part]:
-    """A cabin to the very end, whose rear window stands steep."""
+    """A cabin that reaches the very end, with a steep rear window."""
     waist = -0.58 * height
-    return [prism(-w, w, waist, -0.22, -half, half, (0.94, 0.96, 0.0), "body"),
-            prism(-0.93 * w, 0.93 * w, -height, waist, -0.97 * half, 0.40 * half, (0.82, 0.72, -0.12 * half), "cabin")]
+    return [prism((-w, w), (waist, -0.22), (-half, half), (0.94, 0.96, 0.0), "body"),
+            prism((-0.93 * w, 0.93 * w), (-height, waist), (-0.97 * half, 0.40 * half), (0.82, 0.72, -0.12 * half),
+                  "cabin")]
 
 
 def van(half: float, w: float, height: float) -> list[Part]:
     """A box with a short, sloping front; higher than the other cars."""
     tall, waist = 1.25 * height, -0.62 * height
-    return [prism(-w, w, waist, -0.22, -half, half, (0.97, 0.98, 0.0), "body"),
-            prism(-0.97 * w, 0.97 * w, -tall, waist, -0.98 * half, 0.78 * half, (0.92, 0.84, -0.13 * half), "cabin")]
+    return [prism((-w, w), (waist, -0.22), (-half, half), (0.97, 0.98, 0.0), "body"),
+            prism((-0.97 * w, 0.97 * w), (-tall, waist), (-0.98 * half, 0.78 * half), (0.92, 0.84, -0.13 * half),
+                  "cabin")]
 
 
 def pickup(half: float, w: float, height: float) -> list[Part]:
     """A cabin in the middle, and a bed between low walls after it."""
     waist = -0.56 * height
-    walls = [prism(s * w - 0.06, s * w + 0.06, waist - 0.18, waist, -0.98 * half, -0.25 * half, paint="body")
+    walls = [prism((s * w - 0.06, s * w + 0.06), (waist - 0.18, waist), (-0.98 * half, -0.25 * half), paint="body")
              for s in (-0.93, 0.93)]
-    return [prism(-w, w, waist, -0.30, -half, half, (0.96, 0.98, 0.0), "body"), *walls,
-            prism(-0.90 * w, 0.90 * w, -height, waist, -0.25 * half, 0.45 * half, (0.82, 0.66, -0.04 * half), "cabin")]
+    return [prism((-w, w), (waist, -0.30), (-half, half), (0.96, 0.98, 0.0), "body"), *walls,
+            prism((-0.90 * w, 0.90 * w), (-height, waist), (-0.25 * half, 0.45 * half), (0.82, 0.66, -0.04 * half),
+                  "cabin")]
 
 
 CARS = {"saloon": saloon, "hatchback": hatchback, "van": van, "pickup": pickup}
@@ -108,21 +116,21 @@ def box_size(parts: list[Part]) -> Tensor:
     return corners.amax(0) - corners.amin(0)
 
 
-# ---- what is beside the road -----------------------------------------------------------------------------------------
+# ---- along the road --------------------------------------------------------------------------------------------------
 
 def house(x0: float, x1: float, tall: float, z0: float, z1: float) -> list[Part]:
     """A block with windows."""
-    return [prism(x0, x1, -tall, 0.0, z0, z1, paint="wall")]
+    return [prism((x0, x1), (-tall, 0.0), (z0, z1), paint="wall")]
 
 
 def pole(tall: float) -> list[Part]:
     """A square post."""
-    return [prism(-0.09, 0.09, -tall, 0.0, -0.09, 0.09)]
+    return [prism((-0.09, 0.09), (-tall, 0.0), (-0.09, 0.09))]
 
 
 def crown(tall: float, r: float) -> list[Part]:
     """The leaves of a tree whose trunk is a pole of this height."""
-    return [prism(-r, r, -tall - r, -tall * 0.55, -r, r, (0.55, 0.55, 0.0), "leaves")]
+    return [prism((-r, r), (-tall - r, -tall * 0.55), (-r, r), (0.55, 0.55, 0.0), "leaves")]
 
 
 # ---- paint -----------------------------------------------------------------------------------------------------------
@@ -138,15 +146,19 @@ class Points:
 
 def noise(x: Tensor, y: Tensor, seed: int) -> Tensor:
     """Smooth value noise in [-1, 1] at coordinates of any shape, one cell to a unit."""
-    def lattice(i: Tensor, j: Tensor) -> Tensor:
-        h = (i * 374761393 + j * 668265263 + seed * 974711) & 0x7FFFFFFF
-        h = ((h ^ (h >> 13)) * 1274126177) & 0x7FFFFFFF
-        return ((h ^ (h >> 16)) & 0xFFFF).float() / 32767.5 - 1
     i, j = x.floor().long(), y.floor().long()
     u, v = x - i, y - j
     u, v = u * u * (3 - 2 * u), v * v * (3 - 2 * v)
-    top = torch.lerp(lattice(i, j), lattice(i + 1, j), u)
-    return torch.lerp(top, torch.lerp(lattice(i, j + 1), lattice(i + 1, j + 1), u), v)
+    top = torch.lerp(lattice(i, j, seed), lattice(i + 1, j, seed), u)
+    bottom = torch.lerp(lattice(i, j + 1, seed), lattice(i + 1, j + 1, seed), u)
+    return torch.lerp(top, bottom, v)
+
+
+def lattice(i: Tensor, j: Tensor, seed: int) -> Tensor:
+    """The noise at whole coordinates: a hash of them and the seed, in [-1, 1]."""
+    h = (i * 374761393 + j * 668265263 + seed * 974711) & 0x7FFFFFFF
+    h = ((h ^ (h >> 13)) * 1274126177) & 0x7FFFFFFF
+    return ((h ^ (h >> 16)) & 0xFFFF).float() / 32767.5 - 1
 
 
 def plain(body: Body, points: Points, seed: int) -> Tensor:
@@ -197,8 +209,8 @@ def car_body(body: Body, points: Points, seed: int) -> Tensor:
     color[low] = color[low] * 0.25
     side = x.abs() > 0.30 * w
     lamp = (y < -0.40 * h) & (y > -0.56 * h) & side
-    rear, front = lamp & (z < -0.46 * length), lamp & (z > 0.46 * length)
-    color[rear], color[front] = torch.tensor([0.45, 0.02, 0.02]), torch.tensor([0.80, 0.80, 0.75])
+    color[lamp & (z < -0.46 * length)] = torch.tensor([0.45, 0.02, 0.02])
+    color[lamp & (z > 0.46 * length)] = torch.tensor([0.80, 0.80, 0.75])
     plate = (x.abs() < 0.13 * w) & (y > -0.42 * h) & (y < -0.32 * h) & (z.abs() > 0.46 * length)
     color[plate] = 0.55
     return color

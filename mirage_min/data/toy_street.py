@@ -1,7 +1,7 @@
-"""The streets of toy scenes: a road and its markings, what stands along it, and the vehicles on it.
+"""The streets of toy scenes: a road and its markings, the houses and trees along it, and the vehicles on it.
 
-What is where is drawn from a seed's random numbers, in a fixed order, so that a seed is a street for good. A new thing
-along the road belongs at the end of that order, or takes random numbers of its own.
+Everything is drawn from a seed's random numbers, in a fixed order, so that a seed always gives the same street. A new
+thing along the road must be drawn at the end of that order, or from a separate generator.
 
     python -m mirage_min.data.toy_street
 """
@@ -85,11 +85,18 @@ def moving(config, x, z, yaw, speed=0.0, turn=0.0) -> Tensor:
     """Poses [T, 4, 4] of something that leaves (x, 0, z), heading `yaw` (radians) from +z, at `speed` m/s, turning at
     `turn` rad/s; frame 0 is a step on."""
     T, dt = config.frames, 1 / config.fps
-    pose, angle = torch.eye(4).repeat(T, 1, 1), yaw + turn * (torch.arange(T) * dt)
-    pose[:, 0, 0], pose[:, 0, 2], pose[:, 2, 0], pose[:, 2, 2] = angle.cos(), angle.sin(), -angle.sin(), angle.cos()
+    angle = yaw + turn * (torch.arange(T) * dt)
+    pose = torch.eye(4).repeat(T, 1, 1)
+    pose[:, :3, :3] = turned(angle)
     pose[:, 0, 3] = x + torch.cumsum(speed * dt * angle.sin(), 0)
     pose[:, 2, 3] = z + torch.cumsum(speed * dt * angle.cos(), 0)
     return pose
+
+
+def turned(angle: Tensor) -> Tensor:
+    """Rotations [..., 3, 3] by angles [...] in radians about the vertical, from z towards x."""
+    c, s, o = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    return torch.stack([c, o, s, o, o + 1, o, -s, o, c], dim=-1).unflatten(-1, (3, 3))
 
 
 def vehicle(config, size: tuple[float, float, float], color: Tensor, pose: Tensor, shape: str) -> Body:
@@ -103,8 +110,8 @@ def vehicle(config, size: tuple[float, float, float], color: Tensor, pose: Tenso
 
 
 def actor_and_traffic(u: Draws, config, c2w: Tensor, speed: float, shapes: list[str]) -> list[Body]:
-    """The actor, ahead in this lane or a neighbouring one, seen from behind, ahead or the side; other vehicles, parked
-    or driving, not where it is. Where the ego car would run into the actor, its path c2w is slowed down in place.
+    """The actor, ahead in this lane or a neighbouring one, seen from the rear, the front or the side; and other
+    vehicles, parked or driving, elsewhere. Where the ego car would run into the actor, its path c2w is slowed in place.
 
     shapes: keys of toy_shapes.CARS, taken in turn.
     """

@@ -92,13 +92,13 @@ def sample_scene(seed: int, config: WorldConfig = WorldConfig()) -> Scene:
     c2w, speed = drive(u, config)
     bodies = actor_and_traffic(u, config, c2w, speed, cars_of(seed, config)) + roadside(u, config)
     overcast = u() < 0.07
-    sun, sky = ((0.10, 0.25), (0.75, 0.95)) if overcast else ((1.7, 2.2), (0.38, 0.52))
-    light = sample_light(u, (24, 48), sun, sky, 0.05, (0.95, 1.1))
-    naive = sample_light(u, (35, 75), (0.3, 1.6), (0.5, 1.1), 0.12, (0.75, 1.35))
+    light = sample_light(u, elevation=(24, 48), sun=(0.10, 0.25) if overcast else (1.7, 2.2),
+                         sky=(0.75, 0.95) if overcast else (0.38, 0.52), tint=0.05, exposure=(0.95, 1.1))
+    naive = sample_light(u, elevation=(35, 75), sun=(0.3, 1.6), sky=(0.5, 1.1), tint=0.12, exposure=(0.75, 1.35))
     road = sample_road(u)
     if config.static:
         bodies = [replace(body, pose=body.pose[:1].repeat(config.frames, 1, 1)) for body in bodies]
-    return Scene(bodies, light, naive, along(config.path, c2w, bodies), road, seed, config.gloss)
+    return Scene(bodies, light, naive, along(config.path, c2w, bodies), road, seed=seed, gloss=config.gloss)
 
 
 def cars_of(seed: int, config: WorldConfig) -> list[str]:
@@ -117,7 +117,8 @@ def render(scene: Scene, config: WorldConfig = WorldConfig(), extras: bool = Tru
     x_ni, x_gt = ((v.clamp(0, 1) ** (1 / 2.2) + grain).clamp(0, 1) * 2 - 1 for v in (naive, truth))
     if not extras:
         return Clip(x_ni, x_gt, actor, shadow)
-    boxes, of_actor = torch.stack([mask_box(a) for a in actor[0]]), scene.bodies[0]
+    boxes = torch.stack([mask_box(a) for a in actor[0]])
+    of_actor = scene.bodies[0]
     return Clip(x_ni, x_gt, actor, shadow, **vars(motion(scene, config)), boxes=boxes, pose=of_actor.pose,
                 size=of_actor.size, K=intrinsics(config), c2w=scene.c2w)
 
@@ -150,7 +151,7 @@ def load_clip(path: str | Path) -> Clip:
 
 
 def write(seed: int, config: WorldConfig, folder: Path, extras: bool) -> None:
-    """One clip to its file, unless it is there; one thread, for every worker is a process."""
+    """Write one clip, unless its file exists; on one thread, since every worker is a process."""
     torch.set_num_threads(1)
     path = folder / f"{seed:07d}.safetensors"
     if not path.exists():

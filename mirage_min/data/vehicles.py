@@ -1,13 +1,13 @@
-"""Recorded vehicles: where they are in a clip, so that another camera can develop one (isp.py).
+"""Recorded vehicles: where they are in a clip, so that one can be shown as another camera would (isp.py).
 
-The 3D boxes of a drive, as its own camera saw them, lie next to the clip NAME.safetensors in NAME.vehicles.json:
+The 3D boxes of a drive, as its camera saw them, are in NAME.vehicles.json, next to the clip NAME.safetensors:
 
     {"width": 1920, "height": 1080,                        of the image that the corners are in
      "vehicles": [{"id": 12, "frames": [{"frame": 0, "depth": 14.2, "corners": [[801.2, 455.0], …]}, …]}, …]}
 
-`corners` are the eight corners of a box in pixels, `depth` is its middle's in metres. A vehicle's mask is the convex
-hull of its corners without those of nearer vehicles: a little larger than the vehicle. PandaSet's boxes become such
-files by
+`corners` are the eight corners of a box in pixels, `depth` is that of its middle in metres. A vehicle's mask is the
+convex hull of its corners without the hulls of nearer vehicles: a little larger than the vehicle. PandaSet's boxes are
+written to such files by
 
     python -m mirage_min.data.vehicles --pandaset DIR --clips data/real/train
 
@@ -47,9 +47,9 @@ from .splat import rotations
 from .video import from_bytes
 
 LABELS = ("Car", "Pickup Truck", "Medium-sized Truck", "Semi-truck", "Bus", "Other Vehicle - Construction Vehicle")
-LEAST = 0.04           # of the image's width, that a vehicle must have
-MOST = 0.4             # of the piece, that it may cover: nearer ones are cut by the own car
-FREE = 0.6             # of its hull, that no nearer vehicle may cover
+LEAST = 0.04           # the share of the image's width that a vehicle must have
+MOST = 0.4             # the share of the piece that it may cover: nearer ones are cut off by the recording car
+FREE = 0.6             # the share of its hull that no nearer vehicle may cover
 PANDASET = 1920, 1080  # pixels of its images, to which its intrinsics belong
 CORNERS = torch.cartesian_prod(*(torch.tensor([-0.5, 0.5], dtype=torch.float64),) * 3)
 
@@ -97,15 +97,15 @@ class RecordedShot:
 # ---- a clip's file ---------------------------------------------------------------------------------------------------
 
 def vehicles_of(clip: Path) -> Vehicles | None:
-    """What is next to a clip; None: nothing. ValueError of one line if it is wrong."""
+    """What NAME.vehicles.json next to a clip says; None: there is none. ValueError of one line if it is wrong."""
     file = clip.with_suffix(".vehicles.json")
     return checked.record(Vehicles, read_json(file), file) if file.exists() else None
 
 
 def shoot_vehicle(clip: Path, known: Vehicles, size: tuple[int, int], frames: int, draws: Generator) -> RecordedShot:
-    """A random piece of `size` rows and columns with a vehicle that is there in all of its frames.
+    """A random piece of `size` rows and columns with a vehicle that is in view in all of its frames.
 
-    ValueError if no vehicle is, or the one drawn is hidden or too near.
+    ValueError if there is none, or the one drawn is hidden or too near.
     """
     sights = {v.id: {s.frame: s for s in v.frames if is_wide(s, known.width)} for v in known.vehicles}
     with safe_open(clip, framework="pt") as file:
@@ -114,7 +114,7 @@ def shoot_vehicle(clip: Path, known: Vehicles, size: tuple[int, int], frames: in
         starts = [(i, t) for i, seen in sights.items() for t in range(T - frames + 1)
                   if all(t + k in seen for k in range(frames))]
         if not starts:
-            raise ValueError(f"{clip}: no vehicle is there in {frames} frames in a row")
+            raise ValueError(f"{clip}: no vehicle is in view in {frames} frames in a row")
         chosen, t = starts[integer(draws, len(starts))]
         x = from_bytes(x[:, t : t + frames])
     h, w = size
@@ -158,20 +158,22 @@ def hull_mask(corners: Tensor, known: Vehicles, size: tuple[int, int]) -> Tensor
 
 def convex_hull(points: list[list[float]]) -> list[list[float]]:
     """The corners of the convex hull of points, in order (Andrew's monotone chain)."""
-    def half(points: list[list[float]]) -> list[list[float]]:
-        chain = []
-        for p in points:
-            while len(chain) > 1 and turn(chain[-2], chain[-1], p) <= 0:
-                chain.pop()
-            chain.append(p)
-        return chain[:-1]
-
     ordered = sorted(points)
-    return half(ordered) + half(ordered[::-1])
+    return half_hull(ordered) + half_hull(ordered[::-1])
+
+
+def half_hull(ordered: list[list[float]]) -> list[list[float]]:
+    """The corners on one side of the line from the first point to the last, which is left out."""
+    chain = []
+    for p in ordered:
+        while len(chain) > 1 and turn(chain[-2], chain[-1], p) <= 0:
+            chain.pop()
+        chain.append(p)
+    return chain[:-1]
 
 
 def turn(a: list[float], b: list[float], c: list[float]) -> float:
-    """Above 0 where the way from a over b to c turns left."""
+    """Above 0 where the path from a to b to c turns left."""
     return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
 
 
@@ -209,7 +211,8 @@ def from_pandaset(folder: Path, camera: str) -> dict:
     """The content of NAME.vehicles.json for one of PandaSet's cameras ("front", "back", …)."""
     about = read_json(folder / "cuboids.json")
     poses = json.loads((folder / "camera_json" / f"{camera}_poses.json").read_text(encoding="utf-8"))
-    K, found = read_json(folder / "camera_json" / f"{camera}_intrinsics.json"), {}
+    K = read_json(folder / "camera_json" / f"{camera}_intrinsics.json")
+    found = {}
     for t, (rows, pose) in enumerate(zip(about["frames"], poses)):
         for row in rows:
             box = dict(zip(about["fields"], row))

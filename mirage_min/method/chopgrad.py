@@ -193,7 +193,8 @@ def backpropagate_tile(clip: Clip, tile: Tile, loss_fn: Loss, d_trunc: int, dela
     once the window has more than `reach` graphs; `reach` is how many graphs the next loss can reach: d_trunc, or 0
     after the last group. Graphs out of reach then leave the window.
     """
-    window, cache, losses, t = deque(), {}, [], 0
+    window: deque[Graph] = deque()
+    cache, losses, t = {}, [], 0
     for i in range(len(clip.groups)):
         cache = {key: c.detach().requires_grad_(c.requires_grad and d_trunc > 0) for key, c in cache.items()}
         window.append(Graph(cache, *clip.decode(i, tile, cache)))
@@ -249,7 +250,10 @@ if __name__ == "__main__":
         print(f"d_trunc {d}: grad z {grad_z.flatten().tolist()}")
 
     torch.manual_seed(0)
-    vae, z = CogVideoXVAE(CogVideoXVAEConfig(3, 3, (8, 8, 8, 8), 4, 1, norm_num_groups=4)), torch.randn(1, 4, 11, 4, 6)
-    (_, full), *rest = (backward(vae, z, lambda x, where: x.square().sum(), d) for d in (None, *range(5)))
-    for d, (loss, grad_z) in enumerate(rest):
+    vae = CogVideoXVAE(CogVideoXVAEConfig(block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1,
+                                          norm_num_groups=4))
+    z = torch.randn(1, 4, 11, 4, 6)
+    _, full = backward(vae, z, lambda x, where: x.square().sum(), d_trunc=None)
+    for d in range(5):
+        loss, grad_z = backward(vae, z, lambda x, where: x.square().sum(), d)
         print(f"d_trunc {d}: loss {loss:.0f}, grad z {(grad_z - full).norm() / full.norm():.1%} off (random weights)")

@@ -136,7 +136,8 @@ if __name__ == "__main__":
         print(f"new blocks change the output by {(vae.decode(z, inject) - vae.decode(z)).abs().max():.1e}")
         for block in vae.fusion:
             nn.init.normal_(block.weight, std=0.05)
-        before, h = vae.fusion[0](torch.zeros(1, 32, 9, 32, 48), inject[0]), inject[0].clone()
-        h[:, :, 4] += 1
-        moved = (vae.fusion[0](torch.zeros(1, 32, 9, 32, 48), h) - before).abs().amax(dim=(0, 1, 3, 4)) > 0
+        h, block = torch.zeros(1, 32, 9, 32, 48), vae.fusion[0]
+        before = block(h, inject[0])
+        inject[0][:, :, 4] += 1
+        moved = (block(h, inject[0]) - before).abs().amax(dim=(0, 1, 3, 4)) > 0
         print("a change in the features of frame 4 changes what enters at frames", moved.nonzero().flatten().tolist())

@@ -66,9 +66,10 @@ def add(memory: Memory, z: Tensor, depth: Tensor, camera: Camera, *, dynamic: Te
              point within that share of its depth. This bounds the growth; the paper adds all cells.
     ValueError for shapes that do not fit together and a camera that is not finite.
     """
-    C, h, w = z.shape if z.ndim == 3 else (0, 0, 0)
-    if C != memory.features.shape[1]:
-        raise ValueError(f"z must be [{memory.features.shape[1]}, h, w], got {list(z.shape)}")
+    channels = memory.features.shape[1]
+    if z.ndim != 3 or z.shape[0] != channels:
+        raise ValueError(f"z must be [{channels}, h, w], got {list(z.shape)}")
+    h, w = z.shape[1:]
     for name, image in (("depth", depth), ("dynamic", dynamic), ("sky", sky)):
         if image is not None and image.shape != (camera.height, camera.width):
             raise ValueError(f"{name} must be [H, W] = [{camera.height}, {camera.width}], the camera's size, "

@@ -1,7 +1,7 @@
 """The causal 3D convolution and its explicit cache (ChopGrad §3.1, Eq. 1).
 
-A video VAE works through a video group by group. Its convolutions look only at the past, so all that a convolution has
-to keep between two groups is the end of its own input, the last kt - 1 frames. These frames are the cache,
+A video VAE processes a video group by group. Its convolutions look only at the past, so all that a convolution has to
+keep between two groups is the end of its input, the last kt - 1 frames. These frames are the cache,
 
     z_{i,m+1}, z^c_{i,m} = D_m(Concat(z^c_{i-1,m}, z_{i,m}))                                        (ChopGrad Eq. 1)
 
@@ -29,11 +29,12 @@ class CausalConv3d(nn.Conv3d):
     """
 
     def __init__(self, c_in: int, c_out: int, kernel=3, stride=1, padding=None, first: str = "zeros", bias=True):
-        kt, kh, kw = (kernel,) * 3 if isinstance(kernel, int) else kernel
-        ph, pw = (kh // 2, kw // 2) if padding is None else padding
-        super().__init__(c_in, c_out, (kt, kh, kw), stride=stride, padding=(0, ph, pw), bias=bias)
         if first not in ("repeat", "zeros"):
             raise ValueError(f'first must be "repeat" or "zeros", got {first!r}')
+        kernel = (kernel,) * 3 if isinstance(kernel, int) else kernel
+        if padding is None:
+            padding = kernel[1] // 2, kernel[2] // 2
+        super().__init__(c_in, c_out, kernel, stride=stride, padding=(0, *padding), bias=bias)
         self.first = first
         self.key = ""  # set by name_caches
 

@@ -84,7 +84,8 @@ def value(kind, given: Any, file, field: str, integers: Within = INT64) -> Any:
     """
     if kind is int and integers != INT64:
         kind = Annotated[int, integers]
-    wanted, limit = kind, INT64 if kind is int else Within()
+    wanted = kind
+    limit = INT64 if kind is int else Within()
     if get_origin(kind) is Annotated:
         kind, limit = get_args(kind)[:2]
     origin, args = get_origin(kind), get_args(kind)

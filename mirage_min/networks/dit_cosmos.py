@@ -294,7 +294,8 @@ def rotary_table(grid: tuple[int, int, int], dim: int, scale: tuple[float, ...],
 
     scale: by how much longer, higher and wider than when it was first trained the network may see (NTK).
     """
-    space, turns = dim // 6 * 2, []
+    space = dim // 6 * 2
+    turns = []
     for n, d, s in zip(grid, (dim - 2 * space, space, space), scale):
         # angle_i = place / θ^(2i/d),  θ = 10⁴ · scale^(d/(d − 2))
         frequencies = 1.0 / (10000.0 * s ** (d / (d - 2))) ** (torch.arange(0, d, 2, device="cpu") / d)

@@ -47,7 +47,7 @@ class WanDiTConfig:
 
 
 class Embedded(NamedTuple):
-    """What the blocks work with; f is 1, or the number of latents where each has a timestep of its own."""
+    """What the blocks work with; f is 1, or F where each latent has a separate timestep."""
 
     x: Tensor           # [B, L, D] patches, L = F·⌈h/2⌉·⌈w/2⌉
     text: Tensor        # [B, tokens, D]

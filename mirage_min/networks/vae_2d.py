@@ -227,7 +227,8 @@ class AutoencoderKL(nn.Module):
 
     def __init__(self, config: AutoencoderKLConfig = AutoencoderKLConfig()):
         super().__init__()
-        self.config, c_z = config, config.latent_channels
+        self.config = config
+        c_z = config.latent_channels
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.quant_conv = nn.Conv2d(2 * c_z, 2 * c_z, 1) if config.use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(c_z, c_z, 1) if config.use_post_quant_conv else None

@@ -100,17 +100,20 @@ class SpatialNorm(nn.Module):
                 for conv in (self.conv_y, self.conv_b)]
 
 
+def new_norm(c: int, config: CogVideoXVAEConfig, c_z: int | None) -> nn.Module:
+    """A norm of c channels: in the decoder, which knows a latent of c_z channels, SpatialNorm; else GroupNorm."""
+    if c_z is None:
+        return nn.GroupNorm(config.norm_num_groups, c, eps=config.norm_eps)
+    return SpatialNorm(c, c_z, config.norm_num_groups)
+
+
 class ResnetBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with SpatialNorm in the decoder and GroupNorm in the encoder."""
 
     def __init__(self, c_in: int, c_out: int, config: CogVideoXVAEConfig, c_z: int | None = None):
         super().__init__()
-        def norm(c):
-            if c_z is None:
-                return nn.GroupNorm(config.norm_num_groups, c, eps=config.norm_eps)
-            return SpatialNorm(c, c_z, config.norm_num_groups)
-        self.norm1, self.conv1 = norm(c_in), Conv(c_in, c_out)
-        self.norm2, self.conv2 = norm(c_out), Conv(c_out, c_out)
+        self.norm1, self.conv1 = new_norm(c_in, config, c_z), Conv(c_in, c_out)
+        self.norm2, self.conv2 = new_norm(c_out, config, c_z), Conv(c_out, c_out)
         self.conv_shortcut = nn.Conv3d(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, x: Tensor, z: tuple[Tensor, ...], old: Cache | None, new: Cache) -> Tensor:
@@ -301,7 +304,7 @@ class CogVideoXVAE(nn.Module):
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, 3, T, H, W] in [-1, 1] -> mean and log-variance, not scaled, each [B, 16, F, h, w].
 
-        As published, h and w are H/8 and W/8 rounded down, which drops what is left of rows and columns; and of a T
+        As published, h and w are H/8 and W/8 rounded down, which drops the remaining rows and columns; and for a T
         that is not 8k or 8k + 1, `decode` gives back another number of frames. Pad to whole cells and `legal_length`.
         """
         mean, logvar = in_groups(self.posterior_group, cut(x, self.encode_groups(x.shape[2])))

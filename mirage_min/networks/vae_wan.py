@@ -181,8 +181,8 @@ class WanVAE(nn.Module):
     def posterior_group(self, x_g: Tensor, cache: Cache | None = None) -> tuple[Tensor, Tensor, Cache]:
         """A video's first 4k + 1 frames [B, 3, T, H, W], or its next 4k -> (mean, log-variance, each [B, 16, F, h, w],
         not normalised; the cache for the next group). ValueError for another number of frames."""
-        T, alone = x_g.shape[2], 0 if cache else 1
-        if T % FRAMES != alone:
+        alone = 0 if cache else 1
+        if x_g.shape[2] % FRAMES != alone:
             raise ValueError(f"x_g must be [B, 3, T, H, W] with T = {FRAMES}k + {alone} here, got {list(x_g.shape)}")
         new: Cache = {}
         h = self.encoder(x_g.contiguous(memory_format=torch.channels_last_3d), cache, new)
@@ -202,7 +202,8 @@ class WanVAE(nn.Module):
         """
         if inject is not None and self.fusion is None:
             raise ValueError("inject was given, but this VAE has no fusion blocks: call injection.attach first")
-        new, (mean, std) = {}, self._statistics(z_g)
+        new: Cache = {}
+        mean, std = self._statistics(z_g)
         z_g = self.post_quant_conv(z_g * std + mean).contiguous(memory_format=torch.channels_last_3d)
         return self.decoder(z_g, cache, new, self.fusion, inject), new
 

@@ -55,7 +55,8 @@ def from_pretrained(cls, path: str | Path, subfolder: str | None = None, dtype: 
 
     source = find_tensors(cls, files)
     given = {key: file.get_slice(name).get_shape() for key, (file, name) in source.items()}
-    wanted, where = model.state_dict(), " + ".join(map(str, files))
+    wanted = model.state_dict()
+    where = " + ".join(map(str, files))
     check_match(wanted, given, where, f"the model that {folder / CONFIG} describes")
 
     state = {key: file.get_tensor(name) for key, (file, name) in source.items()}

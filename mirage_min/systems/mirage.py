@@ -11,7 +11,8 @@ mirage_folder.py has what is on disk.
 
 import argparse
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -103,23 +104,38 @@ class Mirage(nn.Module):
 
 @torch.no_grad()
 def explain(mirage: Mirage, x_ni: Tensor) -> Tensor:
-    """Mirage.forward on x_ni [1, 3, T, H, W], a line for each stage: its output's shape and range, and its seconds."""
-    print(f"{'x_NI, the naive insertion':<40} {list(x_ni.shape)}  in [{x_ni.min():.2f}, {x_ni.max():.2f}]")
+    """Mirage.forward on x_ni [1, 3, T, H, W]; each stage prints its output's shape and range, and its seconds."""
+    describe("x_NI, the naive insertion", x_ni)
+    stages = (  # whose method, and what it returns
+        (mirage, "pad", "padded to whole groups and patches"),
+        (mirage.vae, "encode", "z_NI = E3D(x_NI)"),
+        (mirage, "denoise", f"z_DR: the transformer, once, at t = {mirage.t}"),
+        (mirage, "mids", "z2D_mid: each frame alone, finest first"),
+        (mirage.vae, "decode", "x_DR = D3D[z_DR, z2D_mid]"))
+    for owner, method, name in stages:
+        setattr(owner, method, partial(run_stage, name, getattr(owner, method)))  # hides the class's method
+    try:
+        return mirage(x_ni)
+    finally:
+        for owner, method, _ in stages:
+            delattr(owner, method)
 
-    def stage(name: str, run, *args, **kwargs):
-        start = time.time()
-        out = run(*args, **kwargs)
-        for k, v in enumerate(out if isinstance(out, list) else [out]):
-            seconds = f"{time.time() - start:.2f} s" if k == 0 else ""
-            print(f"{name if k == 0 else '':<40} {list(v.shape)}  in [{v.min():.2f}, {v.max():.2f}]  {seconds}")
-        return out
 
-    x = stage("padded to whole groups and patches", mirage.pad, x_ni)
-    z_ni = stage("z_NI = E3D(x_NI)", mirage.vae.encode, x)
-    z_dr = stage(f"z_DR: the transformer, once, at t = {mirage.t}", mirage.denoise, z_ni)
-    mids = stage("z2D_mid: each frame alone, finest first", mirage.mids, x)
-    x_dr = stage("x_DR = D3D[z_DR, z2D_mid]", mirage.vae.decode, z_dr, inject=mids)
-    return x_dr[:, :, : x_ni.shape[2], : x_ni.shape[3], : x_ni.shape[4]]
+def run_stage(name: str, method: Callable, *args, **kwargs) -> Tensor | list[Tensor]:
+    """What a method returns, described on the way."""
+    start = time.time()
+    out = method(*args, **kwargs)
+    seconds = time.time() - start
+    results = out if isinstance(out, list) else [out]
+    describe(name, results[0], f"{seconds:.2f} s")
+    for x in results[1:]:
+        describe("", x)
+    return out
+
+
+def describe(name: str, x: Tensor, seconds: str = "") -> None:
+    """Print a tensor's name, shape and range."""
+    print(f"{name:<40} {list(x.shape)}  in [{x.min():.2f}, {x.max():.2f}]  {seconds}".rstrip())
 
 
 if __name__ == "__main__":

@@ -129,8 +129,8 @@ def from_pretrained(cls: type["Mirage"], path: str | Path, base: str | Path | No
 
     settings = {"t": h.t, "window": window or h.window}
     settings = {key: value for key, value in settings.items() if value is not None}
-    mirage = cls.from_base(base or seen_from(path, a.base), vae2d or seen_from(path, a.vae2d), text, device, dtype,
-                           tiles=tiles, margin=margin, **settings)
+    mirage = cls.from_base(base or seen_from(path, a.base), vae2d or seen_from(path, a.vae2d), text, device=device,
+                           dtype=dtype, tiles=tiles, margin=margin, **settings)
     for name, (tensors, texts) in stages.items():
         mirage.load_stage(tensors, texts, path / name)
     return mirage.to(device)

@@ -159,7 +159,8 @@ class R3D2(nn.Module):
         """
         batch = self.batch if batch is None else batch
         reference = self.reference if reference is None else reference
-        like, frames = next(self.vae.parameters()), iter(frames)
+        like = next(self.vae.parameters())
+        frames = iter(frames)
         z_ref = None
         if reference is not None:
             first = list(islice(frames, 1))
@@ -186,7 +187,8 @@ class R3D2(nn.Module):
         scheduler = weights.locate(UNet2D, base, "scheduler", SCHEDULER) / SCHEDULER
         alpha_bar = schedule_from_config(weights.read_json(scheduler), Epsilon, file=scheduler)
         text = torch.zeros(1, 1, unet.config.cross_attention_dim) if text is None else text
-        return cls(unet, frugal.apply(network).to(**place), skips.to(**place), text.to(**place), alpha_bar, t).eval()
+        network, skips, text = frugal.apply(network).to(**place), skips.to(**place), text.to(**place)
+        return cls(unet, network, skips, text, alpha_bar, t=t).eval()
 
     @classmethod
     def from_pretrained(cls, path: str | Path, prompt: str | Path | None = None, t: int = -1, device=None, dtype=None,
@@ -214,8 +216,9 @@ class R3D2(nn.Module):
             raise ValueError(f"{file}: wanted a tensor `text` (encode_prompt.py)")
         if not text.isfinite().all():
             raise ValueError(f"{file}: text is not finite (NaN or inf)")
-        system = cls.from_base(path, None, text, t, None, device, dtype).requires_grad_(False)
-        system.batch, system.reference = batch, read_image(reference) if reference else None
+        system = cls.from_base(path, text=text, t=t, start=None, device=device, dtype=dtype).requires_grad_(False)
+        system.batch = batch
+        system.reference = read_image(reference) if reference else None
         return system
 
     def save_pretrained(self, path: str | Path, about: dict | None = None) -> None:

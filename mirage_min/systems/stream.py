@@ -208,7 +208,7 @@ if __name__ == "__main__":
         seen = []
 
         def denoise(z: Tensor) -> Tensor:
-            """Says what it sees; its answer is 1 in a channel of its own, so that weights come out."""
+            """Records what it sees; its answer is 1 in one channel, another at each call, so that weights come out."""
             seen.append(z[0, -1, :, 0, 0].int().tolist())
             answer = torch.zeros_like(z)
             answer[:, len(seen) - 1] = 1

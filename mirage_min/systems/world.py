@@ -1,4 +1,4 @@
-"""A world model with a latent spatial memory: drive out, come back, and what was there is there again.
+"""A world model with a latent spatial memory: drive out, come back, and find the same street again.
 
 This is the *world model* called Mirage ("Latent Spatial Memory for Video World Models", arXiv 2606.09828), not Mirage,
 the harmoniser. From one frame, its depth and a path of cameras it makes a video, chunk by chunk. A chunk is

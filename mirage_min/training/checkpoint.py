@@ -81,7 +81,8 @@ def digest_of_frozen(models: nn.Module, trained: dict[str, Tensor]) -> str:
 
     It covers the first MiB of every parameter, buffer and tensor that is a plain attribute (a noise schedule).
     """
-    ours, frozen, configs = {id(t) for t in trained.values()}, {}, ""
+    ours = {id(t) for t in trained.values()}
+    frozen, configs = {}, ""
     for prefix, module in models.named_modules():
         for name, value in {**vars(module), **module._parameters, **module._buffers}.items():
             if isinstance(value, Tensor) and id(value) not in ours:
@@ -275,10 +276,10 @@ if __name__ == "__main__":
         print("six steps:           ", train(Path(one), Recipe(), 6).tolist())
         print("two, and then killed:", train(Path(two), Recipe(), 2).tolist())
         print("the same command:    ", train(Path(two), Recipe(every=2), 6).tolist())
-        for spoil in (None, b"\0"):
+        file = Path(two, NEWEST)
+        for spoil, recipe in ((b"", Recipe(lr=0.2)), (b"\0", Recipe())):
+            file.write_bytes(file.read_bytes()[: -1 if spoil else None] + spoil)
             try:
-                if spoil:
-                    (file := Path(two, NEWEST)).write_bytes(file.read_bytes()[:-1] + spoil)
-                train(Path(two), Recipe() if spoil else Recipe(lr=0.2), 6)
+                train(Path(two), recipe, 6)
             except ValueError as error:
                 print("refused:", str(error).replace(two, "FOLDER"))

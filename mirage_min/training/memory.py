@@ -1,4 +1,4 @@
-"""The memory of a training step, foretold: the step itself runs on tensors that have no data.
+"""The memory of a training step, predicted: the step itself runs on tensors that have no data.
 
 PyTorch's FakeTensors have a shape, a type, a device and a lifetime, and no storage. The whole step runs on them: every
 network, ChopGrad, losses and every backward. A storage counts from the operation that makes it until nothing refers to
@@ -16,6 +16,7 @@ import sys
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -158,17 +159,19 @@ def plan(models: nn.ModuleList, step: Callable, recipe, device: str, processes: 
 
     sharded: the network whose frozen weights are divided among the processes where the recipe has shard=True.
     """
+    frozen = 0 if sharded is None else sum(p.nbytes for p in sharded.parameters() if not p.requires_grad)
+
     def needs(r) -> dict[str, int]:
         clips = max(1, r.batch // (processes * r.accumulate))
-        parts = expected(models, lambda models, *x: step(models, r, *x, defaultdict(float)),
-                         (clips, 3, r.frames, r.height, r.width), device)
-        if sharded is not None and getattr(r, "shard", False):
-            frozen = sum(p.nbytes for p in sharded.parameters() if not p.requires_grad)
+        once = partial(one_step, step=step, recipe=r)
+        parts = expected(models, once, (clips, 3, r.frames, r.height, r.width), device)
+        if getattr(r, "shard", False):
             parts["parameters"] -= frozen - frozen // processes
         return parts
 
     parts, there = needs(recipe), available(device)
-    need, shares = sum(parts.values()), ", ".join(f"{name} {n / GIB:.2f}" for name, n in parts.items())
+    need = sum(parts.values())
+    shares = ", ".join(f"{name} {n / GIB:.2f}" for name, n in parts.items())
     text = f"a step needs about {need / GIB:.2f} GiB ({shares}), and {device} has {there / GIB:.2f}"
     if need <= there:
         return text
@@ -184,6 +187,11 @@ def plan(models: nn.ModuleList, step: Callable, recipe, device: str, processes: 
         if less < need:
             text += f"\n    --set {key}={value}: {less / GIB:.2f} GiB" + ", which fits" * (less <= there)
     return text
+
+
+def one_step(models: nn.ModuleList, x_ni: Tensor, x_gt: Tensor, step: Callable, recipe) -> None:
+    """A training script's step, as `expected` calls it; nobody reads its terms."""
+    step(models, recipe, x_ni, x_gt, defaultdict(float))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Each script shows its loss and its loop. One that trains something else takes wh
     parser = run.flags(__doc__, "stage_a", RECIPES)             # and its own flags
     run.launch(main, parser.parse_args(), RECIPES)              # main(args, recipe)
 
-    for step in (bar := run.Steps(args, recipe, start)):
+    for step in run.Steps(args, recipe, start):
         for clips in processes.pieces(recipe):
             x_ni, x_gt, names = run.batch(data, recipe, step, clips, args.device)
             ...                                                 # forward, loss, backward

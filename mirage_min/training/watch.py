@@ -38,7 +38,9 @@ class Log:
 
         ValueError if the log that it finds there is none.
         """
-        self.folder, self.file, self.start, self.lines = folder, folder / "log.jsonl", time.time(), []
+        self.folder, self.file = folder, folder / "log.jsonl"
+        self.start = time.time()
+        self.lines: list[dict] = []
         if rank() > 0:
             return
         folder.mkdir(parents=True, exist_ok=True)
