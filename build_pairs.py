@@ -97,7 +97,7 @@ def choose_actor(folder: Path, scene: SceneFolder, frames: range, wanted: int | 
 # ---- one scene -------------------------------------------------------------------------------------------------------
 
 def build(folder: Path, args: argparse.Namespace, settings: dict) -> dict:
-    """All pairs of one scene -> its entry in the manifest."""
+    """All pairs of one scene -> its entry in the manifest; ValueError naming the file and the field that is wrong."""
     scene = read_scene(folder, args.device)
     name, N = folder.resolve().name, args.frames
     start, stop = args.range or (0, len(scene.cameras))

@@ -100,7 +100,10 @@ def read(path: Path) -> dict:
 
 
 def tensors(content: dict, where: str, drop: list[str]) -> tuple[State, Counter]:
-    """The tensors of a state dict, and how many other entries it holds: of which type, or dropped by their prefix."""
+    """The tensors of a state dict, and how many other entries it holds: of which type, or dropped by their prefix.
+
+    ValueError if it is no dict.
+    """
     if not isinstance(content, dict):
         raise ValueError(f"{where}: wanted tensors by name, got a {type(content).__name__}")
     state, others = {}, Counter()
@@ -123,7 +126,10 @@ def copies(state: State, key: str) -> list[str]:
 
 
 def cosmos(state: State, where: str, average: bool, text: bool) -> Part:
-    """A transformer in NVIDIA's layout. average: the copy `net_ema.`; text: with its attention to one."""
+    """A transformer in NVIDIA's layout; average: the copy `net_ema.`; text: with its attention to a text.
+
+    ValueError unless there is just one such copy, and its tensors fit.
+    """
     found, left_out, prefixes = {}, Counter(), copies(state, COSMOS)
     averages = [prefix for prefix in prefixes if "ema" in prefix]
     wanted = averages if average else [prefix for prefix in prefixes if prefix not in averages]
@@ -146,8 +152,8 @@ def cosmos(state: State, where: str, average: bool, text: bool) -> Part:
 
 
 def cosmos_config(state: State, where: str, text: bool) -> CosmosDiTConfig:
-    """The config that a transformer's shapes tell. DEVIATION: they do not tell rope_scale and max_size, which are those
-    of every text-to-image model of Predict2."""
+    """The config that a transformer's shapes tell; ValueError if a tensor is missing. DEVIATION: they do not tell
+    rope_scale and max_size, which are those of every text-to-image model of Predict2."""
     def shape(name: str) -> torch.Size:
         if name not in state or state[name].ndim != (1 if "norm_q" in name else 2):
             raise ValueError(f"{where}: a transformer of Cosmos-Predict2 has a {name}, this has none that fits")
@@ -165,7 +171,7 @@ def cosmos_config(state: State, where: str, text: bool) -> CosmosDiTConfig:
 
 
 def wan_vae(state: State, where: str) -> Part:
-    """Wan 2.1's VAE in the original layout."""
+    """Wan 2.1's VAE in the original layout; ValueError unless there is just one, and its tensors fit."""
     prefixes = copies(state, WAN)
     if len(prefixes) != 1:
         raise ValueError(f"{where}: wanted one VAE in Wan's original layout, got {len(prefixes)} tensors {WAN}")

@@ -94,12 +94,12 @@ RECIPES = {
 # ---- losses: (network, batch, generator, what else they need) -> (loss, its terms, unweighted) -----------------------
 
 def kl(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL divergence of the posterior N(mean, exp(logvar)) to a standard normal, per latent value."""
+    """KL divergence [] of the posterior N(mean, exp(logvar)) to a standard normal, per latent value."""
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
 
 
 def sample(mean: Tensor, logvar: Tensor, draws: Generator) -> Tensor:
-    """One draw of N(mean, exp(logvar)), the same on every device."""
+    """One draw of N(mean, exp(logvar)), in the shape of mean [...]; the same on every device."""
     return mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=draws).to(mean.device)
 
 
@@ -117,8 +117,8 @@ def reconstruction(y: Tensor, x: Tensor, lpips_distance: Lpips, mean: Tensor, lo
     return loss, {"mse": mse, "tone": tone, "l1": l1, "lpips": lpips, "kl": divergence}
 
 
-def vae_2d_loss(model: AutoencoderKL, batch, draws: Generator, lpips_distance: Lpips):
-    """Frames through the 2D VAE and back."""
+def vae_2d_loss(model: AutoencoderKL, batch: list[Tensor], draws: Generator, lpips_distance: Lpips):
+    """Frames of crops, batch[0] [B, 3, T, H, W] in [-1, 1], through the 2D VAE and back."""
     x = batch[0]
     mean, logvar = model.posterior(rearrange(x, "b c t h w -> (b t) c h w"))
     z = sample(mean, logvar, draws)
@@ -126,8 +126,11 @@ def vae_2d_loss(model: AutoencoderKL, batch, draws: Generator, lpips_distance: L
     return reconstruction(y, x, lpips_distance, mean, logvar)
 
 
-def vae_loss(model: CogVideoXVAE | WanVAE, batch, draws: Generator, lpips_distance: Lpips):
-    """Clips through the 3D VAE and back, in the groups of frames in which inference takes them."""
+def vae_loss(model: CogVideoXVAE | WanVAE, batch: list[Tensor], draws: Generator, lpips_distance: Lpips):
+    """Crops, batch[0] [B, 3, T, H, W] in [-1, 1], through the 3D VAE and back, in the same groups as at inference.
+
+    ValueError as in `posterior`.
+    """
     x = batch[0]
     mean, logvar = posterior(model, x)
     z = sample(mean, logvar, draws)
@@ -152,8 +155,9 @@ def posterior(model: CogVideoXVAE | WanVAE, x: Tensor) -> tuple[Tensor, Tensor]:
     return model.posterior(x)
 
 
-def prior_loss(model: CogVideoXDiT | WanDiT, batch, draws: Generator, alpha_bars: Tensor | None):
-    """v-prediction on true latents at a random t; without a schedule, flow matching at a random σ = t / 1000."""
+def prior_loss(model: CogVideoXDiT | WanDiT, batch: list[Tensor], draws: Generator, alpha_bars: Tensor | None):
+    """v-prediction on true latents batch[1] [B, C, F, h, w] at a random t, by the schedule alpha_bars [1000]; without
+    one, flow matching at a random σ = t / 1000."""
     z0 = batch[1]
     t = torch.randint(1000, (z0.shape[0],), generator=draws)
     eps = torch.randn(z0.shape, generator=draws).to(z0.device)
@@ -167,8 +171,8 @@ def prior_loss(model: CogVideoXDiT | WanDiT, batch, draws: Generator, alpha_bars
     return loss, {"v": loss}
 
 
-def one_step_loss(model: CogVideoXDiT | WanDiT, batch, draws: Generator, alpha_bars: Tensor | None):
-    """z_GT from z_NI in one call."""
+def one_step_loss(model: CogVideoXDiT | WanDiT, batch: list[Tensor], draws: Generator, alpha_bars: Tensor | None):
+    """z_GT from z_NI in one call; batch = (z_NI, z_GT), each [B, C, F, h, w]."""
     z_ni, z_gt = batch
     t = T_WAN if alpha_bars is None else T_MIRAGE
     z_dr = denoise(model, z_ni, t, empty_prompt(z_ni), alpha_bars)
@@ -176,8 +180,8 @@ def one_step_loss(model: CogVideoXDiT | WanDiT, batch, draws: Generator, alpha_b
     return loss, {"z": loss}
 
 
-def one_step_2d_loss(model: UNet2D, batch, draws: Generator, alpha_bars: Tensor):
-    """z_GT from z_NI in one call, each frame alone."""
+def one_step_2d_loss(model: UNet2D, batch: list[Tensor], draws: Generator, alpha_bars: Tensor):
+    """The same, each frame alone."""
     z_ni, z_gt = (rearrange(z, "b c t h w -> (b t) c h w") for z in batch)
     z_dr = denoise_epsilon(model, z_ni, T_MIRAGE, empty_prompt(z_ni), alpha_bars)
     loss = nnf.mse_loss(z_dr.float(), z_gt)

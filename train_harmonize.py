@@ -30,11 +30,11 @@ from torch.nn import functional as nnf
 
 from mirage_min.data import desk
 from mirage_min.method import chopgrad, lora
-from mirage_min.method.perceptual import Lpips, lpips_and_gram
+from mirage_min.method.perceptual import lpips_and_gram, lpips_and_texture
 from mirage_min.networks import weights
-from mirage_min.networks.imagenet import Features
 from mirage_min.systems.mirage import Mirage
 from mirage_min.systems.mirage_folder import HARMONISATION, RECONSTRUCTION, TRANSFORMER
+from mirage_min.systems.prompt import PROMPT, read_prompt, write_prompt
 from mirage_min.training import checkpoint, memory, processes, run, watch
 
 
@@ -80,12 +80,12 @@ def build(args, recipe: Recipe) -> tuple[nn.ModuleList, dict[str, nn.Parameter]]
             processes.print_once(f"{name}-LoRA continues from {args.mirage / 'stage_h.safetensors'}, with its rank")
         else:
             mirage.add_lora(name, rank, alpha)
-    params = {f"{name}.{n}.{m}": p.requires_grad_() for name in (TRANSFORMER, HARMONISATION)
-              for n, _, a in lora.adapters(mirage.adapters(name), name) for m, p in a.named_parameters()}
-    lpips = Lpips(Features(recipe.lpips, args.perceptual))
-    # one network, where both losses have the same: then a frame goes through it once
-    texture = lpips.features if recipe.gram == recipe.lpips else Features(recipe.gram, args.perceptual)
-    return nn.ModuleList([mirage, lpips, texture]), params
+    params = {}
+    for name in (TRANSFORMER, HARMONISATION):
+        params |= lora.named_parameters(mirage.adapters(name), name)
+    for p in params.values():
+        p.requires_grad_()
+    return nn.ModuleList([mirage, *lpips_and_texture(recipe.lpips, recipe.gram, args.perceptual)]), params
 
 
 def forward_and_backward(models: nn.ModuleList, recipe: Recipe, x_ni: Tensor, x_gt: Tensor,
@@ -183,8 +183,7 @@ def save(args, recipe: Recipe, mirage: Mirage) -> None:
             bases[name] = run.seen_from(args.out, base)
     if args.out.resolve() != args.mirage.resolve():
         mirage.save_stage(args.out / "stage_a.safetensors", [RECONSTRUCTION], about_a | bases, fusion=True)
-        prompt = weights.load_tensors(args.mirage / "prompt.safetensors")
-        weights.save_tensors(args.out / "prompt.safetensors", *prompt)
+        write_prompt(args.out, *read_prompt(args.mirage / PROMPT))
     latents = (mirage.vae.legal_length(recipe.frames) - 1) // 4 + 1
     # streaming shows as many latents as were trained on, if it can
     window = min(max(latents, 2 * mirage.temporal_patch + 1), 9)

@@ -33,7 +33,7 @@ from torch.nn import functional as nnf
 from mirage_min.data import desk
 from mirage_min.data.pairs import Pairs
 from mirage_min.method.optical_flow import flow_dis, visible_by_consistency, warp_loss
-from mirage_min.method.perceptual import Lpips, patch_loss
+from mirage_min.method.perceptual import Lpips, lpips_and_texture, patch_loss
 from mirage_min.networks import checked, frugal, small_base
 from mirage_min.networks.dit_cosmos import CosmosDiT
 from mirage_min.networks.imagenet import Features
@@ -104,7 +104,7 @@ def batch_of(step: int, recipe: Recipe) -> Batch:
 
 
 def build(args, recipe: Recipe) -> tuple[nn.ModuleList, dict[str, nn.Parameter]]:
-    """(the harmonizer, LPIPS, VGG), and what is trained by name."""
+    """(the harmonizer, LPIPS, VGG), and what is trained by name. ValueError if frames are too few for the past."""
     if recipe.frames < recipe.past + 2:
         raise ValueError(f"frames must be past + 2 = {recipe.past + 2} at least, got {recipe.frames}: "
                          f"--set frames={recipe.past + 2}, or a smaller past")
@@ -121,9 +121,7 @@ def build(args, recipe: Recipe) -> tuple[nn.ModuleList, dict[str, nn.Parameter]]
     unused = (".attn2.", ".norm2.")  # attention to a text: of null text it has no gradient, and decay would shrink it
     params = {f"transformer.{name}": p.requires_grad_() for name, p in dit.named_parameters()
               if not any(part in f".{name}" for part in unused)}
-    lpips = Lpips(Features(recipe.lpips, args.perceptual))
-    vgg = lpips.features if recipe.lpips == "vgg" else Features("vgg", args.perceptual)
-    return nn.ModuleList([harmonizer, lpips, vgg]), params
+    return nn.ModuleList([harmonizer, *lpips_and_texture(recipe.lpips, "vgg", args.perceptual)]), params
 
 
 def motion(recipe: Recipe, x_gt: Tensor, flow: Tensor, visible: Tensor, names: list[str]) -> tuple[Tensor, Tensor]:
@@ -161,7 +159,7 @@ def forward_and_backward(models: nn.ModuleList, recipe: Recipe, x_ni: Tensor, x_
     """Some of a step's clips [n, 3, T, H, W]: their share is added to the gradients, and that of the loss's terms,
     unweighted, to `terms`.
 
-    batch   None: the dearest
+    batch   None: the kind that takes the most memory
     moved   flow and visible between the two frames of a temporal batch (`motion`); None: nothing moved
     draws   for the square of the patch loss; None: the largest
     """

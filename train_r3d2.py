@@ -32,13 +32,13 @@ from torch.nn import functional as nnf
 from mirage_min.data import desk
 from mirage_min.method import lora
 from mirage_min.method.one_step import T_MIRAGE, alpha_bar
-from mirage_min.method.perceptual import Lpips, lpips_and_gram
+from mirage_min.method.perceptual import lpips_and_gram, lpips_and_texture
 from mirage_min.method.skips import PUBLISHED_START
-from mirage_min.networks import small_base, weights
-from mirage_min.networks.imagenet import Features
+from mirage_min.networks import small_base
 from mirage_min.networks.vae_2d import AutoencoderKL
 from mirage_min.networks.vae_tiny import AutoencoderTiny
-from mirage_min.systems.r3d2 import PROMPT, R3D2, read_vae
+from mirage_min.systems.prompt import PROMPT, read_prompt
+from mirage_min.systems.r3d2 import R3D2, read_vae
 from mirage_min.training import checkpoint, memory, processes, run, watch
 
 DECODER = "decoder"  # the name of its LoRA
@@ -87,7 +87,7 @@ VAES = {"r3d2": AutoencoderTiny, "r3d2-big": AutoencoderKL, "difix": Autoencoder
 
 def build(args, recipe: Recipe) -> tuple[nn.ModuleList, dict[str, nn.Parameter]]:
     """(R3D2, LPIPS, the network whose features Gram compares), and what is trained by name."""
-    text = read_prompt(args)
+    text = choose_prompt(args)
     if args.base is None:
         unet = small_base.new_unet()
         vae, skips = read_vae(args.vae, None, recipe.skip_start)
@@ -102,23 +102,17 @@ def build(args, recipe: Recipe) -> tuple[nn.ModuleList, dict[str, nn.Parameter]]
     lora.add(r3d2.vae.decoder, DECODER, recipe.rank, recipe.alpha)
     params = {f"unet.{name}": p for name, p in r3d2.unet.named_parameters()}
     params |= {f"skips.{name}": p for name, p in r3d2.skips.named_parameters()}
-    params |= {f"{DECODER}.{name}.{m}": p for name, _, adapter in lora.adapters(r3d2.vae.decoder, DECODER)
-               for m, p in adapter.named_parameters()}
-    lpips = Lpips(Features(recipe.lpips, args.perceptual))
-    # one network, where both losses have the same: then a frame goes through it once
-    texture = lpips.features if recipe.gram == recipe.lpips else Features(recipe.gram, args.perceptual)
-    return nn.ModuleList([r3d2, lpips, texture]), params
+    params |= lora.named_parameters(r3d2.vae.decoder, DECODER)
+    return nn.ModuleList([r3d2, *lpips_and_texture(recipe.lpips, recipe.gram, args.perceptual)]), params
 
 
-def read_prompt(args) -> Tensor | None:
-    """`text` of --prompt, or of the trained system that --base is; None where there is neither."""
-    file = args.prompt or Path(args.base or "") / PROMPT
-    if args.prompt is None and (args.base is None or not file.exists()):
-        return None
-    text = weights.load_tensors(file)[0].get("text")
-    if text is None:
-        raise ValueError(f"{file}: wanted a tensor `text` (encode_prompt.py)")
-    return text
+def choose_prompt(args) -> Tensor | None:
+    """`text` [1, L, D] of --prompt, or of the trained system that --base is; None where there is neither."""
+    if args.prompt is not None:
+        return read_prompt(args.prompt)[0]
+    if args.base is not None and Path(args.base, PROMPT).exists():
+        return read_prompt(Path(args.base, PROMPT))[0]
+    return None
 
 
 def forward_and_backward(models: nn.ModuleList, recipe: Recipe, x_ni: Tensor, x_gt: Tensor,

@@ -32,6 +32,7 @@ from mirage_min.networks import weights
 from mirage_min.networks.imagenet import Features
 from mirage_min.systems.mirage import Mirage
 from mirage_min.systems.mirage_folder import RECONSTRUCTION
+from mirage_min.systems.prompt import read_prompt, write_prompt
 from mirage_min.training import checkpoint, memory, processes, run, watch
 
 
@@ -60,13 +61,14 @@ RECIPES = {
 
 
 def build(args, recipe: Recipe) -> tuple[nn.ModuleList, dict[str, nn.Parameter], dict[str, str]]:
-    """(Mirage without its transformer, LPIPS), what is trained by name, and what the prompt says of itself."""
-    prompt, about_prompt = {}, {"text": "none: zeros"}
+    """(Mirage without its transformer, LPIPS), what is trained by name, and the metadata of the prompt's file.
+
+    ValueError if a file is missing or does not fit.
+    """
+    text, about_prompt = None, {"text": "none: zeros"}
     if args.prompt:
-        prompt, about_prompt = weights.load_tensors(args.prompt)
-        if "text" not in prompt:
-            raise ValueError(f"{args.prompt}: wanted a tensor `text` (encode_prompt.py), got {sorted(prompt)[:5]}")
-    mirage = Mirage.from_base(args.base, args.vae2d, prompt.get("text"), dtype=None if recipe.bf16 else torch.float32)
+        text, about_prompt = read_prompt(args.prompt)
+    mirage = Mirage.from_base(args.base, args.vae2d, text, dtype=None if recipe.bf16 else torch.float32)
     if recipe.init:
         begun, about_begun = weights.load_tensors(Path(recipe.init))
         if {key.partition(".")[0] for key in begun} != {"fusion", RECONSTRUCTION}:
@@ -76,9 +78,10 @@ def build(args, recipe: Recipe) -> tuple[nn.ModuleList, dict[str, nn.Parameter],
     else:
         mirage.add_lora(RECONSTRUCTION, recipe.rank, recipe.alpha)
     mirage.dit = None  # its memory is better used
-    params = {f"fusion.{n}": p.requires_grad_() for n, p in mirage.vae.fusion.named_parameters()}
-    params |= {f"{RECONSTRUCTION}.{n}.{m}": p.requires_grad_()
-               for n, _, a in lora.adapters(mirage.vae.decoder, RECONSTRUCTION) for m, p in a.named_parameters()}
+    params = {f"fusion.{name}": p for name, p in mirage.vae.fusion.named_parameters()}
+    params |= lora.named_parameters(mirage.vae.decoder, RECONSTRUCTION)
+    for p in params.values():
+        p.requires_grad_()
     return nn.ModuleList([mirage, Lpips(Features(recipe.lpips, args.perceptual))]), params, about_prompt
 
 
@@ -134,7 +137,7 @@ def main(args, recipe: Recipe) -> None:
     log = watch.Log(args.run, recipe, start)
     *shown, _ = run.batch(data, recipe, 0, range(1), args.device)
     if start == 0 and not recipe.init:
-        # the two streams' scales: measured once, on the untrained decoder, and kept with the fusion blocks
+        # once, on the untrained decoder: the blocks keep their scales
         x_ni, x_gt = map(mirage.pad, shown)
         with torch.no_grad(), run.autocast(recipe, args.device):
             scales = injection.measure_scales(mirage.vae, mirage.vae.encode(x_gt), mirage.mids(x_ni))
@@ -164,7 +167,7 @@ def main(args, recipe: Recipe) -> None:
         if args.vae2d:
             about["vae2d"] = run.seen_from(args.out, args.vae2d)
         mirage.save_stage(args.out / "stage_a.safetensors", [RECONSTRUCTION], about, fusion=True)
-        weights.save_tensors(args.out / "prompt.safetensors", {"text": mirage.text}, about_prompt)
+        write_prompt(args.out, mirage.text, about_prompt)
         desk.say(f"stage A: {recipe.steps} steps -> {args.out / 'stage_a.safetensors'}")
 
 

@@ -1,5 +1,6 @@
 """Seconds and memory: of a call, of a model's stages, of one of the project's own scripts."""
 
+import argparse
 import ctypes
 import gc
 import inspect
@@ -109,6 +110,13 @@ def peak_of_script(name: str, *argv) -> int:
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------
+
+def record_parts(path: Path, parts: dict[str, Callable], args: argparse.Namespace, prefix: str = "") -> None:
+    """Measure those of the parts that args.part names, with args.threads threads, and record each under its name."""
+    torch.set_num_threads(args.threads)
+    for part in args.part:
+        record(path, prefix + part, parts[part](args))
+
 
 def record(path: Path, part: str, figures: dict) -> None:
     """Put a part's figures into a JSON file, in the place of its last ones, with what they depend on."""

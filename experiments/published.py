@@ -173,10 +173,12 @@ class DiffusersR3D2(nn.Module):
             for k, conv in zip((6, 11, 16), self.skips.children()):
                 self.vae.decoder.layers[k].register_forward_hook(partial(self.add, conv))
 
-    def keep(self, module, given, out=None) -> None:
+    def keep(self, module: nn.Module, given: tuple, out: Tensor | None = None) -> None:
+        """A hook of the encoder: what enters a layer, or leaves it, is a feature."""
         self.features.append(given[0] if out is None else out)
 
-    def add(self, conv: nn.Module, module, given, out=None) -> Tensor:
+    def add(self, conv: nn.Module, module: nn.Module, given: tuple, out: Tensor | None = None) -> Tensor:
+        """A hook of the decoder: what enters a layer, or leaves it, with the skip of the latest feature added."""
         return (given[0] if out is None else out) + conv(self.features.pop())
 
     def forward(self, x: Tensor) -> Tensor:

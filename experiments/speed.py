@@ -186,9 +186,7 @@ def flags() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    torch.set_num_threads(args.threads)
-    for part in args.part:
-        measuring.record(args.out / "speed.json", part, PARTS[part](args))
+    measuring.record_parts(args.out / "speed.json", PARTS, args)
 
 
 if __name__ == "__main__":

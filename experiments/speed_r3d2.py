@@ -50,6 +50,7 @@ def count_parts(system: R3D2, H: int, W: int) -> dict[str, float]:
 
 
 def operations_part(args: argparse.Namespace) -> dict:
+    """Floating-point operations of one image, by part, and the frames a second that they allow."""
     rows = {}
     H, W = args.size or (1080, 1920)
     for name, reported in SYSTEMS.items():
@@ -90,6 +91,7 @@ def timed(call: Callable[[], object], device: str) -> tuple[float, int]:
 
 @torch.no_grad()
 def seconds_part(args: argparse.Namespace) -> dict:
+    """Seconds and bytes of one image, the best of --repeat turns, ours and diffusers' in turn."""
     rows = {}
     H, W = args.size or (128, 192)
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
@@ -125,9 +127,7 @@ def flags() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    torch.set_num_threads(args.threads)
-    for part in args.part:
-        measuring.record(args.out / "speed.json", f"r3d2 {part}", PARTS[part](args))
+    measuring.record_parts(args.out / "speed.json", PARTS, args, prefix="r3d2 ")
 
 
 if __name__ == "__main__":

@@ -359,11 +359,11 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(single, tmp_path, monke
     argv = [*argv, "--out", str(tmp_path)]
     make, calls = build_pairs.make_pair, []
 
-    def killed(*args):
+    def killed(*args, **settings):
         calls.append(args[3].start)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return make(*args)
+        return make(*args, **settings)
     monkeypatch.setattr(build_pairs, "make_pair", killed)
     assert build_pairs.cli(argv) == 130
     assert [file.name for file in tmp_path.iterdir()] == ["s0_000001.safetensors"]

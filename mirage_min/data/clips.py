@@ -33,10 +33,11 @@ class Clip:
             yield self.x[:, t].permute(1, 2, 0).contiguous().numpy(), t, 1
 
     def name(self, number: int) -> str:
+        """A frame's name in errors."""
         return f"frame {number} (counted from 0)"
 
     def close(self) -> None:
-        pass
+        """Nothing is open."""
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def read_boxes(path: str | Path, name: str) -> list[Tensor]:
 
 
 def read_entry(entry, path: Path, field: str) -> Tensor:
-    """null, a box or a list of boxes -> [K, 4]."""
+    """null, a box or a list of boxes -> [K, 4]; ValueError naming the file and the field."""
     found = checked.value(Box | list[Box] | None, entry, path, field)
     if isinstance(found, Tensor):
         found = [found]
@@ -67,7 +67,7 @@ def weight(boxes: Tensor, H: int, W: int, edge: float) -> Tensor:
 
 
 def rise(pixels: Tensor, start: float, stop: float, n: int, edge: float) -> Tensor:
-    """Along one axis of n pixels, whose centres are `pixels`: 0 outside start .. stop, and 1 well inside."""
+    """Weights [n] along one axis of n pixels with the centres `pixels` [n]: 0 outside start .. stop, 1 well inside."""
     inside = (pixels > start) & (pixels < stop)
     soft = max(min(edge, (stop - start) / 4), 1e-9)
     left = (pixels - start) / soft if start > 0 else torch.ones_like(pixels)

@@ -14,11 +14,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.nn import functional as nnf
 
 from ..method.metrics import actor_crops
 from .photometric import vary
-from .real_clips import RealClips
+from .real_clips import RealClips, random_piece, resize
 from .video import Video, from_bytes, read_clip, to_bytes
 
 
@@ -229,16 +228,11 @@ class Pairs:
     def _real_crop(self, draws: torch.Generator) -> Tensor:
         """A crop [3, frames, h, w] of the real video at a random scale, so that its detail spans that of toy scenes.
 
-        The scale is even in its logarithm, from the whole frame to .8: norms see a whole frame otherwise than a piece.
+        Some are whole frames, because norms treat a whole frame otherwise than a piece.
         """
-        T, H, W = self.real.shape[1:]
-        h, w = self.size or (96, 144)
-        low = max(h / H, w / W)
-        scale = low * (max(0.8, low) / low) ** float(torch.rand((), generator=draws))
-        rows, columns = min(H, round(h / scale)), min(W, round(w / scale))
-        t, y, x = (int(torch.randint(n + 1, (), generator=draws)) for n in (T - self.frames, H - rows, W - columns))
-        crop = from_bytes(self.real[:, t : t + self.frames, y : y + rows, x : x + columns]).transpose(0, 1)
-        return nnf.interpolate(crop, size=(h, w), mode="bilinear", antialias=True).transpose(0, 1)
+        size = self.size or (96, 144)
+        t, y, x = random_piece(self.real.shape[1:], (self.frames, *size), 0.8, draws)
+        return resize(from_bytes(self.real[:, t, y, x]), size)
 
 
 def unknown_motion(x: Tensor) -> list[Tensor]:

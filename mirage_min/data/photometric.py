@@ -21,7 +21,10 @@ KINDS = {"as it is": 0.15, "camera": 0.53, "night": 0.08, "haze": 0.06, "grey": 
 
 
 def vary(x: Tensor, draws: Generator, kind: str | None = None) -> Tensor:
-    """x [3, T, H, W] in [-1, 1] -> like x. One draw for the whole clip; `kind` (a key of KINDS) is drawn if None."""
+    """x [3, T, H, W] in [-1, 1] -> like x. One draw for the whole clip; `kind` is drawn if None.
+
+    ValueError unless kind is a key of KINDS.
+    """
     if kind is None:
         kind = draw_kind(draws)
     if kind not in KINDS:
@@ -59,7 +62,7 @@ def camera(x: Tensor, draws: Generator) -> Tensor:
 
 
 def bars(x: Tensor, draws: Generator) -> Tensor:
-    """Bars of one dark tone above and below, or left and right: a letter-box or a pillar-box."""
+    """x [3, T, H, W] in [0, 1] with bars of one dark tone above and below, or left and right."""
     H, W = x.shape[-2:]
     tone = uniform(draws, 0.0, 0.08)
     across = integer(draws, 2)
@@ -72,7 +75,7 @@ def bars(x: Tensor, draws: Generator) -> Tensor:
 
 
 def fade(x: Tensor, draws: Generator) -> Tensor:
-    """From the clip to black or white over its frames, or from there to the clip."""
+    """x [3, T, H, W] in [0, 1], fading to black or white over its frames, or from there to the clip."""
     T = x.shape[1]
     share = torch.linspace(0, 1, T).view(1, T, 1, 1) if T > 1 else torch.full((1, 1, 1, 1), 0.5)
     if integer(draws, 2):
@@ -81,7 +84,7 @@ def fade(x: Tensor, draws: Generator) -> Tensor:
 
 
 def one_colour(x: Tensor, draws: Generator) -> Tensor:
-    """All frames, or all from one on, of one colour: grey as often as not."""
+    """x [3, T, H, W] with all frames, or all from one on, of one colour: grey as often as not."""
     colour = torch.rand(3, generator=draws).view(3, 1, 1, 1)
     if integer(draws, 2):
         colour = colour[:1].expand(3, 1, 1, 1)
@@ -103,7 +106,7 @@ def draw_kind(draws: Generator) -> str:
 
 
 def uniform(draws: Generator, low: float, high: float) -> Tensor:
-    """A number between low and high."""
+    """A random number [] between low and high."""
     return low + (high - low) * torch.rand((), generator=draws)
 
 

@@ -22,6 +22,7 @@ import hashlib
 import sys
 import tempfile
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from torch.nn import functional as nnf
 
 from ..networks.weights import one_line, save_tensors
 from . import desk
+from .photometric import uniform
 from .video import Video, from_bytes, to_bytes
 
 RAW = "https://raw.githubusercontent.com"
@@ -110,27 +112,60 @@ class RealClips:
         Clips are drawn by their numbers of frames. The piece is taken at a random scale, even in its logarithm, from
         the whole frame shrunk to `size` to the clip's own pixels, so that near and far detail are both seen.
         """
-        h, w = size
         frames = frames or self.frames
         lengths = torch.tensor([shape[1] for _, shape in self.files], dtype=torch.float32)
-        file, (_, T, H, W) = self.files[int(torch.multinomial(lengths, 1, generator=draws))]
-        low = max(h / H, w / W)
-        scale = low * max(1 / low, 1.0) ** float(torch.rand((), generator=draws))
-        rows, columns = min(H, round(h / scale)), min(W, round(w / scale))
-        t, y, x = (int(torch.randint(n + 1, (), generator=draws)) for n in (T - frames, H - rows, W - columns))
+        file, (_, *whole) = self.files[int(torch.multinomial(lengths, 1, generator=draws))]
+        t, y, x = random_piece(whole, (frames, *size), 1.0, draws)
         with safe_open(file, framework="pt") as tensors:
-            piece = tensors.get_slice("x")[:, t : t + frames, y : y + rows, x : x + columns]
+            piece = tensors.get_slice("x")[:, t, y, x]
         piece = resize(from_bytes(piece), size)
         if int(torch.randint(2, (), generator=draws)):
             piece = piece.flip(-1)
         return piece, file.stem
 
 
+# ---- pieces of a recording -------------------------------------------------------------------------------------------
+
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """x [3, T, H, W] -> [3, T, h, w], filtered; as it is where it has that size."""
+    """x [3, T, H, W] -> [3, T, h, w], filtered; x itself if it has that size."""
     if x.shape[-2:] == tuple(size):
         return x
     return nnf.interpolate(x.transpose(0, 1), size, mode="bilinear", antialias=True).transpose(0, 1)
+
+
+def random_piece(whole: Sequence[int], piece: tuple[int, int, int], finest: float, draws: Generator
+                 ) -> tuple[slice, slice, slice]:
+    """Frames, rows and columns of a random piece of a clip of T, H, W = whole, to be resized to t, h, w = piece.
+
+    Its scale is even in its logarithm, from that of the whole frame to `finest`, at 1 the clip's own pixels.
+    """
+    (T, H, W), (t, h, w) = whole, piece
+    low = max(h / H, w / W)
+    scale = low * max(finest / low, 1.0) ** float(torch.rand((), generator=draws))
+    sizes = t, min(H, round(h / scale)), min(W, round(w / scale))
+    starts = [int(torch.randint(n - size + 1, (), generator=draws)) for n, size in zip((T, H, W), sizes)]
+    frames, rows, columns = (slice(start, start + size) for start, size in zip(starts, sizes))
+    return frames, rows, columns
+
+
+def shrink(x: Tensor, size: tuple[int, int], most: float, draws: Generator) -> Tensor:
+    """x [3, T, H, W] at a random scale -> [3, T, H', W'], from just as large as `size` needs to `most` times that, and
+    never enlarged for more than that."""
+    H, W = x.shape[-2:]
+    h, w = size
+    low = max(h / H, w / W)
+    scale = min(1.0, low * float(uniform(draws, 1.0, most)))
+    return resize(x, (max(h, round(H * scale)), max(w, round(W * scale))))
+
+
+def window_about(box: Tensor, whole: tuple[int, int], size: tuple[int, int], draws: Generator) -> tuple[int, int]:
+    """(top, left) of a random window of a frame that holds as much of a box [4] (x0, y0, x1, y1) as fits."""
+    x0, y0, x1, y1 = box.tolist()
+    found = []
+    for a, b, n, m in ((y0, y1, whole[0], size[0]), (x0, x1, whole[1], size[1])):
+        low, high = sorted((b - m, a))
+        found.append(int(min(max(float(uniform(draws, low, high)), 0), n - m)))
+    return found[0], found[1]
 
 
 # ---- getting them ----------------------------------------------------------------------------------------------------
@@ -157,7 +192,7 @@ def check(source: Source, file: Path) -> None:
 
 
 def keep(source: Source, video: Path, out: Path) -> None:
-    """Write the frames for training and for validation, at most WIDEST columns wide."""
+    """Write the frames for training and for validation, at most WIDEST columns wide. ValueError for too few frames."""
     for part, (start, stop) in (("train", source.train), ("val", source.val)):
         target = out / part / f"{Path(source.name).stem}.safetensors"
         if stop == 0 or target.exists():

@@ -56,7 +56,10 @@ def is_video(path: Path) -> bool:
 
 
 def frames(path: Path, key: str) -> Iterator[Tensor]:
-    """The frames [1, 3, 1, H, W] in [-1, 1] of a video, one after another; of a clip those of its tensor `key`."""
+    """The frames [1, 3, 1, H, W] in [-1, 1] of a video, one after another; of a clip those of its tensor `key`.
+
+    ValueError if the video cannot be read, or the clip has no such uint8 tensor.
+    """
     if path.suffix == ".safetensors":
         x = tensor(path, key, 3, None, None, None)
         if x.dtype != torch.uint8:
@@ -68,8 +71,8 @@ def frames(path: Path, key: str) -> Iterator[Tensor]:
 
 
 def tensor(path: Path, key: str, *shape: int | None) -> Tensor:
-    """One tensor of a safetensors file, of finite real numbers; ValueError where it is missing or has another shape
-    (None: any size)."""
+    """One tensor of a safetensors file, of finite real numbers, [*shape] (None: any size); ValueError where it is
+    missing or has another shape."""
     x = weights.load_tensors(path)[0].get(key)
     if x is None or x.ndim != len(shape) or any(wanted not in (None, n) for wanted, n in zip(shape, x.shape)):
         raise ValueError(f"{path}: wanted {key} {list(shape)}, got {'none' if x is None else list(x.shape)}")
@@ -82,6 +85,7 @@ def read_boxes(source: Path, name: str, T: int) -> Tensor:
     """[T, 4] x0, y0, x1, y1 of the actor in pixels; zeros where it is hidden.
 
     source: a JSON {name: [[x0, y0, x1, y1] or null, one for each frame]}, or a folder of name.safetensors.
+    ValueError naming the source and the video, for boxes that are missing or no boxes.
     """
     if source.is_dir():
         boxes = tensor(source / f"{name}.safetensors", "boxes", T, 4)

@@ -51,15 +51,16 @@ from .splat import Gaussians, load_ply, render
 from .street_camera import Street, clips_of_known_streets
 from .toy_light import Light, sample_light
 from .toy_world import WorldConfig, height_x_width
-from .vehicles import Vehicles, shoot_vehicle, vehicles_of
+from .vehicles import RecordedShot, Vehicles, shoot_vehicle, vehicles_of
 from .video import Video, from_bytes, to_uint8
 
 LEAST_SHADOW = 0.0008  # share of the clip's pixels that the object must darken
-DARKER = 2 / 127.5     # by so much at least
+DARKER = 2 / 127.5     # by how much, at least
 SHIFT = (0.5, 1.5)     # metres to the side; Difix, whose drives are longer, has 1 to 6
 TURN = (4.0, 10.0)     # degrees between the camera that is fitted and the one that is shown
 PIXELS = 40            # of all frames to a Gaussian
 KINDS = "sparse", "shifted", "one camera", "stopped"
+Shot = ToyShot | StreetShot | RecordedShot
 UPRIGHT = torch.tensor([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])  # x right, y down, z ahead -> ahead, left, up
 
 
@@ -78,22 +79,23 @@ def angles(light: Light) -> dict[str, float]:
 
 # ---- four streams about an object ------------------------------------------------------------------------------------
 
-def isp(shot, draws: Generator) -> Sample:
+def isp(shot: Shot, draws: Generator) -> Sample:
     """The object developed by another camera."""
     sample = shot.pair(relit=False, shadowed=True)
     degraded, did = develop_object(sample.clean, sample.actor, draws)
     return replace(sample, degraded=degraded, did=did)
 
 
-def relighting(shot, draws: Generator) -> Sample:
+def relighting(shot: Shot, draws: Generator) -> Sample:
     """The object in another light, with its own shadow. DEVIATION: the paper's are images, by DiffusionRenderer."""
     light = another_light(draws)
     sample = replace(shot, scene=replace(shot.scene, naive=light)).pair(relit=True, shadowed=True)
     return replace(sample, did=angles(light))
 
 
-def shadows(shot, draws: Generator) -> Sample:
-    """The object without its shadow. Made-up scenes are lit anew, recorded streets as they were.
+def shadows(shot: Shot, draws: Generator) -> Sample:
+    """The object without its shadow. Made-up scenes are lit anew, recorded streets as they were. ValueError if the
+    shadow is too small to see.
 
     DEVIATION: the paper's suns also differ in width; these are points, for between half a degree and three the edge of
     a car's shadow is narrower than a pixel here.
@@ -109,7 +111,7 @@ def shadows(shot, draws: Generator) -> Sample:
     return replace(sample, did=angles(shot.scene.light) | {"share": share})
 
 
-def reinsertion(shot, draws: Generator) -> Sample:
+def reinsertion(shot: Shot, draws: Generator) -> Sample:
     """The object put back from outside, in another light and without its shadow."""
     light = another_light(draws)
     shot = replace(shot, scene=replace(shot.scene, naive=light))
@@ -148,8 +150,11 @@ def reinserted(shot: ToyShot) -> Sample:
 
 # ---- artifacts of a reconstruction -----------------------------------------------------------------------------------
 
-def artifacts(shot, draws: Generator, kind: str | None = None, steps: int = 60) -> Sample:
-    """The scene, at rest, as Gaussians show it that saw too little; `kind` is one of KINDS, drawn if None."""
+def artifacts(shot: Shot, draws: Generator, kind: str | None = None, steps: int = 60) -> Sample:
+    """The scene, at rest, as shown by Gaussians that saw too little of it; `kind` is one of KINDS, drawn if None.
+
+    ValueError for another kind, and for a shot that is no made-up scene.
+    """
     if not isinstance(shot, ToyShot):
         raise ValueError("artifacts want a made-up scene: a recording's camera path is not known")
     bodies = [replace(body, pose=body.pose[:1].expand_as(body.pose)) for body in shot.scene.bodies]
@@ -245,7 +250,7 @@ def make(job: Job) -> Sample:
     raise ValueError(f"{job.name()}: no shot in 50 is of use: {reasons[-1]}")
 
 
-def shot_of(job: Job, draws: Generator):
+def shot_of(job: Job, draws: Generator) -> Shot:
     """A made-up scene; or a piece of the clip with a rendered car in it or, for half of the ISP's, a recorded one."""
     if job.clip is None:
         return toy_shot(draws, WorldConfig(job.frames, *job.size))
@@ -263,7 +268,8 @@ def write(job: Job, folder: Path) -> None:
 
 
 def jobs_of(args: argparse.Namespace) -> list[Job]:
-    """What the command line asks for: the streams in turn, recorded clips by their lengths."""
+    """What the command line asks for: the streams in turn, recorded clips drawn by their lengths. ValueError if
+    artifacts are asked of recorded clips."""
     streets = clips_of_known_streets(args.clips) if args.clips else {}
     clips, lengths = list(streets), street.lengths_of(streets)
     vehicles = {clip: vehicles_of(clip) for clip in clips}

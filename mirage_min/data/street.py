@@ -31,7 +31,7 @@ from ..networks.weights import save_tensors
 from . import desk
 from .align import mask_box
 from .photometric import uniform
-from .real_clips import resize
+from .real_clips import shrink, window_about
 from .street_camera import Street, clips_of_known_streets, intrinsics
 from .toy_light import Light, contact, shade
 from .toy_render import Scene, blocked, cast, project, to_pixels
@@ -74,15 +74,12 @@ def shoot(clip: Path, street: Street, size: tuple[int, int], frames: int, draws:
     h, w = size
     with safe_open(clip, framework="pt") as file:
         x = file.get_slice("x")
-        _, T, H, W = x.get_shape()
+        T = x.get_shape()[1]
         if T < frames:
             raise ValueError(f"{clip}: wanted at least {frames} frames, got {T}")
         t = int(torch.randint(T - frames + 1, (), generator=draws))
         x = from_bytes(x[:, t : t + frames])
-    # from the whole frame as small as the crop to nearly the clip's own pixels
-    low = max(h / H, w / W)
-    scale = min(1.0, low * float(uniform(draws, 1.0, 1.8)))
-    x = resize(x, (max(h, round(H * scale)), max(w, round(W * scale))))
+    x = shrink(x, size, 1.8, draws)
     scene = sample_car(street, frames, draws)
     K = intrinsics(street, *x.shape[-2:])
     road = brightness_of_the_road(x, street)
@@ -94,17 +91,11 @@ def shoot(clip: Path, street: Street, size: tuple[int, int], frames: int, draws:
 
 def window_with_the_car(scene: Scene, K: Tensor, whole: tuple[int, int], size: tuple[int, int], draws: Generator
                         ) -> tuple[int, int]:
-    """(top, left) of a crop that holds as much of the car in the middle frame as fits, elsewhere random."""
+    """(top, left) of a random crop that holds as much of the car in the middle frame as fits; K [3, 3] in pixels."""
     body, t = scene.bodies[0], len(scene.c2w) // 2
     corners = torch.cat([part.corners for part in body.parts]) @ body.pose[t, :3, :3].T + body.pose[t, :3, 3]
     pixels, _ = project(corners, K, scene.c2w[t])
-    found = []
-    for axis, (n, m) in ((1, (whole[0], size[0])), (0, (whole[1], size[1]))):
-        a, b = float(pixels[:, axis].min()), float(pixels[:, axis].max())
-        low, high = sorted((b - m, a))
-        start = float(uniform(draws, low, high))
-        found.append(int(min(max(start, 0), n - m)))
-    return found[0], found[1]
+    return window_about(torch.cat([pixels.amin(0), pixels.amax(0)]), whole, size, draws)
 
 
 def insert(x: Tensor, scene: Scene, K: Tensor, shadow: float, white: Tensor, relit: bool = True,
@@ -156,7 +147,7 @@ def sample_car(street: Street, T: int, draws: Generator) -> Scene:
 
 
 def towards(azimuth: float, elevation: float) -> Tensor:
-    """The unit vector to a sun, camera axes (x right, y down, z ahead); both angles in degrees."""
+    """The unit vector [3] to a sun, in camera axes (x right, y down, z ahead); both angles in degrees."""
     a, e = math.radians(azimuth), math.radians(elevation)
     return torch.tensor([math.cos(e) * math.sin(a), -math.sin(e), math.cos(e) * math.cos(a)])
 

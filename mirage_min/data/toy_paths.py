@@ -8,6 +8,7 @@ does not move, the last frame shows what the first one showed.
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,13 +16,16 @@ from torch import Tensor
 from .toy_shapes import Body
 from .toy_street import Draws, moving, turned
 
+if TYPE_CHECKING:
+    from .toy_world import WorldConfig
+
 PATHS = "drive", "out_and_back", "loop"
 KEPT = 3.0   # metres between the camera and what is ahead of it
 LANE = 2.2   # metres to either side of the camera that have to be free
 
 
-def drive(u: Draws, config) -> tuple[Tensor, float]:
-    """Forward at some speed, with a little turn and pitch, 1.5 to 2 m above the ground -> (path, metres a second)."""
+def drive(u: Draws, config: "WorldConfig") -> tuple[Tensor, float]:
+    """Forward at some speed, with a little turn and pitch, 1.5 to 2 m up -> (path [T, 4, 4], metres a second)."""
     speed, turn = u(2, 12), u(-0.06, 0.06)
     c2w = moving(config, u(-0.4, 0.4), 0.0, yaw=u(-0.05, 0.05), speed=speed, turn=turn)
     p = u(0.06, 0.16)
@@ -47,9 +51,9 @@ def free_way(bodies: list[Body], start: Tensor) -> float:
 
 
 def out_and_back(path: Tensor, way: float) -> Tensor:
-    """The first half of a drive, at most `way` metres of it, and the same poses back: frames t and T − 1 − t are one.
+    """The first half of a drive [T, 4, 4], at most `way` metres of it, and the same poses back -> [T, 4, 4].
 
-    Of an even number of frames the two in the middle are the same.
+    The poses of frames t and T − 1 − t are equal, so an even number of frames has two equal ones in the middle.
     """
     T = len(path)
     out = (T + 1) // 2
@@ -62,7 +66,7 @@ def out_and_back(path: Tensor, way: float) -> Tensor:
 
 
 def loop(path: Tensor, way: float, width: float = 1.2, swing: float = 0.25) -> Tensor:
-    """Out on the right and back on the left, from the first pose of a path to that pose again.
+    """Out on the right and back on the left, from the first pose of a path [T, 4, 4] to that pose again -> [T, 4, 4].
 
     At phase φ = 2π t / (T − 1) the camera is `way` (1 − cos φ) / 2 metres ahead and `width` sin φ to the right, and has
     turned by `swing` sin φ (radians, to the right).
@@ -79,7 +83,7 @@ def loop(path: Tensor, way: float, width: float = 1.2, swing: float = 0.25) -> T
 
 
 def along(name: str, path: Tensor, bodies: list[Body]) -> Tensor:
-    """The path of a name (of PATHS) that begins as a drive does, in a scene; ValueError if there is none."""
+    """The path [T, 4, 4] of a name (of PATHS) that begins as the drive `path` does; ValueError for another name."""
     if name == "drive":
         return path
     way = free_way(bodies, path[0])

@@ -11,6 +11,7 @@ World: metres, x right, y down, z forward (OpenCV's axes), the ground at y = 0. 
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
@@ -20,6 +21,9 @@ from torch.nn import functional as nnf
 from .toy_light import Light, contact, haze, mirror, shade, sky
 from .toy_shapes import Body, Part, Points, albedo, gloss
 from .toy_street import Road, ground
+
+if TYPE_CHECKING:
+    from .toy_world import WorldConfig
 
 FAR = 160  # metres: the ground ends there
 GROUND, SKY = -1, -2  # in place of a body's index
@@ -49,7 +53,7 @@ def slab(origin: Tensor, direction: Tensor, part: Part) -> tuple[Tensor, Tensor,
     return near, far, face
 
 
-def intrinsics(config) -> Tensor:
+def intrinsics(config: "WorldConfig") -> Tensor:
     """K [3, 3]: a horizontal field of view of 58 degrees at any size; pixel centres at half-integers."""
     f = config.width * 0.9
     return torch.tensor([[f, 0.0, config.width / 2], [0.0, f, config.height * 0.5], [0.0, 0.0, 1.0]])
@@ -73,7 +77,7 @@ class Hits:
     part: Tensor      # index of its part
 
     def of(self, index: Tensor) -> Points:
-        """What a paint wants to know of some of them."""
+        """What a paint needs to know of some of them: a mask [N] or indices [M]."""
         return Points(self.local[index], self.normal[index], self.depth[index])
 
 
@@ -216,7 +220,7 @@ def leaving(surface: Surface, eye: Tensor, light: Light, lit: Tensor, open_sky: 
     return color
 
 
-def frame(scene: Scene, config, t: int, relit: bool = True, shadowed: bool = False
+def frame(scene: Scene, config: "WorldConfig", t: int, relit: bool = True, shadowed: bool = False
           ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Frame t in linear light: (naive [3, H, W], truth [3, H, W], actor's alpha [1, H, W], its shadow [1, H, W]).
 
@@ -255,7 +259,7 @@ class Motion:
     moving: Tensor    # [1, T, H, W] 1 where a body is seen that moves during the clip
 
 
-def motion(scene: Scene, config) -> Motion:
+def motion(scene: Scene, config: "WorldConfig") -> Motion:
     """Depth, flow, visibility and what moves, of all frames."""
     H, W, T = config.height, config.width, config.frames
     hits = [cast(scene, intrinsics(config), (H, W), t, 1) for t in range(T)]
@@ -267,7 +271,7 @@ def motion(scene: Scene, config) -> Motion:
                   torch.stack([moves[h.body].float().view(1, H, W) for h in hits], dim=1))
 
 
-def step(scene: Scene, config, t: int, now: Hits, after: Hits) -> tuple[Tensor, Tensor]:
+def step(scene: Scene, config: "WorldConfig", t: int, now: Hits, after: Hits) -> tuple[Tensor, Tensor]:
     """(flow [2, H, W], visible [1, H, W]) from frame t to t + 1, whose rays through the pixels' centres met these."""
     H, W = config.height, config.width
     y, x = torch.meshgrid(torch.arange(H) + 0.5, torch.arange(W) + 0.5, indexing="ij")

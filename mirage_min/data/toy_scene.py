@@ -45,7 +45,7 @@ def gaussians(means: Tensor, rgb: Tensor, scales: Tensor, quats: Tensor, opacity
     return Gaussians(means, scales.log(), quats, torch.full((len(means),), opacity).logit(), sh[:, None])
 
 
-def street(scene: Scene, config, t: int) -> Gaussians:
+def street(scene: Scene, config: toy_world.WorldConfig, t: int) -> Gaussians:
     """What frame t shows without any vehicle, back-projected; world coordinates of the toy world."""
     away = torch.eye(4).repeat(config.frames, 1, 1)
     away[:, 2, 3] = -1e4

@@ -38,8 +38,8 @@ class Body:
 FACES = (4, 5, 6, 7), (3, 2, 1, 0), (0, 1, 5, 4), (1, 2, 6, 5), (2, 3, 7, 6), (3, 0, 4, 7)  # corners of a prism's faces
 
 
-def prism(x: tuple[float, float], y: tuple[float, float], z: tuple[float, float], top=(1.0, 1.0, 0.0), paint="plain"
-          ) -> Part:
+def prism(x: tuple[float, float], y: tuple[float, float], z: tuple[float, float],
+          top: tuple[float, float, float] = (1.0, 1.0, 0.0), paint: str = "plain") -> Part:
     """A box over these ranges, y from the top to the bottom; its top is scaled by top[:2] in x and z and shifted by
     top[2] in z."""
     (x0, x1), (y0, y1), (z0, z1) = x, y, z
@@ -133,7 +133,7 @@ def crown(tall: float, r: float) -> list[Part]:
     return [prism((-r, r), (-tall - r, -tall * 0.55), (-r, r), (0.55, 0.55, 0.0), "leaves")]
 
 
-# ---- paint -----------------------------------------------------------------------------------------------------------
+# ---- paint: (body, points of it, seed) -> linear RGB albedo [M, 3] ---------------------------------------------------
 
 @dataclass
 class Points:

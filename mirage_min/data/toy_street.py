@@ -8,11 +8,15 @@ thing along the road must be drawn at the end of that order, or from a separate 
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .toy_shapes import Body, box_size, car, crown, house, noise, pole
+
+if TYPE_CHECKING:
+    from .toy_world import WorldConfig
 
 CAR_COLORS = [(0.62, 0.60, 0.58), (0.55, 0.06, 0.05), (0.07, 0.16, 0.45), (0.30, 0.32, 0.34), (0.70, 0.66, 0.52),
               (0.08, 0.30, 0.16), (0.62, 0.36, 0.06), (0.10, 0.10, 0.11)]
@@ -81,7 +85,7 @@ def ground(road: Road, point: Tensor, depth: Tensor, seed: int) -> Tensor:
 
 # ---- what moves, and what does not -----------------------------------------------------------------------------------
 
-def moving(config, x, z, yaw, speed=0.0, turn=0.0) -> Tensor:
+def moving(config: "WorldConfig", x: float, z: float, yaw: float, speed: float = 0.0, turn: float = 0.0) -> Tensor:
     """Poses [T, 4, 4] of something that leaves (x, 0, z), heading `yaw` (radians) from +z, at `speed` m/s, turning at
     `turn` rad/s; frame 0 is a step on."""
     T, dt = config.frames, 1 / config.fps
@@ -99,8 +103,9 @@ def turned(angle: Tensor) -> Tensor:
     return torch.stack([c, o, s, o, o + 1, o, -s, o, c], dim=-1).unflatten(-1, (3, 3))
 
 
-def vehicle(config, size: tuple[float, float, float], color: Tensor, pose: Tensor, shape: str) -> Body:
-    """A car of a shape; size: length, width and height, of which a shape may use another height."""
+def vehicle(config: "WorldConfig", size: tuple[float, float, float], color: Tensor, pose: Tensor, shape: str) -> Body:
+    """A car of a shape, at poses [T, 4, 4], of a colour [3]; size: length, width and height, of which a shape may use
+    another height."""
     parts = car(*size, shape)
     length, width, height = size
     box = torch.tensor([width, height, length])
@@ -109,9 +114,10 @@ def vehicle(config, size: tuple[float, float, float], color: Tensor, pose: Tenso
     return Body(parts, color, pose, box)
 
 
-def actor_and_traffic(u: Draws, config, c2w: Tensor, speed: float, shapes: list[str]) -> list[Body]:
+def actor_and_traffic(u: Draws, config: "WorldConfig", c2w: Tensor, speed: float, shapes: list[str]) -> list[Body]:
     """The actor, ahead in this lane or a neighbouring one, seen from the rear, the front or the side; and other
-    vehicles, parked or driving, elsewhere. Where the ego car would run into the actor, its path c2w is slowed in place.
+    vehicles, parked or driving, elsewhere. Where the ego car would run into the actor, its path c2w [T, 4, 4] is slowed
+    in place.
 
     shapes: keys of toy_shapes.CARS, taken in turn.
     """
@@ -139,7 +145,7 @@ def actor_and_traffic(u: Draws, config, c2w: Tensor, speed: float, shapes: list[
     return bodies
 
 
-def roadside(u: Draws, config) -> list[Body]:
+def roadside(u: Draws, config: "WorldConfig") -> list[Body]:
     """Houses, poles and trees on both sides."""
     bodies = []
     for side in (-1, 1):

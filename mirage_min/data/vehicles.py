@@ -40,8 +40,8 @@ from ..networks.checked import Within
 from ..networks.weights import read_json, whole_file
 from . import desk
 from .align import mask_box
-from .photometric import integer, uniform
-from .real_clips import resize
+from .photometric import integer
+from .real_clips import shrink, window_about
 from .shots import Sample
 from .splat import rotations
 from .video import from_bytes
@@ -110,21 +110,19 @@ def shoot_vehicle(clip: Path, known: Vehicles, size: tuple[int, int], frames: in
     sights = {v.id: {s.frame: s for s in v.frames if is_wide(s, known.width)} for v in known.vehicles}
     with safe_open(clip, framework="pt") as file:
         x = file.get_slice("x")
-        T, H, W = x.get_shape()[1:]
+        T = x.get_shape()[1]
         starts = [(i, t) for i, seen in sights.items() for t in range(T - frames + 1)
                   if all(t + k in seen for k in range(frames))]
         if not starts:
             raise ValueError(f"{clip}: no vehicle is in view in {frames} frames in a row")
         chosen, t = starts[integer(draws, len(starts))]
         x = from_bytes(x[:, t : t + frames])
-    h, w = size
-    low = max(h / H, w / W)
-    scale = min(1.0, low * float(uniform(draws, 1.0, 2.5)))
-    x = resize(x, (max(h, round(H * scale)), max(w, round(W * scale))))
-    mask = torch.stack([mask_of(known, chosen, t + k, tuple(x.shape[-2:])) for k in range(frames)], dim=1)
-    top, left = window_about(mask_box(mask[0, frames // 2]), tuple(x.shape[-2:]), size, draws)
-    rows, columns = slice(top, top + h), slice(left, left + w)
-    hull = hull_mask(sights[chosen][t + frames // 2].corners, known, tuple(x.shape[-2:]))
+    x = shrink(x, size, 2.5, draws)
+    H, W = x.shape[-2:]
+    mask = torch.stack([mask_of(known, chosen, t + k, (H, W)) for k in range(frames)], dim=1)
+    top, left = window_about(mask_box(mask[0, frames // 2]), (H, W), size, draws)
+    rows, columns = slice(top, top + size[0]), slice(left, left + size[1])
+    hull = hull_mask(sights[chosen][t + frames // 2].corners, known, (H, W))
     if mask[:, frames // 2].sum() < FREE * hull.sum() or mask[:, :, rows, columns].mean() > MOST:
         raise ValueError(f"{clip}: vehicle {chosen} is hidden or too near at frame {t}")
     return RecordedShot(x[:, :, rows, columns], mask[:, :, rows, columns])
@@ -176,15 +174,6 @@ def turn(a: list[float], b: list[float], c: list[float]) -> float:
     """Above 0 where the path from a to b to c turns left."""
     return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
 
-
-def window_about(box: Tensor, whole: tuple[int, int], size: tuple[int, int], draws: Generator) -> tuple[int, int]:
-    """(top, left) of a window of a frame that holds as much of a box as fits, elsewhere random."""
-    x0, y0, x1, y1 = box.tolist()
-    found = []
-    for a, b, n, m in ((y0, y1, whole[0], size[0]), (x0, x1, whole[1], size[1])):
-        low, high = sorted((b - m, a))
-        found.append(int(min(max(float(uniform(draws, low, high)), 0), n - m)))
-    return found[0], found[1]
 
 
 # ---- PandaSet --------------------------------------------------------------------------------------------------------

@@ -185,7 +185,7 @@ class Graph:
 
 
 def backpropagate_tile(clip: Clip, tile: Tile, loss_fn: Loss, d_trunc: int, delayed: bool) -> list[Tensor]:
-    """Algorithm 1 on one tile of a clip, whose z and inject collect the gradients -> every L_i, detached.
+    """Algorithm 1 on one tile of a clip, whose z and inject collect the gradients -> the losses L_i [], detached.
 
     Three things differ from algorithm_1. The loss has a separate graph, which ends at the pixels and is freed before
     the decoder's backward begins; dL_i/dx is kept as the group's grad_x, None if the loss has no graph. A cache enters

@@ -115,7 +115,10 @@ def state_dict(vae: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load(vae: nn.Module, state: dict[str, Tensor]) -> None:
-    """Fill the blocks from what `state_dict` returns; ValueError naming the keys or shapes that do not fit."""
+    """Fill the blocks from what `state_dict` returns: {"fusion.0.weight": [C, C + Cf, 3, 3], …}.
+
+    ValueError naming the keys or shapes that do not fit.
+    """
     mine = state_dict(vae)
     weights.check_match(mine, state, "the file's fusion blocks", "those of this decoder")
     for key, value in mine.items():

@@ -55,7 +55,7 @@ class LoRA(OutsideStateDict):
         return f"rank={self.A.shape[0]}, alpha={self.alpha:g}"
 
     def delta(self) -> Tensor:
-        """ΔW = s · B A, in the shape of the layer's weight."""
+        """ΔW = s · B A, in the shape of the layer's weight, [out, in] or [out, in, *kernel]."""
         return self.scale * (self.B.flatten(1) @ self.A.flatten(1)).view(self.B.shape[0], *self.A.shape[1:])
 
 
@@ -72,7 +72,7 @@ class AdaptedLinear(nn.Linear):
 
 
 def adapted_kernel(layer: nn.Conv2d | nn.Conv3d) -> Tensor:
-    """W' of a convolution with adapters: a kernel is small next to the activations, so adding to it is cheapest."""
+    """W' [out, in, *kernel] of a convolution with adapters; a kernel is small, so adding to it is the cheapest way."""
     # W' = W + s · B A, added up over the adapters
     return layer.weight + sum(lora.delta() for lora in layer.lora.values()).to(layer.weight.dtype)
 
@@ -142,7 +142,13 @@ def adapters(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, LoR
 
 def parameters(module: nn.Module, name: str) -> list[nn.Parameter]:
     """The parameters of one adapter, to train or to freeze."""
-    return [p for _, _, lora in adapters(module, name) for p in lora.parameters()]
+    return list(named_parameters(module, name).values())
+
+
+def named_parameters(module: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """{"<name>.<layer>.A": A [r, in, …], "<name>.<layer>.B": B [out, r, …]}: the parameters of one adapter."""
+    return {f"{name}.{layer_name}.{m}": p for layer_name, _, lora in adapters(module, name)
+            for m, p in lora.named_parameters()}
 
 
 @torch.no_grad()
@@ -157,7 +163,7 @@ def merge(module: nn.Module, name: str) -> None:
 
 
 def state_dict(module: nn.Module, name: str) -> dict[str, Tensor]:
-    """{"<layer>.lora_A.weight": A, "<layer>.lora_B.weight": B}, the names PEFT and diffusers use."""
+    """{"<layer>.lora_A.weight": A [r, in, …], "<layer>.lora_B.weight": B [out, r, …]}: the names are PEFT's."""
     return {f"{layer_name}.lora_{m}.weight": p.detach() for layer_name, _, lora in adapters(module, name)
             for m, p in (("A", lora.A), ("B", lora.B))}
 

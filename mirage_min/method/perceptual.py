@@ -135,6 +135,15 @@ def lpips_and_gram(lpips: Lpips, texture: Features, x: Tensor, y: Tensor) -> tup
     return distance, gram_loss(taps_x, taps_y)
 
 
+def lpips_and_texture(lpips: str, texture: str, folder: str | Path) -> tuple[Lpips, Features]:
+    """LPIPS on one network and the features of another, both by their names in imagenet.FILES, from one folder.
+
+    Where the names are the same it is one network, through which `lpips_and_gram` passes each image once.
+    """
+    distance = Lpips(Features(lpips, folder))
+    return distance, distance.features if texture == lpips else Features(texture, folder)
+
+
 # ---- patches ---------------------------------------------------------------------------------------------------------
 
 def patch_loss(vgg: Features, x: Tensor, y: Tensor, draws: torch.Generator | None) -> Tensor:

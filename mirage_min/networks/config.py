@@ -23,7 +23,11 @@ from . import checked
 
 
 def read_config(cls, config: dict, where: str | Path):
-    """config.json as a dict -> cls.Config. A field that is neither known, fixed nor ignored is refused by its name."""
+    """config.json as a dict -> cls.Config; `where` names the file in errors.
+
+    ValueError of one line for another class, a value of a wrong type, a fixed field with another value, and a field
+    that is neither known, fixed nor ignored.
+    """
     if hasattr(cls, "translate_config"):
         try:
             config = cls.translate_config(config)

@@ -250,7 +250,7 @@ def gated(x: Tensor, gate: Tensor) -> Tensor:
 
 
 def run_block(block: nn.Module, checkpointing: bool, *inputs: Tensor) -> Tensor:
-    """block(*inputs); with `checkpointing` only the inputs are kept for backward."""
+    """block(*inputs) -> tokens [B, L, D]; with `checkpointing` only the inputs are kept for backward."""
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False)
     return block(*inputs)

@@ -115,7 +115,11 @@ class Features(nn.Module):
         return self.walk(self.layers, x, self.least)
 
     def walk(self, layers: nn.Sequential, x: Tensor, least: int = 1) -> list[Tensor]:
-        """The taps of `layers`, which are this network's own, or its own with another pooling (DISTS)."""
+        """The taps of `layers`: this network's own, or the same with another pooling (DISTS).
+
+        x [N, 3, H, W] in [-1, 1] -> [N, C_i, H_i, W_i], finest first. ValueError for other frames, or smaller than
+        `least`.
+        """
         if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < least:
             raise ValueError(f"{self.net}: wanted frames [N, 3, H, W] of {least}x{least} at least, got {list(x.shape)}")
         x = (x.to(self.mean.dtype) - self.mean) / self.std

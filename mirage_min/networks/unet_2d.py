@@ -152,7 +152,7 @@ class UNet2D(nn.Module):
         return self.conv_out(nnf.silu(self.conv_norm_out(x)))          # [N, 4, h, w]
 
     def run(self, layer: "Layer", x: Tensor, time: Tensor, text: Tensor, views: int) -> Tensor:
-        """layer(x, time, text, views); where activations are checkpointed, only these are kept for backward."""
+        """layer(x [N, C, h, w], time, text, views); where activations are checkpointed, backward computes it again."""
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(layer, x, time, text, views, use_reentrant=False)
         return layer(x, time, text, views)

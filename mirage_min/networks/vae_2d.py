@@ -150,7 +150,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Frames to the mean and log-variance of the latent, side by side."""
+    """Frames to the mean and log-variance of the latent, as the two halves of the channels."""
 
     def __init__(self, config: AutoencoderKLConfig):
         super().__init__()
@@ -183,7 +183,7 @@ def add_skip(x: Tensor, skip: Tensor | None) -> Tensor:
 
 
 def check_skip(x: Tensor, skip: Tensor) -> None:
-    """ValueError unless a skip has the shape of what it is added to, so that no batch is repeated unseen."""
+    """ValueError unless x and skip are both [N, C, H, W] of one shape; a batch of one must not be repeated unseen."""
     if skip.shape != x.shape:
         raise ValueError(f"a skip must have the shape of what it is added to, {list(x.shape)}, got {list(skip.shape)}")
 

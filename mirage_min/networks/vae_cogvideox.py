@@ -205,7 +205,7 @@ class Encoder(nn.Module):
         return self.output(x, (), old, new)
 
     def output(self, x: Tensor, z: tuple[Tensor, ...], old: Cache | None, new: Cache) -> Tensor:
-        """The last norm and convolution; z is (latent,) in the decoder and () in the encoder."""
+        """The last norm and convolution, [B, C, T, H, W] -> [B, C', T, H, W]; z as in ResnetBlock.forward."""
         return self.conv_out(nnf.silu(self.norm_out(x, *z)), old, new)
 
 

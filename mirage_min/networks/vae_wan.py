@@ -91,7 +91,7 @@ class Encoder(nn.Module):
         return layers[:first], layers[first:]
 
     def output(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
-        """The last norm and convolution."""
+        """The last norm and convolution, [B, C, T, H, W] -> [B, C', T, H, W]."""
         return self.conv_out(nnf.silu(self.norm_out(x)), old, new)
 
 
@@ -199,6 +199,7 @@ class WanVAE(nn.Module):
         """Latents of one group [B, 16, F, h, w], any F -> (x_g [B, 3, T, H, W], the cache for the next group).
 
         T is 4F, or 4F - 3 in a video's first group. `inject` is the 2D features of these frames, [[B, C, T, H/2, W/2]].
+        ValueError if it is given and there is no fusion block, or if its shape does not fit.
         """
         if inject is not None and self.fusion is None:
             raise ValueError("inject was given, but this VAE has no fusion blocks: call injection.attach first")

@@ -80,7 +80,7 @@ def copy_up(x: Tensor, c_out: int, time: int, space: int, first: bool) -> Tensor
 
 
 class DownBlock(nn.Module):
-    """Resnet blocks and a halving of the size, `time` says if of the frames too, None is no halving; a shortcut."""
+    """Resnet blocks and a Downsample (in time too if `time`; none where it is None), and a shortcut around both."""
 
     def __init__(self, c_in: int, c_out: int, n: int, time: bool | None, key: str):
         super().__init__()
@@ -89,6 +89,7 @@ class DownBlock(nn.Module):
         self.downsampler = None if time is None else Downsample(c_out, time, f"{key}.downsampler")
 
     def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
+        """x [B, C, T, H, W] -> [B, C', T', H', W']; `old` and `new` as of CausalConv3d."""
         # First, because a frugal resnet block may overwrite its input.
         shortcut = mean_down(x, self.c_out, *self.factors)
         for resnet in self.resnets:
@@ -99,8 +100,7 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Resnet blocks, then, unless `time` is None, a doubling of the size, `time` says if of the frames too, and a
-    shortcut around both."""
+    """Resnet blocks; unless `time` is None, then an Upsample (in time too if `time`), and a shortcut around both."""
 
     def __init__(self, c_in: int, c_out: int, n: int, time: bool | None):
         super().__init__()
@@ -109,6 +109,7 @@ class UpBlock(nn.Module):
         self.upsampler = None if time is None else Upsample(c_out, c_out, time)
 
     def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
+        """x [B, C, T, H, W] -> [B, C', T', H', W']; `old` and `new` as of CausalConv3d."""
         shortcut = None if self.upsampler is None else copy_up(x, self.c_out, *self.factors, first=not old)
         for resnet in self.resnets:
             x = resnet(x, old, new)
@@ -165,7 +166,7 @@ class Decoder(vae_wan.Decoder):
                 [*self.up_blocks[n:], self.output, self.to_pixels])
 
     def to_pixels(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
-        """The inverse of the encoder's `to_patches`."""
+        """[B, 12, T, H/2, W/2] -> [B, 3, T, H, W], the inverse of the encoder's `to_patches`."""
         return rearrange(x, "b (c r q) t h w -> b c t (h q) (w r)", q=PATCH, r=PATCH)
 
 
@@ -193,13 +194,14 @@ class Wan22VAE(WanVAE):
         return super().posterior(x)
 
     def posterior_group(self, x_g: Tensor, cache: Cache | None = None) -> tuple[Tensor, Tensor, Cache]:
-        """A video's first 4k + 1 frames, or its next 4k -> (mean, log-variance, the cache for the next group)."""
+        """A video's first 4k + 1 frames [B, 3, T, H, W], or its next 4k -> (mean, log-variance, each [B, 48, F, h, w];
+        the cache for the next group). ValueError unless 16 divides H and W, and for another number of frames."""
         if x_g.shape[3] % CELL or x_g.shape[4] % CELL:
             raise ValueError(f"x_g must be [B, 3, T, H, W] with {CELL} dividing H and W, got {list(x_g.shape)}")
         return super().posterior_group(x_g, cache)
 
     def mids2d(self, x: Tensor) -> list[Tensor]:
-        """None: no 2D features enter this decoder."""
+        """x [B, 3, T, H, W] -> [], since no 2D features enter this decoder."""
         return []
 
 

@@ -71,7 +71,10 @@ class WanBranch(nn.Module):
         self.vace_blocks = nn.ModuleList(BranchBlock(config, D, first=layer == 0) for layer in config.vace_layers)
 
     def forward(self, dit: WanDiT, z_t: Tensor, t: int | Tensor, text: Tensor, control: Tensor) -> dict[int, Tensor]:
-        """Hints for dit(z_t, t, text, hints): {layer: [B, patches, D]}; control [B, vace_in_channels, F, h, w]."""
+        """Hints for dit(z_t, t, text, hints): {layer: [B, patches, D]}; control [B, vace_in_channels, F, h, w].
+
+        ValueError if control does not fit z_t, or the branch is not as wide as the transformer.
+        """
         wanted = [z_t.shape[0], self.config.vace_in_channels, *z_t.shape[2:]]
         if list(control.shape) != wanted:
             raise ValueError(f"control must be [B, C, F, h, w] = {wanted}, got {list(control.shape)}")

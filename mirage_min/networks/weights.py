@@ -238,6 +238,13 @@ def check_kind(name: str, tensor: Tensor, file: str | Path, cast: bool = False) 
         raise ValueError(f"{file}: {name}: wanted floating-point numbers of 16 bits or more, got {tensor.dtype}")
 
 
+def check_finite(name: str, tensor: Tensor, file: str | Path) -> None:
+    """ValueError unless a tensor of a file holds finite floating-point numbers of 16 bits or more."""
+    check_kind(name, tensor, file)
+    if not tensor.isfinite().all():
+        raise ValueError(f"{file}: {name} is not finite (NaN or inf)")
+
+
 def shapes(named: Named) -> dict[str, list[int]]:
     """{name: shape} of named tensors; named shapes pass through, as lists."""
     return {key: list(value.shape if isinstance(value, Tensor) else value) for key, value in named.items()}

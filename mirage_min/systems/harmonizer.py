@@ -80,7 +80,7 @@ class Harmonizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, 3, T, H, W] in [-1, 1], any T >= 1, H and W >= 16 -> the same shape, not clamped.
 
-        With gradients they go through every frame's own step, and not through the past that it saw.
+        Gradients go through each frame's step, and not through the past that it saw. ValueError for another shape.
         """
         if x.ndim != 5 or x.shape[1] != 3:
             raise ValueError(f"wanted [B, 3, T, H, W], got {list(x.shape)}")
@@ -149,7 +149,8 @@ class Harmonizer(nn.Module):
         return [kept, *past][: self.settings.past]
 
     def constants(self, like: Tensor) -> tuple:
-        """What the timestep alone decides, the transformer's modulations, for a video `like`."""
+        """What the timestep alone decides: the transformer's modulations (CosmosDiT.modulations), in the dtype and on
+        the device of `like`, a video [B, 3, ...]."""
         return self.dit.modulations(torch.tensor(self.timestep, device=like.device), like.dtype)
 
     @property
@@ -194,7 +195,10 @@ class Harmonizer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device=None, dtype=None, wiring: str = "", **settings) -> "Harmonizer":
-        """A trained Harmonizer from its folder or hub id; `wiring`, if given, and `settings` replace what it says."""
+        """A trained Harmonizer from its folder or hub id; `wiring`, if given, and `settings` replace what it says.
+
+        ValueError of one line that names the file, if it is no Harmonizer's or a part is missing or does not fit.
+        """
         file = weights.locate(CosmosDiT, path, None, INDEX) / INDEX
         index = weights.read_json(file)
         if not describes(index):

@@ -122,7 +122,7 @@ def explain(mirage: Mirage, x_ni: Tensor) -> Tensor:
 
 
 def run_stage(name: str, method: Callable, *args, **kwargs) -> Tensor | list[Tensor]:
-    """What a method returns, described on the way."""
+    """What a method returns, described on the way: a tensor of any shape, or several."""
     start = time.time()
     out = method(*args, **kwargs)
     seconds = time.time() - start

@@ -29,11 +29,12 @@ from ..networks.dit_wan import WanDiT
 from ..networks.vae_2d import AutoencoderKL
 from ..networks.vae_cogvideox import CogVideoXVAE
 from ..networks.vae_wan import WanVAE
+from .prompt import PROMPT, read_prompt
 
 if TYPE_CHECKING:
     from .mirage import Mirage
 
-STAGE_A, STAGE_H, PROMPT = "stage_a.safetensors", "stage_h.safetensors", "prompt.safetensors"
+STAGE_A, STAGE_H = "stage_a.safetensors", "stage_h.safetensors"
 RECONSTRUCTION, HARMONISATION, TRANSFORMER = "reconstruction", "harmonisation", "transformer"  # the three LoRAs
 BASES = {VAE.CLASS_NAME: (VAE, DiT) for VAE, DiT in ((CogVideoXVAE, CogVideoXDiT), (WanVAE, WanDiT))}
 Alpha = Annotated[float, Within(1e-6, 1e4)]
@@ -81,6 +82,7 @@ def from_base(cls: type["Mirage"], base: str | Path, vae2d: str | Path | None, t
     vae2d     the same of an AutoencoderKL, for CogVideoX; None for Wan, whose own encoder supplies the features
     text      [1, L, D], the prompt's embedding; zeros if not given
     settings  t, window and so on, of Mirage()
+    ValueError if a part is missing or another class's, vae2d is missing or not wanted, or the prompt does not fit.
     """
     file = weights.locate(cls, base, "vae") / weights.CONFIG
     name = weights.read_json(file).get("_class_name")
@@ -114,16 +116,16 @@ def from_base(cls: type["Mirage"], base: str | Path, vae2d: str | Path | None, t
 def from_pretrained(cls: type["Mirage"], path: str | Path, base: str | Path | None = None,
                     vae2d: str | Path | None = None, device=None, dtype=None, window: int = 0, tiles: int = 1,
                     margin: int = 8) -> "Mirage":
-    """A trained Mirage from its folder, with stage H if there is one; the other arguments are Options."""
+    """A trained Mirage from its folder, with stage H if there is one; the other arguments are Options.
+
+    ValueError of one line that names the file, if one is missing, damaged, or does not fit the base.
+    """
     path = Path(path)
     stages = {name: weights.load_tensors(path / name) for name in (STAGE_A, STAGE_H)
               if name == STAGE_A or (path / name).exists()}
     about = {name: checked.metadata(About, texts, path / name) for name, (_, texts) in stages.items()}
     a, h = about[STAGE_A], about.get(STAGE_H, About())
-    text = weights.load_tensors(path / PROMPT)[0].get("text")
-    if text is None:
-        raise ValueError(f"{path / PROMPT}: has no `text`")
-    check_numbers({"text": text}, path / PROMPT)
+    text, _ = read_prompt(path / PROMPT)
     if not (base or a.base):
         raise ValueError(f"{path / STAGE_A}: does not say on what base it was trained (--base)")
 
@@ -176,6 +178,7 @@ def load_stage(mirage: "Mirage", tensors: dict[str, Tensor], about: dict[str, st
     """The inverse of save_stage; the transformer's LoRA may also come from diffusers, on any of its layers.
 
     tensors, about  what load_tensors read of `file`, which errors name
+    ValueError for numbers that are not finite, scales that are not positive, and keys or shapes that do not fit.
     """
     check_numbers(tensors, file)
     peft = read_peft(about, file)
@@ -216,12 +219,10 @@ def read_peft(about: dict[str, str], file: str | Path) -> Peft:
 
 
 def check_numbers(tensors: dict[str, Tensor], file: str | Path) -> None:
-    """ValueError naming the first tensor of another kind than floating point or with NaN or inf in it, or the first
-    scale s_h or s_f that is not positive."""
+    """ValueError naming the first tensor that is not of finite floating-point numbers, or the first scale s_h or s_f
+    that is not positive."""
     for key, tensor in tensors.items():
-        weights.check_kind(key, tensor, file)
-        if not tensor.isfinite().all():
-            raise ValueError(f"{file}: {key} is not finite (NaN or inf)")
+        weights.check_finite(key, tensor, file)
         if key.endswith((".s_h", ".s_f")) and not (tensor > 0).all():
             raise ValueError(f"{file}: {key}: wanted a positive scale, got {tensor.tolist()}")
 

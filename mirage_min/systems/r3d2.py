@@ -45,9 +45,10 @@ from ..networks import checked, frugal, weights
 from ..networks.unet_2d import UNet2D
 from ..networks.vae_2d import AutoencoderKL
 from ..networks.vae_tiny import AutoencoderTiny
+from .prompt import PROMPT, read_prompt, write_prompt
 from .stream import stream_images
 
-INDEX, SCHEDULER, PROMPT = "model_index.json", "scheduler_config.json", "prompt.safetensors"
+INDEX, SCHEDULER = "model_index.json", "scheduler_config.json"
 CLASS_NAME = "R3D2"
 VAES = {kind.CLASS_NAME: kind for kind in (AutoencoderKL, AutoencoderTiny)}
 T_OF = {"DifixPipeline": T_MIRAGE}             # the timestep of pipelines whose model_index.json does not say it
@@ -110,7 +111,8 @@ class R3D2(nn.Module):
     def forward(self, x_ni: Tensor, reference: Tensor | None = None) -> Tensor:
         """x_ni [B, 3, T, H, W] in [-1, 1], any size -> x_dr of the same shape, not clamped.
 
-        reference: an image [3, H, W] in [-1, 1] that is shown to the UNet with every frame (Difix).
+        reference: an image [3, H, W] in [-1, 1] that is shown to the UNet with every frame (Difix). ValueError for
+        another shape of either.
         """
         if x_ni.ndim != 5 or x_ni.shape[1] != 3:
             raise ValueError(f"wanted [B, 3, T, H, W], got {list(x_ni.shape)}")
@@ -211,11 +213,7 @@ class R3D2(nn.Module):
         if not file.exists():
             raise ValueError(f"{file}: no such file; python encode_prompt.py --base {path} --out {PROMPT} makes one, "
                              f"for prompt={PROMPT}")
-        text = weights.load_tensors(file)[0].get("text")
-        if text is None:
-            raise ValueError(f"{file}: wanted a tensor `text` (encode_prompt.py)")
-        if not text.isfinite().all():
-            raise ValueError(f"{file}: text is not finite (NaN or inf)")
+        text, _ = read_prompt(file)
         system = cls.from_base(path, text=text, t=t, start=None, device=device, dtype=dtype).requires_grad_(False)
         system.batch = batch
         system.reference = read_image(reference) if reference else None
@@ -230,7 +228,7 @@ class R3D2(nn.Module):
         weights.save_tensors(path / "vae" / weights.WEIGHTS, vae.state_dict() | skips, {"format": "pt"})
         schedule = config_from_schedule(STABLE_DIFFUSION)
         save_json(path / "scheduler" / SCHEDULER, schedule)
-        weights.save_tensors(path / PROMPT, {"text": self.text})
+        write_prompt(path, self.text)
         classes = {"unet": UNet2D.CLASS_NAME, "vae": vae.CLASS_NAME, "scheduler": schedule["_class_name"]}
         parts = {part: ["diffusers", name] for part, name in classes.items()}
         save_json(path / INDEX, {"_class_name": CLASS_NAME, "t": self.t} | parts | (about or {}))
@@ -255,7 +253,10 @@ def read_index(file: Path) -> Index:
 
 
 def read_vae(path: str | Path, subfolder: str | None, start: float | None) -> tuple[nn.Module, Skips]:
-    """An image VAE, a LoRA of its decoder merged, and the skips of the same file; new ones (`start`) if it has none."""
+    """An image VAE, a LoRA of its decoder merged, and the skips of the same file; new ones (`start`) if it has none.
+
+    ValueError for another class or unknown fields, tensors that do not fit, and missing skips where start is None.
+    """
     folder = weights.locate(AutoencoderKL, path, subfolder)
     config = folder / weights.CONFIG
     fields = weights.read_json(config)
@@ -290,7 +291,7 @@ def read_vae(path: str | Path, subfolder: str | None, start: float | None) -> tu
 
 
 def fill(network: nn.Module, state: dict[str, Tensor], file: str, config: Path) -> None:
-    """Give a network the tensors of a file, strictly."""
+    """Give a network the tensors of a file, whose names and shapes must be just its own (else ValueError)."""
     weights.check_match(network.state_dict(), state, file, f"the model that {config} describes")
     network.load_state_dict(state, assign=True)
 

@@ -58,10 +58,11 @@ def finished(x: Tensor, number: int) -> Iterator[Tensor]:
 @torch.no_grad()
 def stream_images(frames: Iterable[Tensor], harmonise: Callable[[Tensor], Tensor], batch: int, like: Tensor
                   ) -> Iterator[Tensor]:
-    """A stream of frames of any size that know nothing of each other.
+    """A stream of frames of any size, each processed without the others.
 
     harmonise  x [N, 3, H, W] in [-1, 1], N <= batch -> like x
     like       a tensor of the dtype that harmonise takes, on its device: one of the system's parameters
+    ValueError if batch is below 1, and for frames that `alike` and `finished` refuse.
     """
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
@@ -77,7 +78,7 @@ def stream_images(frames: Iterable[Tensor], harmonise: Callable[[Tensor], Tensor
 @torch.no_grad()
 def stream_windows(frames: Iterable[Tensor], mirage: nn.Module, window: int, tiles: int = 1, margin: int = 8
                    ) -> Iterator[Tensor]:
-    """Mirage.forward piece by piece: the VAE's caches run through from the first frame to the last.
+    """Mirage.forward piece by piece, on frames [3, H, W] in [-1, 1]: the VAE's caches are carried from first to last.
 
     window  latents that the transformer sees at once; two windows share about a quarter, and are blended there
     tiles   rows and columns into which frames are cut for the VAEs where memory is short; the transformer sees all

@@ -135,8 +135,8 @@ def save(folder: Path, step: int, trained: dict[str, Tensor], optimizer: torch.o
          identity: dict) -> None:
     """Write the checkpoint after `step` steps of the run of that identity, whole or not at all.
 
-    Only the first process writes. trained: {name: a tensor that is trained, or measured once and kept}. The checkpoint
-    before this one stays, as PREVIOUS.
+    Only the first process writes. trained: {name: a tensor of any shape that is trained, or measured once and kept}.
+    The checkpoint before this one stays, as PREVIOUS.
     """
     if rank() > 0:
         return

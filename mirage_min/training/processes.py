@@ -91,7 +91,10 @@ def reduce(params: dict[str, nn.Parameter], terms: dict[str, Tensor | float]) ->
 
 
 def check_finite(step: int, terms: dict[str, Tensor | float], norm: Tensor, clips: list[str]) -> None:
-    """ValueError before a step that would spoil the weights, naming what is not finite and this step's clips."""
+    """ValueError before a step that would spoil the weights, naming what is not finite and this step's clips.
+
+    terms and norm: the loss's terms and the gradient's norm, numbers or tensors [].
+    """
     values = {name: float(value) for name, value in {**terms, "gradient norm": norm}.items()}
     if all(map(math.isfinite, values.values())):
         return

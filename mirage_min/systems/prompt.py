@@ -1,0 +1,48 @@
+"""The one prompt of a system, encoded once: prompt.safetensors in its folder, as encode_prompt.py writes it.
+
+    text, about = read_prompt(folder / PROMPT)         # [1, L, D], and the file's metadata: the prompt in words
+    write_prompt(folder, text, about)
+
+    python -m mirage_min.systems.prompt                # one written and read, and two that are refused
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..networks import weights
+
+PROMPT = "prompt.safetensors"
+
+
+def read_prompt(file: str | Path) -> tuple[Tensor, dict[str, str]]:
+    """The tensor `text` [1, L, D] of a file, and its metadata.
+
+    ValueError naming the file if it cannot be read, has no `text`, or numbers that are not finite.
+    """
+    tensors, about = weights.load_tensors(file)
+    if "text" not in tensors:
+        raise ValueError(f"{file}: wanted a tensor `text` (encode_prompt.py), got {sorted(tensors)[:5]}")
+    weights.check_finite("text", tensors["text"], file)
+    return tensors["text"], about
+
+
+def write_prompt(folder: Path, text: Tensor, about: dict[str, str] | None = None) -> None:
+    """Write `text` [1, L, D] and metadata to the prompt file of a folder, whole or not at all."""
+    weights.save_tensors(folder / PROMPT, {"text": text}, about)
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_prompt(Path(folder), torch.zeros(1, 3, 8), {"text": "remove degradation"})
+        text, about = read_prompt(Path(folder, PROMPT))
+        print(f"text {list(text.shape)}, {about}")
+        for tensors in ({"embedding": text}, {"text": text / 0}):
+            weights.save_tensors(Path(folder, PROMPT), tensors)
+            try:
+                read_prompt(Path(folder, PROMPT))
+            except ValueError as error:
+                print("refused:", str(error).replace(folder, "FOLDER"))
