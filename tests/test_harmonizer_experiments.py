@@ -33,7 +33,7 @@ def commands(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "harmonise", lambda clips, folder, models, settings: models)
     monkeypatch.setattr(tables, "evaluate", evaluate)
     monkeypatch.setattr(tables, "draw_strip", lambda *given: None)
-    monkeypatch.setattr(tables, "report", lambda *given: None)
+    monkeypatch.setattr(tables, "report", lambda *given, more=None: None)
     monkeypatch.setattr(harmonizer_temporal, "temporal_score", lambda *given: 0.98)
     monkeypatch.setattr(harmonizer_losses, "residual_spectrum", lambda *given: torch.ones(73))
 
