@@ -91,7 +91,7 @@ def test_a_wrong_index_is_refused_by_its_field(tmp_path, changes, message):
 def test_a_prompt_or_a_branch_that_does_not_fit_is_refused(tmp_path):
     small.world().save_pretrained(tmp_path)
     for text, message in ((torch.zeros(1, 2, 9), r"wanted a prompt \[1, L, 8\].*got \[1, 2, 9\]"),
-                          (torch.full((1, 2, 8), torch.nan), "prompt.safetensors: wanted a tensor `text` of finite")):
+                          (torch.full((1, 2, 8), torch.nan), "prompt.safetensors: text is not finite")):
         weights.save_tensors(tmp_path / "prompt.safetensors", {"text": text})
         with pytest.raises(ValueError, match=message):
             World.from_pretrained(tmp_path)

@@ -27,8 +27,9 @@ from ..networks.vae_wan import WanVAE
 from ..networks.vae_wan22 import Wan22VAE
 from ..networks.wan_branch import WanBranch
 from .harmonizer import subfolder
+from .prompt import PROMPT, read_prompt, write_prompt
 
-CLASS_NAME, INDEX, PROMPT = "World", "model_index.json", "prompt.safetensors"
+CLASS_NAME, INDEX = "World", "model_index.json"
 
 
 def describes(index: dict) -> bool:
@@ -52,7 +53,8 @@ def from_pretrained(cls, path: str | Path, device=None, dtype=None, **settings) 
         vae = folder / vae
     elif vae == "vae":
         vae = path  # a hub id, in whose subfolder it is
-    return cls.from_base(path, path, vae, read_prompt(folder / PROMPT), device, dtype, **settings)
+    text = read_prompt(folder / PROMPT)[0] if (folder / PROMPT).exists() else None
+    return cls.from_base(path, path, vae, text, device=device, dtype=dtype, **settings)
 
 
 def from_base(cls, base: str | Path, branch: str | Path | nn.Module, vae: str | Path | None = None,
@@ -88,7 +90,7 @@ def save_pretrained(self: nn.Module, path: str | Path, vae: str | None = None, a
     self.branch.save_pretrained(path / "branch")
     if vae is None:
         self.vae.save_pretrained(path / "vae")
-    weights.save_tensors(path / PROMPT, {"text": self.text})
+    write_prompt(path, self.text)
     index = {"_class_name": CLASS_NAME, **asdict(self.settings), "vae": vae or "vae"} | (about or {})
     with weights.whole_file(path / INDEX) as temporary:
         temporary.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -102,15 +104,6 @@ def read_vae(path: str | Path, device=None, dtype=None) -> WanVAE | Wan22VAE:
     kind = Wan22VAE if config.get("is_residual") else WanVAE
     return frugal.apply(kind.from_pretrained(path, inside, device=device, dtype=dtype))
 
-
-def read_prompt(file: Path) -> Tensor | None:
-    """`text` [1, L, D] of a file of encode_prompt.py, None if there is no file; ValueError if it holds none."""
-    if not file.exists():
-        return None
-    text = weights.load_tensors(file)[0].get("text")
-    if text is None or not text.isfinite().all():
-        raise ValueError(f"{file}: wanted a tensor `text` of finite numbers (encode_prompt.py)")
-    return text
 
 
 if __name__ == "__main__":
