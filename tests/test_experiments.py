@@ -32,7 +32,7 @@ def test_an_experiment_says_how_it_starts_writes_to_runs_and_is_in_the_list(name
     assert flags["out"].default == Path("runs/experiments") and len(flags) <= 13
     for action in flags.values():
         if action.dest != "out" and isinstance(action.default, Path):
-            assert action.default.parts[0] in ("runs", "weights", "data"), f"--{action.dest} {action.default}"
+            assert action.default.parts[0] in ("runs", "weights", "data", "assets"), f"--{action.dest} {action.default}"
     assert f"`{name}`" in (ROOT / "experiments" / "README.md").read_text(), "experiments/README.md lists it"
 
 

@@ -12,7 +12,8 @@ paint is the actor's paint, lights vary within narrow ranges, actors are large a
 
     python -m mirage_min.data.toy_world --out data/toy --clips 2000 --workers 2
     python -m mirage_min.data.toy_world --out data/loops --clips 8 --frames 33 --path loop --static --extras
-    python -m mirage_min.data.toy_world --video naive.mp4 --frames 33 --first-seed 1000005 --size 128x192
+    python -m mirage_min.data.toy_world --out data/films --clips 8 --videos       # the same as mp4s, in ni/ and gt/
+    python -m mirage_min.data.toy_world --pair naive.mp4 truth.mp4 --frames 33 --first-seed 1000000
     python -m mirage_min.data.toy_world --scene example     # a scene folder for build_pairs.py
     python -m mirage_min.data.toy_world                     # one scene: shapes and a picture
 """
@@ -158,11 +159,32 @@ def write(seed: int, config: WorldConfig, folder: Path, extras: bool) -> None:
         save_clip(make_clip(seed, config, extras), path)
 
 
+def write_videos(seed: int, config: WorldConfig, folder: Path) -> None:
+    """One clip as ni/SEED.mp4, gt/SEED.mp4 and known/SEED.safetensors, which has what evaluate.py asks for beyond
+    them: boxes, flow and visible. The file is the last that is written; where it is there, so are the videos."""
+    torch.set_num_threads(1)
+    path = folder / "known" / f"{seed:07d}.safetensors"
+    if not path.exists():
+        clip = make_clip(seed, config)
+        write_pair(clip, *(folder / side / f"{seed:07d}.mp4" for side in ("ni", "gt")), config.fps)
+        weights.save_tensors(path, {key: getattr(clip, key) for key in ("boxes", "flow", "visible")})
+
+
+def write_pair(clip: Clip, ni: Path, gt: Path, fps: float) -> None:
+    """The naive insertion and the truth as two mp4s that hardly lose anything."""
+    write_clip(ni, clip.x_ni, fps, crf=8)
+    write_clip(gt, clip.x_gt, fps, crf=8)
+
+
 def write_all(args: argparse.Namespace, config: WorldConfig) -> None:
-    """A folder of clips."""
-    args.out.mkdir(parents=True, exist_ok=True)
+    """A folder of clips, or of pairs of videos."""
+    for folder in ("ni", "gt", "known") if args.videos else (".",):
+        (args.out / folder).mkdir(parents=True, exist_ok=True)
     seeds = range(args.first_seed, args.first_seed + args.clips)
-    desk.share(write, [(seed, config, args.out, args.extras) for seed in seeds], args.workers, "clip")
+    if args.videos:
+        desk.share(write_videos, [(seed, config, args.out) for seed in seeds], args.workers, "clip")
+    else:
+        desk.share(write, [(seed, config, args.out, args.extras) for seed in seeds], args.workers, "clip")
 
 
 def demonstrate() -> None:
@@ -194,7 +216,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--static", action="store_true", help="nothing but the camera moves")
     parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
     parser.add_argument("--extras", action="store_true", help="also depth, flow, masks, boxes and cameras")
-    parser.add_argument("--video", type=Path, help="write the first seed's naive insertion to this mp4 instead")
+    parser.add_argument("--videos", action="store_true", help="each as ni/SEED.mp4 and gt/SEED.mp4, boxes in known/")
+    parser.add_argument("--pair", type=Path, nargs=2, metavar=("NI", "GT"),
+                        help="write the first seed's naive insertion and truth to these two mp4s instead")
     parser.add_argument("--scene", type=Path, help="write the first seed as a scene folder for build_pairs.py instead")
     args = parser.parse_args(argv)
     if min(args.clips, args.frames, args.workers, *args.size) < 1:
@@ -203,8 +227,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.scene:
         from .toy_scene import write_scene
         write_scene(args.scene, args.first_seed, config)
-    elif args.video:
-        write_clip(args.video, make_clip(args.first_seed, config, extras=False).x_ni, config.fps, crf=8)
+    elif args.pair:
+        write_pair(make_clip(args.first_seed, config, extras=False), *args.pair, config.fps)
     elif args.out:
         write_all(args, config)
     else:
