@@ -5,7 +5,8 @@
 The clip is the first held-out seed, from 1,000,000 on, whose actor is whole and in view in all of its 33 frames. It was
 chosen by that rule before anything was harmonised. toy_world wrote it and its truth:
 
-    python -m mirage_min.data.toy_world --pair assets/naive_insertion.mp4 assets/truth.mp4 --frames 33 --first-seed 1000000
+    python -m mirage_min.data.toy_world --pair assets/naive_insertion.mp4 assets/truth.mp4 --frames 33 \\
+        --first-seed 1000000
 """
 
 import argparse
