@@ -19,7 +19,8 @@ it with the truth's own, which has a row.
               TorchScript is code that runs here: take it from whom you trust
     frames/s  as infer.py printed them, where a *.log next to the results has kept that
 
-A metric that lacks its weights is left out and the reason given. Status 2: one line says what is wrong.
+A metric that lacks its weights is left out and the reason given. --out also gets scores.html: each method next to the
+truth under a slider, the first PAGE videos. Status 2: one line says what is wrong.
 """
 
 if __name__ == "__main__":
@@ -44,7 +45,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mirage_min.data import desk, results
+from mirage_min.data import desk, report, results
 from mirage_min.method import metrics, optical_flow
 from mirage_min.method.perceptual import Dists, Features, Lpips
 from mirage_min.networks import weights
@@ -54,6 +55,7 @@ COLUMNS = {"PSNR": ("↑", 2), "SSIM": ("↑", 3), "LPIPS": ("↓", 3), "DISTS":
 CROPS, FULL = "actor-centric crops", "full frame"
 NAIVE, TRUTH = "naive insertion", "ground truth"
 CLIP = 16  # frames in a clip of vFID
+PAGE, PICTURES = 6, 16  # videos in scores.html, and frames of each at most
 
 
 # ---- what is compared ------------------------------------------------------------------------------------------------
@@ -149,15 +151,19 @@ def exact(path: Path, T: int, H: int, W: int) -> Callable[[Tensor, int], tuple[T
 
 
 @torch.no_grad()
-def score(paths: dict[str, Path], views: list[dict], flow, distances: dict, network, device) -> tuple[dict, dict]:
+def score(paths: dict[str, Path], views: list[dict], flow, distances: dict, network, device,
+          shown: dict[str, report.Comparison]) -> tuple[dict, dict]:
     """One video: {(region, method): {metric: [of each frame]}} and {(region, method): [feature of each clip]}.
 
-    views: {region: (rows, columns)} of each frame; flow: dis, or one that is exact, or None.
+    views: {region: (rows, columns)} of each frame; flow: dis, or one that is exact, or None; shown: {method: what
+    takes in its frames next to the truth's}.
     """
     values, clips, features = defaultdict(lambda: defaultdict(list)), defaultdict(list), defaultdict(list)
     before = {}
     for t, now in enumerate(zip(*(frames(path, method) for method, path in paths.items()), strict=True)):
         now = {method: x.to(device) for method, x in zip(paths, now)}
+        for method, comparison in shown.items():
+            comparison.add(now[TRUTH][0, :, 0], now[method][0, :, 0])
         for region, (rows, columns) in views[t].items():
             for method, x in now.items():
                 x, y = x[..., rows, columns], now[TRUTH][..., rows, columns]
@@ -216,8 +222,9 @@ def markdown(means: dict[str, dict[str, dict[str, float]]]) -> str:
     return text
 
 
-def write(folder: Path, means: dict, scores: dict, remarks: dict[str, str], text: str) -> None:
-    """scores.json, scores.csv (one line for each region, method and video, and their mean) and scores.md."""
+def write(folder: Path, means: dict, scores: dict, remarks: dict[str, str], text: str,
+          pages: dict[str, report.Comparison]) -> None:
+    """scores.json, scores.csv (one line for each region, method and video, and their mean), scores.md, scores.html."""
     plain = json.loads(json.dumps({"remarks": remarks, "mean": means, "videos": scores}),
                        parse_constant=lambda number: None if number == "NaN" else "inf")  # JSON knows neither
     lines = [["region", "method", "video", *COLUMNS]]
@@ -232,6 +239,7 @@ def write(folder: Path, means: dict, scores: dict, remarks: dict[str, str], text
     for suffix, content in (("json", json.dumps(plain, indent=2) + "\n"), ("csv", table.getvalue()), ("md", text)):
         with weights.whole_file(folder / f"scores.{suffix}") as file:
             file.write_text(content)
+    report.write(folder / "scores.html", "scores", pages, text)
 
 
 def add_vfid(means: dict, features: dict[tuple[str, str], list[Tensor]]) -> dict[str, str]:
@@ -263,13 +271,17 @@ def main(args) -> None:
         crops[name] = metrics.actor_crops(results.read_boxes(args.boxes, name, T), H, W) if args.boxes else [None] * T
         flows[name] = exact(args.flow / f"{name}.safetensors", T, H, W) if args.flow and T > 1 else dis
 
+    pages = {}  # {heading: Comparison} of scores.html
     scores, features = {CROPS: defaultdict(dict), FULL: defaultdict(dict)}, defaultdict(list)
     equal = Counter()  # frames of a region and method that are the truth's own
     for name in desk.bar(shapes, desc="scoring", unit="video"):
         views = [({CROPS: crop} if crop else {}) | {FULL: (slice(None), slice(None))} for crop in crops[name]]
         flow = None if "E*warp" in absent else flows[name]
         paths = {method: found[name] for method, found in methods.items()}
-        values, clips = score(paths, views, flow, distances, network, args.device)
+        page = {method: report.Comparison(TRUTH, method, PICTURES) for method in paths if method != TRUTH}
+        page = page if args.out and len(pages) < PAGE * len(page) else {}
+        pages |= {f"{name}: {method}": comparison for method, comparison in page.items()}
+        values, clips = score(paths, views, flow, distances, network, args.device, page)
         for (region, method), row in values.items():
             scores[region][method][name] = {metric: mean(v) for metric, v in row.items()}
             equal[region, method] += row["PSNR"].count(math.inf)
@@ -290,7 +302,7 @@ def main(args) -> None:
                 for (region, method), n in equal.items() if n}
     text = markdown(means) + "".join(f"* {what}: {remark}\n" for what, remark in remarks.items())
     if args.out:
-        write(args.out, means, scores, remarks, text)
+        write(args.out, means, scores, remarks, text, pages)
     if not desk.say(text, end="") and not args.out:
         raise OSError("stdout takes no more (--out DIR writes the scores to files)")
 
@@ -313,7 +325,7 @@ def cli(argv: list[str] | None = None) -> int:
     parser.add_argument("--perceptual", type=Path, metavar="DIR", help="backbones of metrics (docs/training.md)")
     parser.add_argument("--lpips", choices=["alex", "vgg", "squeeze"], default="alex", help="(default alex)")
     parser.add_argument("--vfid", type=Path, metavar="FILE", help="feature network of vFID, TorchScript")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write scores.json, scores.csv and scores.md there")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write scores.json, .csv, .md and .html there")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="default: cuda if there is one, else cpu")
     return desk.serve("evaluate.py", lambda: main(parser.parse_args(argv)))

@@ -3,6 +3,7 @@
     python infer.py in.mp4 out.mp4
     python infer.py frames/ out.mp4 --set fps=10
     python infer.py in.mp4 out.mp4 --model my_r3d2 --set batch=4 --set keep=boxes.json
+    python infer.py in.mp4 out.mp4 --report           # and out.html: input and result under a slider, tone, flicker
     python infer.py clips/ out/                       # a folder of videos; torchrun's processes share them
 
 Reads whatever PyAV decodes, a folder of images, or a pair's NAME.safetensors; writes an mp4, NAME.safetensors, or a
@@ -40,7 +41,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from mirage_min.data import desk, place
+from mirage_min.data import desk, place, report
 from mirage_min.data.keep import keep, read_boxes
 from mirage_min.data.pictures import videos_in
 from mirage_min.data.video import Video, is_mp4, writing
@@ -107,6 +108,10 @@ def harmonise_all(videos: list[Path], load: Callable, args: argparse.Namespace, 
 def harmonise(source: Path, target: Path, load: Callable, args: argparse.Namespace, settings: Settings,
               label: str | None = None) -> None:
     """One video from file to file; load() returns the system, label is put before the progress bar."""
+    page = target.with_name(f"{target.stem if is_mp4(target) or place.is_clip(target) else target.name}.html")
+    if args.report and page.exists() and not args.overwrite:
+        raise ValueError(f"{page}: exists (--overwrite replaces it)")
+    comparison = report.Comparison("input", "result")
     with Video(source, settings.fps, args.skip_broken) as video:
         output = video.format
         if min(output.width, output.height) < 16:
@@ -129,11 +134,14 @@ def harmonise(source: Path, target: Path, load: Callable, args: argparse.Namespa
         with (writing(target, output, settings.crf, settings.preset, source, args.overwrite) as out,
               ThreadPoolExecutor(1) as writer):
             originals = deque()  # frames that the model was given and has not yet given back
-            results = stream(remember(video, originals) if args.compare else video)
+            results = stream(remember(video, originals) if args.compare or args.report else video)
             writes = deque()     # they continue while the model works
             for x_dr in desk.bar(results, total=video.count, unit="frame", desc=label):
+                original = originals.popleft() if originals else None
+                if args.report:
+                    comparison.add(original, x_dr)
                 if args.compare:
-                    x_dr = torch.cat([originals.popleft(), x_dr], dim=2)             # [3, H, 2 W]
+                    x_dr = torch.cat([original, x_dr], dim=2)                        # [3, H, 2 W]
                 writes.append(writer.submit(out.write, x_dr, *video.times.popleft()))
                 if len(writes) > 4:
                     writes.popleft().result()
@@ -142,6 +150,8 @@ def harmonise(source: Path, target: Path, load: Callable, args: argparse.Namespa
                 write.result()
             if not args.videos:
                 desk.ignore_signals()  # the output is about to appear: a signal now would be reported to leave none
+    if args.report:
+        report.write(page, f"{source.name}, harmonised", {"": comparison})
     if video.broken:
         desk.say_error(f"note: {len(video.broken)} frames did not decode and repeat the one before: "
                        f"{', '.join(map(str, video.broken[:8]))}{', ...' * (len(video.broken) > 8)}")
@@ -202,6 +212,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--window", type=int, metavar="N",
                         help="latents that its transformer sees at once (default: its own)")
     parser.add_argument("--compare", action="store_true", help="write input and result side by side")
+    parser.add_argument("--report", action="store_true", help="write NAME.html next to the output: what has changed")
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     parser.add_argument("--skip-broken", action="store_true",
                         help="where a frame does not decode, repeat the one before instead of giving up")

@@ -168,6 +168,15 @@ def test_json_csv_and_markdown_say_the_same(work, scores):
     assert f"{scores['mean'][evaluate.FULL]['worse']['PSNR']:.2f}" in text and "E*warp: ×10³" in text
 
 
+def test_the_page_shows_each_method_next_to_the_truth(work, scores):
+    page = (work / "out" / "scores.html").read_text()
+    for name in NAMES:
+        for method in ("naive insertion", "good", "worse"):
+            assert f"<h2>{name}: {method}</h2>" in page
+    assert page.count("<section") == 3 * len(NAMES) and "ground truth: " not in page
+    assert (work / "out" / "scores.md").read_text().splitlines()[0] in page
+
+
 def test_the_best_of_several_methods_is_bold_and_the_truth_never():
     def row(**values) -> dict:
         return dict.fromkeys(evaluate.COLUMNS, math.nan) | values

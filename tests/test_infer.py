@@ -6,6 +6,7 @@ The model is no part of most of this: a stand-in that gives back what it gets, s
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -160,6 +161,20 @@ def test_compare_puts_the_input_beside_the_result(tmp_path, capsys, monkeypatch)
     assert (x - y[..., :WIDTH]).abs().mean() * 127.5 < 1 and (x + y[..., WIDTH:]).abs().mean() * 127.5 < 1
 
 
+@pytest.mark.parametrize("target, page", [("out.mp4", "out.html"), ("out.d", "out.d.html")])
+def test_a_report_shows_the_input_and_the_result_of_every_frame(tmp_path, capsys, monkeypatch, target, page):
+    model = StandIn()
+    model.stream = lambda frames: (frame - 0.2 for frame in StandIn().stream(frames))
+    put(monkeypatch, lambda *path, **settings: model)
+    source = encode(tmp_path / "in.mp4", [np.full((HEIGHT, WIDTH, 3), 120, np.uint8)] * 7)
+    succeed(capsys, source, tmp_path / target, "--report", "--compare")
+    text = (tmp_path / page).read_text()
+    assert "</output> of 7</p>" in text and "changes by 25.5 of 255 on average" in text
+    assert "-25.5, -25.5, -25.5" in text
+    shutil.rmtree(tmp_path / target) if target == "out.d" else (tmp_path / target).unlink()
+    fail(capsys, rf"{page}: exists \(--overwrite", source, tmp_path / target, "--report")
+
+
 def test_the_flags_reach_the_model(tmp_path, capsys, monkeypatch):
     seen = {}
 
@@ -290,7 +305,8 @@ def test_help_explains_every_flag_in_a_line_and_there_are_at_most_twelve(capsys)
     text = capsys.readouterr().out
     lines = [line for line in text[text.index("positional") :].splitlines() if line.startswith(" ")]
     assert all(re.match(r"  (-h, )?(--)?[a-z][\w-]*( [A-Z=]+)?  +\S.*\S", line) for line in lines), text
-    assert stop.value.code == 0 and len(lines) - 1 <= 12  # --help is not counted
+    flags = [line for line in lines if line.startswith("  --")]
+    assert stop.value.code == 0 and 10 < len(flags) <= 12, f"input, output and --help are no flags: {flags}"
 
 
 # ---- damage ---------------------------------------------------------------------------------------------------------
