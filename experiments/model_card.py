@@ -1,8 +1,9 @@
-"""The shipped model's figures: held-out toy clips, and a real video in which nothing was inserted.
+"""A shipped model's figures: held-out toy clips, and a real video in which nothing was inserted.
 
     python -m experiments.model_card --perceptual DIR [--real REAL]      # a quarter of an hour on one core
+    python -m experiments.model_card --perceptual DIR --model weights/r3d2 --name r3d2_card
 
-Writes model_card.json, model_card.md and model_card.png (naive | ours | truth of the first held-out clips, not chosen).
+Writes model_card.json, .md and .png, or NAME.* (naive | ours | truth of the first held-out clips, not chosen).
 Held out: seeds from 1,000,000 on; training used seeds from 0 on. Of the real video training saw no frame after 109.
 The crop is evaluate.py's (metrics.actor_crops): it follows the actor; its shadow has a separate row.
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as nnf
 from tqdm import tqdm
 
@@ -24,7 +25,7 @@ from mirage_min.data.video import read_clip
 from mirage_min.method import metrics, optical_flow
 from mirage_min.method.perceptual import Lpips
 from mirage_min.networks.imagenet import Features
-from mirage_min.systems.mirage import Mirage
+from mirage_min.systems.load import system_in
 
 FIRST_SEED, SHOWN = 1_000_000, 8  # of the held-out clips; how many of them the picture has
 ROWS = {"crop_psnr": "PSNR in the crop", "actor_psnr": "PSNR on the actor", "shadow_psnr": "PSNR in its shadow",
@@ -32,9 +33,9 @@ ROWS = {"crop_psnr": "PSNR in the crop", "actor_psnr": "PSNR on the actor", "sha
         "warp_background": "warp error outside actor and shadow, x 10³", "warp": "warp error, full frame, x 10³"}
 
 
-def harmonised(mirage: Mirage, x: Tensor) -> Tensor:
+def harmonised(system: nn.Module, x: Tensor) -> Tensor:
     """x [3, T, H, W] in [-1, 1] as a stream through the model -> like x."""
-    return torch.stack(list(mirage.stream(iter(x.unbind(1)))), dim=1)
+    return torch.stack(list(system.stream(iter(x.unbind(1)))), dim=1)
 
 
 # ---- toy clips -------------------------------------------------------------------------------------------------------
@@ -86,10 +87,10 @@ def real_clip(path: Path, size: tuple[int, int], first: int, last: int) -> Tenso
     return nnf.interpolate(x.transpose(0, 1), size=size, mode="bilinear", antialias=True).transpose(0, 1).clamp(-1, 1)
 
 
-def real_figures(mirage: Mirage, x: Tensor) -> dict[str, float]:
+def real_figures(system: nn.Module, x: Tensor) -> dict[str, float]:
     """PSNR to the input x [3, T, H, W], the shift of each channel's mean and the change from frame to frame, of 255."""
     start = time.time()
-    y = harmonised(mirage, x)
+    y = harmonised(system, x)
     seconds = time.time() - start
     red, green, blue = ((y - x).mean(dim=(1, 2, 3)) * 127.5).tolist()
     return {"psnr": metrics.psnr(y[None], x[None]).item(), "shift_r": red, "shift_g": green, "shift_b": blue,
@@ -97,14 +98,14 @@ def real_figures(mirage: Mirage, x: Tensor) -> dict[str, float]:
             "difference_out": (y.diff(dim=1).abs().mean() * 127.5).item(), "frames_per_second": x.shape[1] / seconds}
 
 
-def blank_figures(mirage: Mirage, x: Tensor) -> dict[str, float]:
+def blank_figures(system: nn.Module, x: Tensor) -> dict[str, float]:
     """The mean change, of 255, of x [3, T, H, W] in the dark, of black bars around it, and of frames of one colour."""
     edge = x.shape[2] // 6
     barred = torch.full_like(x, -1)
     barred[:, :, edge:-edge] = x[:, :, edge:-edge]
     inputs = {"dark": (x + 1) * 0.1 - 1, "bars": barred, "black": torch.full_like(x, -1), "grey": torch.zeros_like(x),
               "white": torch.ones_like(x)}
-    changes = {name: (harmonised(mirage, v) - v).abs() * 127.5 for name, v in inputs.items()}
+    changes = {name: (harmonised(system, v) - v).abs() * 127.5 for name, v in inputs.items()}
     changes["bars"] = changes["bars"][:, :, :edge]  # of the upper bar alone
     return {name: change.mean().item() for name, change in changes.items()}
 
@@ -119,9 +120,10 @@ def report(card: dict) -> str:
 
     rows = [[title, *cells(key)] for key, title in ROWS.items()]
     rows.append(["PSNR to the input outside actor and shadow", "", f"{card['background_psnr_ours']:.2f}", ""])
-    parts = ["# The shipped model, measured",
-             f"Made by `python -m experiments.model_card`. Means over {card['clips']} held-out toy clips of "
-             f"{card['frames']} frames; the crop is the actor's (metrics.actor_crops); LPIPS is AlexNet's.",
+    parts = ["# A small model, measured",
+             f"Made by `python -m experiments.model_card` of `{card['model']}`. Means over {card['clips']} "
+             f"held-out toy clips of {card['frames']} frames; the crop is the actor's (metrics.actor_crops); LPIPS is "
+             "AlexNet's.",
              common.table(["", "naive insertion", "ours", "truth"], rows)]
     if "real" in card:
         real, blank = card["real"], card["blank"]
@@ -141,32 +143,34 @@ def draw_sheet(strips: list[Tensor]) -> Figure:
 
 
 def main(args: argparse.Namespace) -> None:
-    mirage = Mirage.from_pretrained(args.model, dtype=torch.float32)
+    system = system_in(args.model).from_pretrained(args.model, dtype=torch.float32)
     lpips = None if args.perceptual is None else Lpips(Features("alex", args.perceptual))
     rows, strips, middle = [], [], args.frames // 2
     for seed in tqdm(range(FIRST_SEED, FIRST_SEED + args.clips), unit="clip", disable=None):
         clip = make_clip(seed, WorldConfig(frames=args.frames))
-        x_dr = harmonised(mirage, clip.x_ni)
+        x_dr = harmonised(system, clip.x_ni)
         rows.append(toy_figures(clip, x_dr, lpips))
         if len(strips) < SHOWN:
             strips.append(torch.cat([x[:, middle] for x in (clip.x_ni, x_dr, clip.x_gt)], dim=2))
     card = mean_figures(rows)
-    card |= {"clips": args.clips, "frames": args.frames,
+    card |= {"model": str(args.model), "clips": args.clips, "frames": args.frames,
              "crop_gain": card["crop_psnr_ours"] - card["crop_psnr_naive"],
              "warp_ours_over_truth": card["warp_ours"] / card["warp_truth"]}
     if args.real:
         x = real_clip(args.real, (272, 480), 150, 220)
-        card["real"] = real_figures(mirage, x)
-        card["blank"] = blank_figures(mirage, x[:, :9])
-    common.save_json(args.out / "model_card.json", card)
-    common.save_text(args.out / "model_card.md", report(card))
-    common.save_figure(args.out / "model_card.png", draw_sheet(strips), dpi=100)
+        card["real"] = real_figures(system, x)
+        card["blank"] = blank_figures(system, x[:, :9])
+    common.save_json(args.out / f"{args.name}.json", card)
+    common.save_text(args.out / f"{args.name}.md", report(card))
+    common.save_figure(args.out / f"{args.name}.png", draw_sheet(strips), dpi=100)
     print(report(card))
 
 
 def flags() -> argparse.ArgumentParser:
     parser = common.flags(__doc__)
-    parser.add_argument("--model", type=Path, default=Path("weights"), help="folder of a Mirage (default weights)")
+    parser.add_argument("--model", type=Path, default=Path("weights"),
+                        help="folder of a Mirage, an R3D2 or a harmonizer (default weights)")
+    parser.add_argument("--name", default="model_card", help="of the files that are written (default model_card)")
     parser.add_argument("--clips", type=int, default=64, help="held-out toy clips (default 64)")
     parser.add_argument("--frames", type=int, default=9, help="frames of each (default 9)")
     parser.add_argument("--perceptual", type=Path, help="folder with alexnet_features.safetensors, for LPIPS")

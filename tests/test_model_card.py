@@ -110,18 +110,25 @@ def test_blank_frames_are_dark_barred_and_of_one_colour():
 
 
 def test_the_card_is_written_as_text_numbers_and_a_picture(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(model_card.Mirage, "from_pretrained", lambda *path, **settings: Brightening())
+    class System:
+        @staticmethod
+        def from_pretrained(path, dtype):
+            return Brightening()
+
+    monkeypatch.setattr(model_card, "system_in", {tmp_path / "model": System}.get)
     real = torch.rand(3, 9, 12, 12) * 2 - 1
     monkeypatch.setattr(model_card, "real_clip", lambda *args: real)
-    args = ["--clips", "2", "--frames", "2", "--real", "x", "--out", str(tmp_path)]
+    args = ["--clips", "2", "--frames", "2", "--real", "x", "--out", str(tmp_path), "--model", str(tmp_path / "model"),
+            "--name", "a_card"]
     model_card.main(model_card.flags().parse_args(args))
-    card = json.loads((tmp_path / "model_card.json").read_text())
-    assert card["clips"] == 2 and card["crop_gain"] == card["crop_psnr_ours"] - card["crop_psnr_naive"]
-    text = (tmp_path / "model_card.md").read_text()
+    card = json.loads((tmp_path / "a_card.json").read_text())
+    assert card["clips"] == 2 and card["model"].endswith("model")
+    assert card["crop_gain"] == card["crop_psnr_ours"] - card["crop_psnr_naive"]
+    text = (tmp_path / "a_card.md").read_text()
     for key, row in (("crop_psnr", "PSNR in the crop"), ("shadow_psnr", "PSNR in its shadow")):
         assert f"| {row} | {card[f'{key}_naive']:.3f} | {card[f'{key}_ours']:.3f} |  |" in text
     assert f"| {card['warp_truth']:.3f} |" in text and "+2.55, +5.10, +7.65" in text
-    assert (tmp_path / "model_card.png").read_bytes()[1:4] == b"PNG"
+    assert (tmp_path / "a_card.png").read_bytes()[1:4] == b"PNG"
 
 
 def test_the_shipped_model_lifts_the_crop_by_5_db_on_four_held_out_clips():
