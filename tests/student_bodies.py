@@ -208,7 +208,7 @@ MISTAKES = {
     "refine": [
         ("normals[nearest] @ R.T", "normals[nearest] @ R"),
         ("flat[nearest] * w.sqrt() / (1 + (gap / (2 * gap.median() + 1e-9)).square())", "flat[nearest] * w.sqrt()"),
-        ("Q @ R,", "R @ Q.T,"),
+        ("Q @ R\n", "R @ Q.T\n"),
         ("Q @ (t - c) + c + tau", "Q @ t + tau"),                                       # turned about the origin
         ("s * (1 + sigma)", "s + sigma"),
         ("dst - x)).sum(1)", "x - dst)).sum(1)"),
