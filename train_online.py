@@ -11,7 +11,7 @@ of the frames before them, without gradients.
     python train_online.py --vae weights/vae_wan --data data/toy --perceptual DIR            # a small one, from nothing
     torchrun --nproc-per-node=8 train_online.py --recipe paper --base COSMOS --vae WAN --data pairs --perceptual DIR
 
---base is a folder of Cosmos-Predict2 as convert.py writes it, or a harmonizer's that is trained on. Pairs are those of
+--base is a folder of Cosmos-Predict2 as convert.py writes it, or a harmonizer's, to continue its training. Pairs are of
 mirage_min/data/streams.py, toy_world.py --extras, or any that pairs.py reads; the result is a folder for infer.py.
 """
 

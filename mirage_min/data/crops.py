@@ -1,7 +1,7 @@
 """Crops to train autoencoders on: of toy pairs and real clips, at mixed sizes, each clip in one photometric variation.
 
-Norms measure a crop by itself, so a network that has seen one size shifts the tones of the others; one that has seen
-the tones of one drive shifts the others' (photometric.py). What a crop is, is a function of its generator alone.
+Norms take their statistics from the crop, so a network that has seen one size shifts the tones of the others; one that
+has seen the tones of one drive shifts the others' (photometric.py). A crop depends on its generator alone.
 
     python -m mirage_min.data.crops
 """
@@ -38,7 +38,7 @@ class Crops:
                                  f"clips, got {'x'.join(map(str, size))}")
 
     def draw_size(self, draws: Generator) -> Size:
-        """One of the sizes, each as often."""
+        """One of the sizes, each equally often."""
         return self.sizes[int(torch.randint(len(self.sizes), (), generator=draws))]
 
     def count(self, size: Size, batch: int) -> int:

@@ -23,7 +23,7 @@ from .splat import Gaussians, render
 
 @dataclass
 class Insertion:
-    """The asset in the actor's place: in 3D for good, in 2D by an affine map of every frame."""
+    """The asset in the actor's place: fixed in 3D, and moved in the image by one affine map in every frame."""
 
     asset: Gaussians                            # in the actor's frame
     boxes: Tensor                               # [T, 4] of its rendering as it is in 3D, in pixels; 0: not in the frame
@@ -77,8 +77,8 @@ def align_asset(scene: SceneFolder, asset: Gaussians, turn: Tensor, actor: int, 
                 ) -> dict[str, Insertion]:
     """Align in two stages -> the Insertion at each: "none", "coarse" and "full"; boxes outside `frames` are 0.
 
-    turn [3, 3] takes the asset's axes to x forward, y left, z up, as the actor's frame has them. `bar` moves one step a
-    frame. ValueError if asset and actor cannot be aligned (align.coarse_3d, align.fine_2d).
+    turn [3, 3] takes the asset's axes to the actor's: x forward, y left, z up. `bar` moves one step a frame.
+    ValueError if asset and actor cannot be aligned (align.coarse_3d, align.fine_2d).
     """
     track = scene.tracks[actor]
     front, _, up = torch.eye(3)

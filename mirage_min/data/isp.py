@@ -1,4 +1,4 @@
-"""An object as another camera's processing would show it, in a frame of this one's (DiffusionHarmonizer Eq. 3).
+"""An object as another camera would process it, in a frame that this camera took (DiffusionHarmonizer Eq. 3).
 
     I = M ⊙ ISP(x) + (1 − M) ⊙ x
 
@@ -32,7 +32,7 @@ LEAST = 0.002                      # share of the clip that an object must cover
 
 
 def develop_object(x: Tensor, mask: Tensor, draws: Generator) -> tuple[Tensor, dict]:
-    """x [3, T, H, W] in [-1, 1] with the object in mask [1, T, H, W] developed otherwise, and what was drawn.
+    """x [3, T, H, W] in [-1, 1] with the object in mask [1, T, H, W] developed by another camera; and what was drawn.
 
     ValueError if the mask covers less than LEAST of the clip.
     """

@@ -1,4 +1,4 @@
-"""What the streams start from: a clip whose object can be shown otherwise.
+"""What the streams start from: a clip whose object can be shown in another way.
 
     shot = toy_shot(draws, WorldConfig())                # a made-up scene
     shot = StreetShot(**vars(street.shoot(...)))         # a recorded street with a rendered car

@@ -10,9 +10,9 @@
                   `one camera`, another one's frames; `stopped`, after 25 to 75 % of the steps
 
 A stream is a function (shot, draws) -> Sample: one draw for all frames, and `did` says what was drawn. A shot is a
-made-up scene, or a car rendered into a recorded street, which has no artifacts (shots.py), or a recorded vehicle, which
-has the ISP alone (vehicles.py). One that is of no use to a stream (the object is too small, say) is a ValueError; the
-command then draws another.
+made-up scene; or a car rendered into a recorded street, for all streams but artifacts (shots.py); or a recorded
+vehicle, for the ISP alone (vehicles.py). A shot that a stream cannot use, because the object is too small, say, is a
+ValueError; the command then draws another.
 
     python -m mirage_min.data.streams --out data/streams --count 400                            # made-up scenes
     python -m mirage_min.data.streams --out data/streams --count 400 --clips data/real/train    # recorded streets
