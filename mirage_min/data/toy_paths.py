@@ -1,8 +1,8 @@
 """The ways of the camera through a toy scene: a drive, out and back, a loop.
 
 A path is poses [T, 4, 4], camera to world with OpenCV's axes. Training clips are drives. The other paths come back to
-where they began, to try what remembers (a world model): in a scene that
-does not move, the last frame shows what the first one showed.
+where they began, to try what remembers (a world model): in a scene that does not move, the last frame shows what the
+first one showed.
 
     python -m mirage_min.data.toy_paths
 """
