@@ -25,7 +25,7 @@ TOLERANCE = 1e-9  # relative to the largest gradient of a tensor; float64's own 
 @contextlib.contextmanager
 def float64():
     """Run the scripts in float64, from adapters that are not zero, so that every gradient is there at once."""
-    def plan(models, *_) -> str:
+    def plan(models, *_, **settings) -> str:
         models.double()
         draws = torch.Generator().manual_seed(7)
         for p in models.parameters():
@@ -84,7 +84,7 @@ def runs(tmp_path_factory):
                  up_block_types=("CrossAttnUpBlock2D",) * 3, down_block_types=("CrossAttnDownBlock2D",) * 3)
     small.r3d2(**three).save_pretrained(work / "wan" / "r3d2")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "plan", lambda *args: "")
+        patch.setattr(memory, "plan", lambda *args, **settings: "")
         patch.setattr(watch.Log, "report", lambda *args: None)
         stage_a(work / "wan", work / "trained", steps=1)
     text = torch.randn(1, 512, 8, generator=torch.Generator().manual_seed(3))  # of equal tokens, keys have no gradient

@@ -66,7 +66,7 @@ def vae2d(work: Path) -> Path | None:
 plan = memory.plan
 
 
-def without_plan(*args) -> str:
+def without_plan(*args, **settings) -> str:
     """In place of memory.plan, which takes longer than these small steps."""
     return ""
 

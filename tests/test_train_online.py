@@ -54,7 +54,7 @@ plan = memory.plan
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(memory, "plan", lambda *args: "")
+    monkeypatch.setattr(memory, "plan", lambda *args, **settings: "")
     monkeypatch.setattr(watch.Log, "report", lambda *args: None)
 
 

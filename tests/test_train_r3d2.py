@@ -38,7 +38,7 @@ def work(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Without memory.plan and pictures, which take longer than these small steps."""
-    monkeypatch.setattr(memory, "plan", lambda *given: "")
+    monkeypatch.setattr(memory, "plan", lambda *given, **settings: "")
     monkeypatch.setattr(watch.Log, "report", lambda *given: None)
 
 
