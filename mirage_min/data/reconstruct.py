@@ -102,7 +102,7 @@ if __name__ == "__main__":
     seen = cameras[::2]
     frames, depths = clip.x_gt[:, ::2].unbind(1), clip.depth[0, ::2].unbind(0)
     g = back_project(frames, depths, seen, 600, draws)
-    for steps in (0, 40):
+    for steps in (0, 20):
         x, _ = film(fit(g, frames, seen, steps, draws), cameras)
         error = ((x - clip.x_gt).abs().mean(dim=(0, 2, 3)) * 127.5).tolist()
         print(f"{len(g)} Gaussians after {steps:2} steps: mean difference {error[0]:.1f} and {error[2]:.1f} of 255 in "

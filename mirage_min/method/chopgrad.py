@@ -252,7 +252,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     vae = CogVideoXVAE(CogVideoXVAEConfig(block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1,
                                           norm_num_groups=4))
-    z = torch.randn(1, 4, 11, 4, 6)
+    z = torch.randn(1, 4, 11, 2, 3)
     _, full = backward(vae, z, lambda x, where: x.square().sum(), d_trunc=None)
     for d in range(5):
         loss, grad_z = backward(vae, z, lambda x, where: x.square().sum(), d)

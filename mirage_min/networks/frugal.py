@@ -288,8 +288,10 @@ FRUGAL = {plain: with_frugal(plain, frugal) for plain, frugal in {
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    x = torch.rand(1, 3, 9, 128, 160) * 2 - 1
-    for vae in (vae_cogvideox.CogVideoXVAE(vae_cogvideox.CogVideoXVAEConfig(3, 3, (16,) * 4, 4, 1, norm_num_groups=8)),
+    x = torch.rand(1, 3, 9, 128, 16) * 2 - 1  # high and narrow: two bands of rows
+    cogvideox = vae_cogvideox.CogVideoXVAEConfig(block_out_channels=(32,) * 4, latent_channels=4, layers_per_block=1,
+                                                 norm_num_groups=8)
+    for vae in (vae_cogvideox.CogVideoXVAE(cogvideox),
                 vae_wan.WanVAE(vae_wan.WanVAEConfig(base_dim=16, num_res_blocks=1))):
         with torch.no_grad():
             z = vae.encode(x)

@@ -252,7 +252,7 @@ class WanVAE(nn.Module):
 if __name__ == "__main__":
     torch.manual_seed(0)
     vae = WanVAE(WanVAEConfig(base_dim=16, num_res_blocks=1))
-    x = torch.rand(1, 3, 9, 64, 96) * 2 - 1
+    x = torch.rand(1, 3, 9, 32, 48) * 2 - 1
     with torch.no_grad():
         z, _ = vae.encode_group(x)  # all nine frames as one group
         whole, _ = vae.decode_group(z)
