@@ -77,7 +77,8 @@ def check(methods: dict[str, dict[str, Path]]) -> dict[str, tuple[int, int, int]
                              f"{', '.join(f'{n} ({method if n in found else TRUTH})' for n in differing[:5])}")
     for name in desk.bar(truth, desc="checking", unit="video"):
         for method, found in methods.items():  # of which the truth is the first
-            path, (T, H, W) = found[name], (0, 0, 0)
+            path = found[name]
+            T = H = W = 0
             for T, x in enumerate(frames(path, method), 1):
                 H, W = x.shape[-2:]
             wanted = shapes.setdefault(name, (T, H, W))
@@ -212,8 +213,11 @@ def markdown(means: dict[str, dict[str, dict[str, float]]]) -> str:
             table.append([method])
             for metric, (arrow, digits) in COLUMNS.items():
                 own = rows[TRUTH][metric] if metric == "E*warp" and TRUTH in rows else math.nan
-                miss = {m: abs(r[metric] - own) if not math.isnan(own) else -r[metric] if arrow == "↑" else r[metric]
-                        for m, r in rows.items() if m != TRUTH and not math.isnan(r[metric])}
+                values = {m: r[metric] for m, r in rows.items() if m != TRUTH and not math.isnan(r[metric])}
+                if not math.isnan(own):
+                    miss = {m: abs(value - own) for m, value in values.items()}
+                else:
+                    miss = {m: -value if arrow == "↑" else value for m, value in values.items()}
                 best = len(miss) > 1 and miss.get(method) == min(miss.values())
                 number = "–" if math.isnan(row[metric]) else f"{row[metric]:.{digits}f}"
                 table[-1].append(f"**{number}**" if best else number)

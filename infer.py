@@ -160,7 +160,8 @@ def harmonise(source: Path, target: Path, load: Callable, args: argparse.Namespa
 
 def choose(System: type, args: argparse.Namespace) -> tuple[Settings, dict]:
     """All settings, and of them those for System.from_pretrained; --base, --vae2d and --window are settings too."""
-    given = [f"{name}={value}" for name in ("base", "vae2d", "window") if (value := getattr(args, name)) is not None]
+    flags = {name: getattr(args, name) for name in ("base", "vae2d", "window")}
+    given = [f"{name}={value}" for name, value in flags.items() if value is not None]
     both = make_dataclass("Both", [], bases=(System.Options, Settings))
     settings = desk.override(both(), given + args.set)
     return settings, {field.name: getattr(settings, field.name) for field in fields(System.Options)}

@@ -37,7 +37,7 @@ def draw_schedule(table: Tensor) -> Figure:
 
 
 def influence_table(vae: CogVideoXVAE, z: Tensor, probes: int) -> Tensor:
-    """[groups, groups]: the influence of latent group j on the pixels of group i, of that of its own group i."""
+    """[groups, groups]: the influence of latent group j on the pixels of group i, as a share of group i's on them."""
     N = len(vae.decode_groups(z.shape[2]))
     values = iter(influence(vae, z, probes))
     table = torch.zeros(N, N)
@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> None:
     with torch.no_grad():
         z = vae.encode(make_clip(1_000_000, WorldConfig(frames=33)).x_gt[None, :, :, 32:64, 48:96])
     table = influence_table(vae, z, probes=1)
-    print("influence of group j on group i, of its own =", [[f"{v:.3f}" for v in row] for row in table.tolist()])
+    print("influence of group j on group i, that of i = 1:", [[f"{v:.3f}" for v in row] for row in table.tolist()])
     common.save_figure(args.out / "walkthrough_schedule.png", draw_schedule(alpha_bar()))
     common.save_figure(args.out / "walkthrough_influence.png", draw_influence(table))
 

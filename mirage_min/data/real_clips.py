@@ -139,7 +139,8 @@ def random_piece(whole: Sequence[int], piece: tuple[int, int, int], finest: floa
 
     Its scale is even in its logarithm, from that of the whole frame to `finest`, at 1 the clip's own pixels.
     """
-    (T, H, W), (t, h, w) = whole, piece
+    T, H, W = whole
+    t, h, w = piece
     low = max(h / H, w / W)
     scale = low * max(finest / low, 1.0) ** float(torch.rand((), generator=draws))
     sizes = t, min(H, round(h / scale)), min(W, round(w / scale))

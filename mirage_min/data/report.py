@@ -5,9 +5,9 @@
         comparison.add(x, y)                             # frames [3, H, W] in [-1, 1]
     write("out.html", "out.mp4", {"": comparison})       # several of them make one page
 
-The page asks for nothing else, neither from the network nor from the disk: pictures are JPEGs inside it, curves are
-SVG. Memory and file do not grow with the video, but for eight numbers a frame: of a long one every second, fourth and
-so on frame is shown. The curves have all frames.
+The page needs nothing else, neither from the network nor from the disk: pictures are JPEGs inside it, curves are SVG.
+Memory and file grow with the video by eight numbers a frame only: of a long one every second frame is shown, or every
+fourth, and so on. The curves have all frames.
 
     tone      the means of red, green and blue, of 255
     flicker   how much a pixel differs from the frame before, on average, of 255. Motion counts too, so it says
@@ -89,7 +89,8 @@ def compare(left: Path, right: Path) -> Comparison:
     with Video(left) as before, Video(right) as after:
         for x, y in zip_longest(before, after):
             if x is None or y is None:
-                shorter, longer = (left, right) if x is None else (right, left)
+                shorter = left if x is None else right
+                longer = right if x is None else left
                 raise ValueError(f"{shorter}: ends after {comparison.count} frames, {longer} does not")
             comparison.add(x, y)
     return comparison

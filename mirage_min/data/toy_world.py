@@ -160,8 +160,8 @@ def write(seed: int, config: WorldConfig, folder: Path, extras: bool) -> None:
 
 
 def write_videos(seed: int, config: WorldConfig, folder: Path) -> None:
-    """One clip as ni/SEED.mp4, gt/SEED.mp4 and known/SEED.safetensors, which has what evaluate.py asks for beyond
-    them: boxes, flow and visible. The file is the last that is written; where it is there, so are the videos."""
+    """Write one clip as ni/SEED.mp4, gt/SEED.mp4 and known/SEED.safetensors, which has the rest that evaluate.py needs:
+    boxes, flow and visible. That file is written last, so where it exists the videos do too."""
     torch.set_num_threads(1)
     path = folder / "known" / f"{seed:07d}.safetensors"
     if not path.exists():
