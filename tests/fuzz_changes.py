@@ -1,10 +1,17 @@
 """What fuzz.py does to valid inputs: bytes, JSON values and tensors changed as disks, editors and programs do."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 from random import Random
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
+
+from mirage_min.networks import weights
+
+Door = Callable[[Random], object]
 
 VALUES = [None, True, False, 0, 1, -1, 2, 7, 10**6, 2**31, 2**63, 10**30, -(10**30), 0.0, 0.5, -0.5, 1e-30, 1e30, 1e300,
           float("nan"), float("inf"), -float("inf"), "", "x", "2", "../x", "/etc/passwd", "é" * 300, [], [[]], [0],
@@ -114,3 +121,32 @@ def change_tensors(tensors: dict[str, Tensor], about: dict[str, str], draws: Ran
             new[draws.randrange(new.numel())] = draws.choice((float("nan"), float("inf"), -1e30, 1e38, -1.0))
         tensors[name] = new.view(old.shape).to(old.dtype)
     return tensors, about
+
+
+def change_file(file: Path, whole: bytes, draws: Random) -> None:
+    """Change a JSON, a safetensors or any other file in one way that fits it."""
+    if file.suffix == ".json" and draws.random() < 0.8:
+        file.write_bytes(change_json(json.loads(whole), draws))
+    elif file.suffix == ".safetensors" and draws.random() < 0.8:
+        file.write_bytes(whole)
+        tensors, about = weights.load_tensors(file)
+        changed, about = change_tensors({k: v.clone() for k, v in tensors.items()}, about, draws)
+        file.write_bytes(save({k: v.contiguous() for k, v in changed.items()}, about))
+    else:
+        file.write_bytes(change_bytes(whole, draws))
+
+
+def any_file(folder: Path, read: Callable[[Path], object]) -> Door:
+    """One file of a folder changed, the folder read; then the file is as it was."""
+    files = {file: file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+    read(folder)
+
+    def door(draws: Random) -> object:
+        file = draws.choice(list(files))
+        try:
+            change_file(file, files[file], draws)
+            return read(folder)
+        finally:
+            file.unlink(missing_ok=True)
+            file.write_bytes(files[file])
+    return door

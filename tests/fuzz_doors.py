@@ -1,11 +1,8 @@
 """The doors of fuzz.py: each prepares valid inputs in a folder of its own and returns what tries a changed one."""
 
-import contextlib
 import dataclasses
 import io
-import json
 import shutil
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from random import Random
@@ -21,13 +18,15 @@ import evaluate
 import infer
 import train_base
 import train_harmonize
+import train_online
+import train_r3d2
 import train_vae
 from mirage_min.data import desk, place, results
-from mirage_min.data.pairs import Pairs
-from mirage_min.data.real_clips import RealClips
+from mirage_min.data.keep import read_boxes, weight
 from mirage_min.data.scene import read_cameras, read_tracks
 from mirage_min.data.splat import Gaussians, load_ply, save_ply
 from mirage_min.data.video import Video, to_bytes, writing
+from mirage_min.method.camera import Camera
 from mirage_min.networks import checked, weights
 from mirage_min.networks.dit_cosmos import CosmosDiT, CosmosDiTConfig
 from mirage_min.networks.vae_wan import WanVAE, WanVAEConfig
@@ -35,12 +34,12 @@ from mirage_min.systems.harmonizer import Harmonizer, Settings
 from mirage_min.systems.mirage import Mirage
 from mirage_min.systems.mirage_folder import HARMONISATION, RECONSTRUCTION, TRANSFORMER
 from mirage_min.systems.r3d2 import R3D2
-from mirage_min.training import checkpoint, run, watch
-from tests import small
-from tests.fuzz_changes import VALUES, Lost, change_bytes, change_json, change_tensors
+from mirage_min.systems.world import Geometry, World
+from mirage_min.training import run
+from tests import fuzz_training, small
+from tests.fuzz_changes import VALUES, Door, Lost, any_file, change_bytes, change_file, change_json
 from tests.media import encode, picture, pictures
 
-Door = Callable[[Random], object]
 T = 12  # frames of every video
 
 
@@ -50,21 +49,24 @@ def watched(path: Path, frames: int) -> None:
     """Read a video; Lost if frames are missing and nobody said so."""
     with Video(path) as video:
         count = sum(1 for _ in video)
-    if count < frames:
+    if count < frames and not video.notes:
         raise Lost(f"{path.suffix}: frames are missing")
 
 
 def video(folder: Path) -> Door:
-    """Eight containers, as they are read and written again with their sound."""
+    """Ten containers, as they are read and written again with their sound."""
     kinds = {"a.mp4": ("libx264", "aac"), "b.mov": ("mjpeg", "aac"), "c.mkv": ("libx264", "ac3"),
              "d.webm": ("libvpx-vp9", "libopus"), "e.avi": ("mpeg4", "mp3"), "f.ts": ("libx264", "aac"),
-             "g.mp4": ("libx265", None), "h.webm": ("libvpx", None)}
+             "g.mp4": ("libx265", None), "h.webm": ("libvpx", None), "i.mp4": ("libx264", "aac"),
+             "j.flv": ("libx264", "aac")}
+    fragments = {"movflags": "frag_every_frame+empty_moov"}
     files = []
     for name, (codec, sound) in kinds.items():
         pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         options = {"x265-params": "log-level=none:pools=1:frame-threads=1"} if codec == "libx265" else {"g": "6"}
-        files.append(encode(folder / name, pictures(T), codec, pix_fmt, sound=sound, container={"fflags": "bitexact"},
-                            options=options | {"threads": "1"}))  # the same bytes in every run
+        container = {"fflags": "bitexact"} | (fragments if name == "i.mp4" else {})  # the same bytes in every run
+        files.append(encode(folder / name, pictures(T), codec, pix_fmt, sound=sound, container=container,
+                            options=options | {"threads": "1"}))
     for file in files:
         watched(file, T)
     data = {file: file.read_bytes() for file in files}
@@ -116,35 +118,6 @@ def picture_folder(folder: Path) -> Door:
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
-
-def change_file(file: Path, whole: bytes, draws: Random) -> None:
-    """Change a JSON, a safetensors or any other file in one way that fits it."""
-    if file.suffix == ".json" and draws.random() < 0.8:
-        file.write_bytes(change_json(json.loads(whole), draws))
-    elif file.suffix == ".safetensors" and draws.random() < 0.8:
-        file.write_bytes(whole)
-        tensors, about = weights.load_tensors(file)
-        changed, about = change_tensors({k: v.clone() for k, v in tensors.items()}, about, draws)
-        file.write_bytes(save({k: v.contiguous() for k, v in changed.items()}, about))
-    else:
-        file.write_bytes(change_bytes(whole, draws))
-
-
-def any_file(folder: Path, read: Callable[[Path], object]) -> Door:
-    """One file of a folder changed, the folder read; then the file is as it was."""
-    files = {file: file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
-    read(folder)
-
-    def door(draws: Random) -> object:
-        file = draws.choice(list(files))
-        try:
-            change_file(file, files[file], draws)
-            return read(folder)
-        finally:
-            file.unlink(missing_ok=True)
-            file.write_bytes(files[file])
-    return door
-
 
 def networks(folder: Path) -> Door:
     """config.json and safetensors of every kind of network, used once where they are taken."""
@@ -200,6 +173,22 @@ def r3d2(folder: Path) -> Door:
     return any_file(folder, lambda path: use_system(R3D2.from_pretrained(path, dtype=torch.float32)))
 
 
+def world(folder: Path) -> Door:
+    """A world model's folder."""
+    small.world().save_pretrained(folder)
+    K, pose = torch.tensor([[20.0, 0, 8], [0, 20, 8], [0, 0, 1]]).double(), torch.eye(4).double()
+    cameras = [Camera.from_pose(K, pose, 16, 16)] * 3
+
+    def observe(frames, cameras):
+        return Geometry(torch.full((len(cameras), 16, 16), 4.0, dtype=torch.float64))
+
+    def read(path):
+        model, frame = World.from_pretrained(path, dtype=torch.float32), torch.zeros(3, 16, 16)
+        for _, x in model.generate(frame, observe(frame, cameras[:1]), cameras, observe, torch.Generator()):
+            to_bytes(x)
+    return any_file(folder, read)
+
+
 def pickles(folder: Path) -> Door:
     """What convert.py reads, in both of torch.save's formats."""
     state = {f"layer.{i}.weight": torch.randn(3, 4) for i in range(4)}
@@ -221,7 +210,7 @@ def pickles(folder: Path) -> Door:
     return door
 
 
-# ---- scenes, pairs, runs, scores -------------------------------------------------------------------------------------
+# ---- scenes, scores --------------------------------------------------------------------------------------------------
 
 def scene(folder: Path) -> Door:
     """transforms.json, tracks.json and build_pairs' manifest."""
@@ -272,58 +261,17 @@ def ply(folder: Path) -> Door:
     return door
 
 
-def pairs(folder: Path) -> Door:
-    """NI-GT pairs and real clips, read as training reads them."""
-    x = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
-    kinds = [({"x_ni": x, "x_gt": x + 9, "boxes": torch.tensor([[2.0, 2, 9, 9]] * 3)}, "pairs"), ({"x": x}, "real")]
-    for _, name in kinds:
-        (folder / name).mkdir()
-
-    def door(draws: Random) -> object:
-        tensors, name = draws.choice(kinds)
-        file = folder / name / "a.safetensors"
-        change_file(file, save(tensors, {"seed": "1"}), draws)
-        if name == "real":
-            return RealClips(folder / name, 2).crop((16, 16), torch.Generator().manual_seed(0))
-        found = Pairs(folder / name, 2)
-        for i in range(len(found)):
-            found.read(i, lambda n: 0)
-            found.crops(i)
-    return door
-
-
-def training(folder: Path) -> Door:
-    """A run's checkpoints and its log."""
-    def fresh():
-        trained = {name: torch.nn.Parameter(torch.ones(2, 3)) for name in ("a.w", "b.w")}
-        return trained, torch.optim.AdamW(trained.values())
-
-    trained, optimizer = fresh()
-    sum(p.square().sum() for p in trained.values()).backward()
-    optimizer.step()
-    checkpoint.save(folder, 3, trained, optimizer, {"lr": 0.1})
-    lines = b"".join(json.dumps({"step": i, "seconds": 1.5, "mse": 0.1}).encode() + b"\n" for i in range(4))
-    (folder / "log.jsonl").write_bytes(lines)
-
-    def read(path):
-        trained, optimizer = fresh()
-        with contextlib.redirect_stdout(io.StringIO()):
-            checkpoint.resume(path, trained, optimizer, {"lr": 0.1}, 5)
-        for p in trained.values():
-            p.grad = torch.ones_like(p)
-        optimizer.step()
-        watch.read_lines(path / "log.jsonl")
-    return any_file(folder, read)
-
-
 def scores(folder: Path) -> Door:
-    """What evaluate.py reads next to videos: boxes, flow, logs."""
+    """What evaluate.py reads next to videos: boxes, flow, logs; and the boxes that infer.py keeps changes inside."""
     boxes = {"a": [[1, 2, 9, 9], None, [2.5, 2, 9, 9]]}
     tensors = {"flow": torch.zeros(2, 2, 8, 8), "visible": torch.ones(1, 2, 8, 8), "boxes": torch.zeros(3, 4)}
     log = b"out/a.mp4: 3 frames, 4.50 frames/s, peak memory 0.50 GiB\n" * 3
 
     def door(draws: Random) -> object:
-        kind = draws.randrange(3)
+        kind = draws.randrange(4)
+        if kind == 3:
+            (folder / "boxes.json").write_bytes(change_json(boxes, draws))
+            return [weight(entry, 16, 16, 4.0) for entry in read_boxes(folder / "boxes.json", "a")]
         if kind == 0:
             (folder / "boxes.json").write_bytes(change_json(boxes, draws))
             return results.read_boxes(folder / "boxes.json", "a", 3)
@@ -340,7 +288,7 @@ def scores(folder: Path) -> Door:
 def settings(folder: Path) -> Door:
     """--set of every script."""
     recipes = [infer.Settings(), *train_vae.RECIPES.values(), *train_harmonize.RECIPES.values(),
-               *train_base.RECIPES.values()]
+               *train_base.RECIPES.values(), *train_r3d2.RECIPES.values(), *train_online.RECIPES.values()]
     texts = [str(value) for value in VALUES] + ["1_0", "0x10", " 1 ", "1e5", "٣", "true", "NO", "9" * 5000, "\0"]
 
     def door(draws: Random) -> None:
@@ -373,5 +321,5 @@ def paths(folder: Path) -> Door:
     return door
 
 
-DOORS = {door.__name__: door for door in (video, animation, picture_folder, networks, mirage, harmonizer, r3d2, pickles,
-                                          scene, ply, pairs, training, scores, settings, paths)}
+DOORS = {door.__name__: door for door in (video, animation, picture_folder, networks, mirage, harmonizer, r3d2, world,
+                                          pickles, scene, ply, scores, settings, paths, *fuzz_training.DOORS)}

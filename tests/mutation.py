@@ -51,7 +51,8 @@ TESTS = {  # {file or folder: its tests}, where they are not tests/test_NAME.py;
     "mirage_min/data/matroska.py": "containers", "mirage_min/data/boxes.py": "containers",
     "mirage_min/data/results.py": "evaluate", "mirage_min/method/camera.py": "splat latent_memory street",
     "mirage_min/networks/bands.py": "frugal", "mirage_min/networks/vae_cogvideox.py": "vae_cogvideox frugal",
-    "mirage_min/networks/wan_names.py": "vae_wan dit_wan", "mirage_min/networks/config.py": "weights",
+    "mirage_min/networks/wan_names.py": "vae_wan dit_wan",
+    "mirage_min/networks/wan_blocks.py": "vae_wan vae_wan22", "mirage_min/networks/config.py": "weights",
     "experiments/real_card.py": "real_card",
     "mirage_min/networks/rotary.py": "dit_wan dit_cogvideox dit_cosmos",
     "mirage_min/networks/small_base.py": "train_base", "mirage_min/training/latents.py": "train_base",
@@ -188,7 +189,11 @@ def tests_of(file: str) -> tuple[str, ...]:
 def copy_tree(folder: Path) -> Path:
     """What the tests need, in a temporary folder, with ../shared next to it where there is one."""
     tree = folder / "tree"
-    unneeded = shutil.ignore_patterns(".git", "__pycache__", ".*_cache", "runs", "data", "venv", ".venv")
+    everywhere = shutil.ignore_patterns("__pycache__", ".*_cache")
+    on_top = shutil.ignore_patterns(".git", "runs", "data", "venv", ".venv")  # not mirage_min/data
+
+    def unneeded(at: str, names: list[str]) -> set[str]:
+        return everywhere(at, names) | (on_top(at, names) if Path(at) == ROOT else set())
     shutil.copytree(ROOT, tree, ignore=unneeded)
     if (ROOT.parent / "shared").is_dir():
         (folder / "shared").symlink_to(ROOT.parent / "shared")

@@ -21,6 +21,12 @@ def test_mistakes_are_planted_in_the_package_the_scripts_and_the_experiments():
     assert {"mirage_min/method/chopgrad.py", "train_vae.py", "infer.py", "experiments/alignment.py"} <= planted
 
 
+def test_the_tree_that_they_are_planted_in_is_whole_but_for_what_runs_left(tmp_path):
+    tree = mutation.copy_tree(tmp_path)
+    assert [file for file in mutation.files() if not (tree / file).is_file()] == []
+    assert not {".git", "runs", "data"} & {path.name for path in tree.iterdir()}
+
+
 @pytest.mark.parametrize("file", ["mirage_min/method/one_step.py", "train_harmonize.py"])
 def test_a_mistake_is_one_changed_expression_of_a_file_that_still_parses(file):
     data = (mutation.ROOT / file).read_bytes()

@@ -154,3 +154,12 @@ def test_the_grid_is_drawn_over_a_frame_of_every_clip_whose_camera_is_known(clip
 def test_a_folder_of_clips_without_cameras_is_refused(tmp_path):
     done = scripts.run("-m", "mirage_min.data.street", "--clips", tmp_path, "--out", tmp_path / "o")
     assert done.returncode == 2 and "no clip of a known camera" in done.stderr
+
+
+@pytest.mark.parametrize("tensors", [{"y": torch.zeros(3, 2, 36, 64, dtype=torch.uint8)}, {"x": torch.zeros(3, 2, 36, 64)},
+                                     {"x": torch.zeros(4, 2, 36, 64, dtype=torch.uint8)}, None])
+def test_a_file_that_is_no_clip_is_refused_by_its_name(clips, tensors):
+    file = clips / "drive.safetensors"
+    file.write_bytes(b"\5\0\0\0\0\0\0\0{}xyz") if tensors is None else weights.save_tensors(file, tensors)
+    with pytest.raises(ValueError, match="drive.safetensors: (truncated or corrupt|wanted a tensor x, uint8)"):
+        street_camera.clips_of_known_streets(clips)

@@ -89,12 +89,7 @@ class RealClips:
     def __init__(self, folder: str | Path, frames: int):
         self.frames, self.files = frames, []
         for file in sorted(Path(folder).glob("*.safetensors")):
-            with one_line(file), safe_open(file, framework="pt") as tensors:
-                kinds = {key: (tensors.get_slice(key).get_dtype(), tensors.get_slice(key).get_shape())
-                         for key in tensors.keys()}
-            kind, shape = kinds.get("x", (None, []))
-            if kind != "U8" or len(shape) != 4 or shape[0] != 3:
-                raise ValueError(f"{file}: wanted a tensor x, uint8 [3, T, H, W], got {list(kinds.items())[:5]}")
+            shape = shape_of(file)
             if shape[1] >= frames:
                 self.files.append((file, shape))
         if not self.files:
@@ -122,6 +117,17 @@ class RealClips:
         if int(torch.randint(2, (), generator=draws)):
             piece = piece.flip(-1)
         return piece, file.stem
+
+
+def shape_of(file: Path) -> list[int]:
+    """3, T, H, W of a clip's x; ValueError of one line if the file holds none."""
+    with one_line(file), safe_open(file, framework="pt") as tensors:
+        kinds = {key: (tensors.get_slice(key).get_dtype(), tensors.get_slice(key).get_shape())
+                 for key in tensors.keys()}
+    kind, shape = kinds.get("x", (None, []))
+    if kind != "U8" or len(shape) != 4 or shape[0] != 3 or min(shape) < 1:
+        raise ValueError(f"{file}: wanted a tensor x, uint8 [3, T, H, W], got {list(kinds.items())[:5]}")
+    return shape
 
 
 # ---- pieces of a recording -------------------------------------------------------------------------------------------

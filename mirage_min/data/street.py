@@ -31,7 +31,7 @@ from ..networks.weights import save_tensors
 from . import desk
 from .align import mask_box
 from .photometric import uniform
-from .real_clips import shrink, window_about
+from .real_clips import shape_of, shrink, window_about
 from .street_camera import Street, clips_of_known_streets, intrinsics
 from .toy_light import Light, contact, shade
 from .toy_render import Scene, blocked, cast, project, to_pixels
@@ -233,11 +233,7 @@ def write_pair(path: Path, seed: int, clip: Path, street: Street, size: tuple[in
 
 def lengths_of(clips: Iterable[Path]) -> Tensor:
     """How many frames clips in NAME.safetensors have [n]."""
-    lengths = []
-    for clip in clips:
-        with safe_open(clip, framework="pt") as file:
-            lengths.append(file.get_slice("x").get_shape()[1])
-    return torch.tensor(lengths, dtype=torch.float32)
+    return torch.tensor([shape_of(clip)[1] for clip in clips], dtype=torch.float32)
 
 
 def main(args: argparse.Namespace) -> None:

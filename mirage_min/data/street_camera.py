@@ -43,7 +43,7 @@ from ..networks import checked
 from ..networks.checked import Within
 from ..networks.weights import read_json
 from . import desk
-from .real_clips import resize
+from .real_clips import resize, shape_of
 from .video import from_bytes, to_uint8
 
 
@@ -109,12 +109,14 @@ def street_of(clip: Path) -> Street | None:
 
 
 def clips_of_known_streets(folder: Path) -> dict[Path, Street]:
-    """The clips of a folder, in order, whose cameras are known. ValueError if there are none."""
+    """The clips of a folder, in order, whose cameras are known. ValueError if there are none, or one is no clip."""
     found = {clip: street_of(clip) for clip in sorted(folder.glob("*.safetensors"))}
     found = {clip: street for clip, street in found.items() if street is not None}
     if not found:
         raise ValueError(f"{folder}: no clip of a known camera (NAME.safetensors with NAME.street.json: "
                          "mirage_min/data/street_camera.py)")
+    for clip in found:
+        shape_of(clip)
     return found
 
 
