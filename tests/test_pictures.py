@@ -163,6 +163,17 @@ def test_an_animation_that_was_cut_off_is_refused_or_filled_up(tmp_path, kind):
         assert len(frames) == 7 and video.broken == [6] and (frames[6] == frames[5]).all()
 
 
+@pytest.mark.parametrize("skip_broken", [False, True])
+def test_a_picture_that_may_not_be_read_is_said_to_be_that_and_not_skipped(tmp_path, monkeypatch, skip_broken):
+    Image.fromarray(picture(0)).save(tmp_path / "0.png")
+
+    def refuse(*args, **settings):
+        raise PermissionError(13, "Permission denied", str(args[0]))
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(ValueError, match="0.png: Permission denied$"):
+        read(tmp_path, skip_broken=skip_broken)
+
+
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "TIFF", "BMP"])
 def test_a_header_that_claims_a_picture_too_large_for_memory_is_refused(tmp_path, kind):
     file, side = io.BytesIO(), 100_000

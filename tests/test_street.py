@@ -156,7 +156,8 @@ def test_a_folder_of_clips_without_cameras_is_refused(tmp_path):
     assert done.returncode == 2 and "no clip of a known camera" in done.stderr
 
 
-@pytest.mark.parametrize("tensors", [{"y": torch.zeros(3, 2, 36, 64, dtype=torch.uint8)}, {"x": torch.zeros(3, 2, 36, 64)},
+@pytest.mark.parametrize("tensors", [{"y": torch.zeros(3, 2, 36, 64, dtype=torch.uint8)},
+                                     {"x": torch.zeros(3, 2, 36, 64)},
                                      {"x": torch.zeros(4, 2, 36, 64, dtype=torch.uint8)}, None])
 def test_a_file_that_is_no_clip_is_refused_by_its_name(clips, tensors):
     file = clips / "drive.safetensors"

@@ -158,10 +158,15 @@ def natural_order(name: str) -> list:
 
 
 def read_picture(path: Path) -> np.ndarray | None:
-    """A picture file, or the first picture in it -> uint8 [H, W, 3]; None if it does not decode whole."""
+    """A picture file, or the first picture in it -> uint8 [H, W, 3]; None if it does not decode whole.
+
+    ValueError if it may not be read.
+    """
     try:
         with Image.open(path, formats=FORMATS) as image:
             return pixels_of(image)
+    except PermissionError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
     except Exception:
         return read_by_libav(path)
 
