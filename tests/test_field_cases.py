@@ -283,7 +283,7 @@ PIXELS = [  # file, codec, pixel format, largest difference of 255
     ("RGB.mkv", "libx264rgb", "rgb24", 3), ("grey.mkv", "ffv1", "gray", None),
     ("grey 10.mkv", "ffv1", "gray10le", None),
     ("ProRes.mov", "prores_ks", "yuv422p10le", 4), ("ProRes 4444.mov", "prores_ks", "yuva444p10le", 4),
-    ("VP9 10 bits.webm", "libvpx-vp9", "yuv420p10le", 8), 
+    ("VP9 10 bits.webm", "libvpx-vp9", "yuv420p10le", 8),
     ("FLV.flv", "flv1", "yuv420p", 12), ("WMV.wmv", "wmv2", "yuv420p", 12), ("MPEG-2.mpg", "mpeg2video", "yuv420p", 9),
     ("MJPEG.avi", "mjpeg", "yuvj422p", 8), ("huffyuv.avi", "huffyuv", "rgb24", 0),
     ("utvideo.avi", "utvideo", "gbrp", 0),
