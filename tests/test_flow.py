@@ -51,6 +51,14 @@ def test_the_loss_is_the_squared_error_of_the_flow_outside_the_clean_latents(cle
     assert float(loss) == pytest.approx(total / count, rel=1e-5)
 
 
+def test_with_a_generator_for_each_a_sample_has_the_same_noise_whatever_it_is_with():
+    z, together, alone = latents(), Shown(latents(1)), Shown(latents(1)[1:])
+    flow_loss(together, z, [Generator().manual_seed(k) for k in (3, 4)])
+    flow_loss(alone, z[1:], [Generator().manual_seed(4)])
+    (mix, t), (one, its_t) = together.asked[0], alone.asked[0]
+    assert torch.equal(mix[1:], one) and torch.equal(t[1:], its_t) and not torch.equal(t[0], t[1])
+
+
 def test_noise_levels_differ_between_latents_and_samples_and_lean_to_one():
     z, network = torch.zeros(400, 1, 9, 1, 1), Shown(torch.zeros(()))
     flow_loss(network, z, Generator().manual_seed(0))

@@ -111,7 +111,11 @@ def cars_of(seed: int, config: WorldConfig) -> list[str]:
 def render(scene: Scene, config: WorldConfig = WorldConfig(), extras: bool = True, relit: bool = True,
            shadowed: bool = False) -> Clip:
     """The pair of a scene; relit and shadowed: what x_ni is, as in toy_render.frame."""
-    frames = [frame(scene, config, t, relit, shadowed) for t in range(config.frames)]
+    frames = []
+    for t in range(config.frames):
+        # in a scene at rest, a view that comes back is the same frame
+        before = [s for s in range(t) if config.static and torch.equal(scene.c2w[s], scene.c2w[t])]
+        frames.append(frames[before[0]] if before else frame(scene, config, t, relit, shadowed))
     naive, truth, actor, shadow = (torch.stack(parts, dim=1) for parts in zip(*frames))
     grain = torch.randn(truth.shape, generator=torch.Generator().manual_seed(scene.seed + 1)) * config.grain / 255
     # linear light to sRGB's curve, roughly: x^(1/2.2)

@@ -32,26 +32,37 @@ def shifted(u: Tensor, shift: float) -> Tensor:
     return shift * u / (1 + (shift - 1) * u)
 
 
-def flow_loss(predict: Predict, z: Tensor, draws: Generator, shift: float = 5.0, clean: int = 1) -> Tensor:
+def flow_loss(predict: Predict, z: Tensor, draws: Generator | list[Generator], shift: float = 5.0, clean: int = 1
+              ) -> Tensor:
     """The mean squared error of the flow at random noise levels, one for each latent; a number.
 
     z      [B, C, F, h, w], latents of the data
-    draws  a generator on z's device
+    draws  a generator, or one for each sample: then a sample's noise does not depend on those that it is with
     clean  how many of the first latents are given as they are, at t = 0, and left out of the loss
     ValueError unless 0 <= clean < F.
     """
-    B, _, F = z.shape[:3]
+    F = z.shape[2]
     if not 0 <= clean < F:
         raise ValueError(f"clean must be from 0 to {F - 1}, so that a latent is left to judge, got {clean}")
-    sigma = shifted(torch.rand(B, F, generator=draws, device=z.device), shift)
+    if isinstance(draws, Generator):
+        u, eps = noise_like(z, draws)
+    else:
+        u, eps = map(torch.cat, zip(*map(noise_like, z.split(1), draws)))
+    sigma = shifted(u, shift)
     sigma[:, :clean] = 0
-    eps = torch.randn(z.shape, generator=draws, device=z.device, dtype=z.dtype)
     # z_σ = (1 − σ) z + σ ε,   t = 1000 σ
     each = each_latent(sigma)
     v = predict(((1 - each) * z + each * eps).to(z.dtype), 1000 * sigma)
     # L = mean (v − (ε − z))², over the latents that are not given
     error = (v - (eps - z))[:, :, clean:]
     return error.to(each.dtype).square().mean()
+
+
+def noise_like(z: Tensor, draws: Generator) -> tuple[Tensor, Tensor]:
+    """For z [B, C, F, h, w] even noise levels u [B, F] in 0 .. 1 and noise ε like z, from a generator on any device."""
+    u = torch.rand(z.shape[0], z.shape[2], generator=draws, device=draws.device)
+    eps = torch.randn(z.shape, generator=draws, device=draws.device, dtype=z.dtype)
+    return u.to(z.device), eps.to(z.device)
 
 
 def sample(predict: Predict, noise: Tensor, steps: int, shift: float = 5.0, given: Tensor | None = None) -> Tensor:

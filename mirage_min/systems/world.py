@@ -127,7 +127,9 @@ class World(nn.Module):
             raise ValueError(f"all cameras must be of {H} x {W} pixels, as the first")
         cameras = state.cameras + cameras
         given = self.vae.encode(state.past)                            # [1, C, k, h, w]
-        control = self.look(state.memory, cameras, given)
+        # Where cameras end, the last one stays.
+        views = [cameras[min(pixel_frame(f), len(cameras) - 1)] for f in range(self.settings.latents)]
+        control = self.look(state.memory, views, given)
         z = self.denoise(given, control, draws)
         decoded = self.vae.decode(z)[:, :, known : known + n, : state.past.shape[3], : state.past.shape[4]]
         # What is known stays as it is: it has been decoded once.
@@ -138,9 +140,9 @@ class World(nn.Module):
         memory = state.memory
         if new:
             at = [pixel_frame(f) for f in new]
-            views = [cameras[i] for i in at]
+            seen_by = [cameras[i] for i in at]
             again = self.vae.encode(x)[0]                              # [C, F, h, w]
-            memory = self.remember(memory, again[:, new], observe(frames[0, :, at], views), views)
+            memory = self.remember(memory, again[:, new], observe(frames[0, :, at], seen_by), seen_by)
         keep, seen = self.kept(x.shape[2]), float(control[:, -1, given.shape[2] :].mean())
         return State(memory, x[:, :, -keep:], cameras[-keep:], seen), frames[:, :, known:]
 
@@ -165,15 +167,11 @@ class World(nn.Module):
 
     # ---- the parts of a step -----------------------------------------------------------------------------------------
 
-    def look(self, memory: Memory, cameras: list[Camera], like: Tensor) -> Tensor:
-        """What the memory shows at each latent's camera, and the mask -> [1, C + 1, F, h, w]; where cameras end, the
-        last one stays."""
-        h, w = like.shape[3:]
-        seen = []
-        for f in range(self.settings.latents):
-            camera = cameras[min(pixel_frame(f), len(cameras) - 1)]
-            seen.append(torch.cat(latent_memory.read(memory, padded(camera), h, w)))
-        return torch.stack(seen, dim=1)[None]
+    def look(self, memory: Memory, views: list[Camera], like: Tensor) -> Tensor:
+        """What the memory shows at each latent's camera, and the mask -> [1, C + 1, F, h, w]; h and w are those of
+        `like`."""
+        h, w = like.shape[-2:]
+        return torch.stack([torch.cat(latent_memory.read(memory, padded(view), h, w)) for view in views], dim=1)[None]
 
     def denoise(self, given: Tensor, control: Tensor, draws: Generator) -> Tensor:
         """Latents [1, C, F, h, w], of which the first are the given ones [1, C, k, h, w]."""

@@ -25,7 +25,7 @@ from ..networks import checked, frugal, weights
 from ..networks.dit_wan import WanDiT
 from ..networks.vae_wan import WanVAE
 from ..networks.vae_wan22 import Wan22VAE
-from ..networks.wan_branch import WanBranch
+from ..networks.wan_branch import WanBranch, WanBranchConfig
 from .harmonizer import subfolder
 from .prompt import PROMPT, read_prompt, write_prompt
 
@@ -57,26 +57,35 @@ def from_pretrained(cls, path: str | Path, device=None, dtype=None, **settings) 
     return cls.from_base(path, path, vae, text, device=device, dtype=dtype, **settings)
 
 
-def from_base(cls, base: str | Path, branch: str | Path | nn.Module, vae: str | Path | None = None,
+def from_base(cls, base: str | Path, branch: str | Path | int, vae: str | Path | None = None,
               text: Tensor | None = None, device=None, dtype=None, **settings) -> nn.Module:
     """A world model of parts, each a folder or hub id: of a Wan, a branch, and another VAE than that Wan's.
 
-    branch    or the network itself, when a new one is to be trained
+    branch    a number n: a new one, which changes nothing yet, with a hint after one layer in n
     text      [1, L, D]; None: one token of zeros
     settings  of cls.Options
     ValueError as of weights.from_pretrained, and unless text and branch fit the transformer.
     """
     place = dict(device=device, dtype=dtype)
     dit = WanDiT.from_pretrained(base, subfolder(base, "transformer"), **place)
-    if not isinstance(branch, nn.Module):
-        branch = WanBranch.from_pretrained(branch, subfolder(branch, "branch"), **place)
+    if isinstance(branch, int):
+        steer = new_branch(dit, branch)
+    else:
+        steer = WanBranch.from_pretrained(branch, subfolder(branch, "branch"), **place)
     text = torch.zeros(1, 1, dit.config.text_dim) if text is None else text
     if text.ndim != 3 or len(text) != 1 or text.shape[2] != dit.config.text_dim:
         raise ValueError(f"wanted a prompt [1, L, {dit.config.text_dim}], as wide as this transformer takes it, "
                          f"got {list(text.shape)} (encode_prompt.py)")
     like = next(dit.parameters())
     network = read_vae(base if vae is None else vae, **place)
-    return cls(network, dit, branch.to(like), text.to(like), cls.Options(**settings)).requires_grad_(False).eval()
+    return cls(network, dit, steer.to(like), text.to(like), cls.Options(**settings)).requires_grad_(False).eval()
+
+
+def new_branch(dit: WanDiT, every: int) -> WanBranch:
+    """A branch for a transformer, random and with hints of zero, which come after its layers 0, every, 2 every, ..."""
+    layers = tuple(range(0, dit.config.num_layers, every))
+    return WanBranch(WanBranchConfig(**vars(dit.config), vace_layers=layers,
+                                     vace_in_channels=dit.config.in_channels + 1))
 
 
 def save_pretrained(self: nn.Module, path: str | Path, vae: str | None = None, about: dict | None = None) -> None:
@@ -110,11 +119,10 @@ if __name__ == "__main__":
     import tempfile
 
     from ..networks import small_base
-    from ..networks.wan_branch import WanBranchConfig
     from .world import World, WorldSettings
 
     dit = small_base.new_transformer("wan")
-    branch = WanBranch(WanBranchConfig(**vars(dit.config), vace_layers=(0, 3), vace_in_channels=17))
+    branch = new_branch(dit, every=3)
     world = World(small_base.new_vae("wan"), dit, branch, torch.zeros(1, 1, 16), WorldSettings(latents=3))
     with tempfile.TemporaryDirectory() as folder:
         world.save_pretrained(folder)

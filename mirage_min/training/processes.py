@@ -47,6 +47,12 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def wait() -> None:
+    """Wait until every process has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def print_once(*words) -> None:
     """Print the words, with spaces between them, in the first process only."""
     if rank() == 0:
