@@ -108,11 +108,11 @@ Made by `{command}`; more digits in [streaming.json](streaming.json). The shippe
 
 ## Seams
 
-Mean absolute difference of a frame to the one before, of 255, with windows of {window} latents (the small model's own
-have 3, and then every group lies at a border): where two of the decoder's groups meet at a border of windows, whose
-latents are blended, and where they meet inside a window. A clip moves more in some frames than in others, so it runs
-{offsets} times, with more and more copies of its first frame before it, until the windows have lain everywhere: both
-columns are of the same frames.
+Mean absolute difference of a frame to the one before, of 255, where two of the decoder's groups meet: at a border of
+windows, whose latents are blended there, and inside a window. Windows have {window} latents; the small model's own
+have 3, and then every group lies at a border. A clip moves more in some frames than in others. So it runs {offsets} times,
+each time with more copies of its first frame before it, which moves the windows, and both columns are of the same
+frames.
 
 | clip | frames | at borders of windows | inside windows | ratio | the input there |
 |---|---|---|---|---|---|
