@@ -110,9 +110,9 @@ Made by `{command}`; more digits in [streaming.json](streaming.json). The shippe
 
 Mean absolute difference of a frame to the one before, of 255, where two of the decoder's groups meet: at a border of
 windows, whose latents are blended there, and inside a window. Windows have {window} latents; the small model's own
-have 3, and then every group lies at a border. A clip moves more in some frames than in others. So it runs {offsets} times,
-each time with more copies of its first frame before it, which moves the windows, and both columns are of the same
-frames.
+have 3, and then every group lies at a border. A clip moves more in some frames than in others. So it runs {offsets}
+times, each time with more copies of its first frame before it, which moves the windows, and both columns are of the
+same frames.
 
 | clip | frames | at borders of windows | inside windows | ratio | the input there |
 |---|---|---|---|---|---|
