@@ -37,7 +37,7 @@ from mirage_min.method.skips import PUBLISHED_START
 from mirage_min.networks import small_base
 from mirage_min.networks.vae_2d import AutoencoderKL
 from mirage_min.networks.vae_tiny import AutoencoderTiny
-from mirage_min.systems.prompt import PROMPT, read_prompt
+from mirage_min.systems.prompt import choose_prompt
 from mirage_min.systems.r3d2 import R3D2, read_vae
 from mirage_min.training import checkpoint, memory, processes, run, watch
 
@@ -87,7 +87,7 @@ VAES = {"r3d2": AutoencoderTiny, "r3d2-big": AutoencoderKL, "difix": Autoencoder
 
 def build(args, recipe: Recipe) -> tuple[nn.ModuleList, dict[str, nn.Parameter]]:
     """(R3D2, LPIPS, the network whose features Gram compares), and what is trained by name."""
-    text = choose_prompt(args)
+    text = choose_prompt(args.prompt, args.base)
     if args.base is None:
         unet = small_base.new_unet()
         vae, skips = read_vae(args.vae, None, recipe.skip_start)
@@ -105,14 +105,6 @@ def build(args, recipe: Recipe) -> tuple[nn.ModuleList, dict[str, nn.Parameter]]
     params |= lora.named_parameters(r3d2.vae.decoder, DECODER)
     return nn.ModuleList([r3d2, *lpips_and_texture(recipe.lpips, recipe.gram, args.perceptual)]), params
 
-
-def choose_prompt(args) -> Tensor | None:
-    """`text` [1, L, D] of --prompt, or of the trained system that --base is; None where there is neither."""
-    if args.prompt is not None:
-        return read_prompt(args.prompt)[0]
-    if args.base is not None and Path(args.base, PROMPT).exists():
-        return read_prompt(Path(args.base, PROMPT))[0]
-    return None
 
 
 def forward_and_backward(models: nn.ModuleList, recipe: Recipe, x_ni: Tensor, x_gt: Tensor,

@@ -40,7 +40,7 @@ from mirage_min.data import desk
 from mirage_min.method import flow, lora
 from mirage_min.method.latent_memory import Memory
 from mirage_min.networks import checked, small_base
-from mirage_min.systems.prompt import PROMPT, read_prompt
+from mirage_min.systems.prompt import choose_prompt
 from mirage_min.systems.world import Geometry, World, WorldSettings, pad
 from mirage_min.systems.world_folder import new_branch, read_vae
 from mirage_min.training import checkpoint, processes, run, watch
@@ -91,7 +91,7 @@ def build(args, recipe: Recipe) -> tuple[World, dict[str, nn.Parameter]]:
     """The world model, and what is trained of it by name."""
     torch.manual_seed(recipe.seed)
     settings = dict(latents=recipe.latents, shift=recipe.shift)
-    text = choose_prompt(args)
+    text = choose_prompt(args.prompt, args.base)
     if args.base is None:
         dit, vae = small_base.new_transformer("wan"), read_vae(args.vae, dtype=torch.float32)
         text = torch.zeros(1, 1, dit.config.text_dim) if text is None else text
@@ -103,14 +103,6 @@ def build(args, recipe: Recipe) -> tuple[World, dict[str, nn.Parameter]]:
     world.dit.activation_checkpointing = world.branch.activation_checkpointing = recipe.checkpoint_dit
     return world, choose(world, args.part, recipe)
 
-
-def choose_prompt(args) -> Tensor | None:
-    """`text` [1, L, D] of --prompt, or of the world model that --base is; None where there is neither."""
-    if args.prompt is not None:
-        return read_prompt(args.prompt)[0]
-    if args.base is not None and Path(args.base, PROMPT).exists():
-        return read_prompt(Path(args.base, PROMPT))[0]
-    return None
 
 
 def choose(world: World, part: str, recipe: Recipe) -> dict[str, nn.Parameter]:

@@ -28,6 +28,18 @@ def read_prompt(file: str | Path) -> tuple[Tensor, dict[str, str]]:
     return tensors["text"], about
 
 
+def choose_prompt(file: str | Path | None, base: str | Path | None) -> Tensor | None:
+    """`text` [1, L, D] of a file, if one is given, or else of the trained system in the folder `base`.
+
+    None where there is neither. ValueError as in `read_prompt`.
+    """
+    if file is not None:
+        return read_prompt(file)[0]
+    if base is not None and Path(base, PROMPT).exists():
+        return read_prompt(Path(base, PROMPT))[0]
+    return None
+
+
 def write_prompt(folder: Path, text: Tensor, about: dict[str, str] | None = None) -> None:
     """Write `text` [1, L, D] and metadata to the prompt file of a folder, whole or not at all."""
     weights.save_tensors(folder / PROMPT, {"text": text}, about)
