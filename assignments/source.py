@@ -13,12 +13,13 @@ except ImportError:  # Python 3.10: pytest brings tomli there
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-# What a handout is made of: all there is to run and to read, but no weights, no results, nothing about the assignments
+# What a handout is made of: all there is to run and to read, but no weights, no results, nothing about the assignments,
+# and of the tests and experiments those that grade and what they import
 TOGETHER = ("*.py", "README.md", "LICENSE", "CITATION.cff", "DEVIATIONS.md", "pyproject.toml", "requirements*.txt",
-            "mirage_min/**/*.py", "tests/**/*.py", "experiments/**/*.py", "examples/**/*.py", "docs/*.md",
-            "docs/walkthrough*")
-ABOUT_SOLUTIONS = {"tests/test_assignments.py", "tests/student_bodies.py", "tests/test_grader.py",
-                   "tests/test_equations.py", "tests/mutation.py", "tests/test_mutation.py"}
+            "mirage_min/**/*.py", "tests/*.py", "experiments/alignment.py", "experiments/chopgrad_*.py",
+            "experiments/common.py", "experiments/measuring.py", "examples/**/*.py", "docs/*.md", "docs/walkthrough*")
+NOT_FOR_STUDENTS = {"tests/student_bodies.py", "tests/mutation.py", "tests/fuzz.py", "tests/fuzz_changes.py",
+                    "tests/fuzz_doors.py", "tests/fuzz_training.py"}
 
 
 def names() -> list[str]:
@@ -41,7 +42,10 @@ def files(root: Path = ROOT) -> list[Path]:
         command = ["git", "-C", str(root), "-c", "safe.directory=*", "ls-files", "-z", "--cached"]
         tracked = subprocess.run(command, capture_output=True, check=True, text=True).stdout
         found &= {Path(name) for name in tracked.split("\0") if name}
-    return sorted(path for path in found if path.as_posix() not in ABOUT_SOLUTIONS)
+    graded = {test.partition("::")[0] for name in names() for f in read(name)["functions"] for test in f["tests"]}
+    tests = {path for path in found if path.match("tests/test_*.py")}
+    left_out = {path for path in tests if path.as_posix() not in graded} | set(map(Path, NOT_FOR_STUDENTS))
+    return sorted(found - left_out)
 
 
 def copy_tree(out: Path, assignments: list[dict]) -> None:
