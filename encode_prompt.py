@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from mirage_min.data import desk
-from mirage_min.networks import weights
+from mirage_min.networks import hub, weights
 from mirage_min.networks.dit_cogvideox import CogVideoXDiT
 from mirage_min.networks.dit_wan import WanDiT
 from mirage_min.networks.unet_2d import UNet2D
@@ -123,7 +123,8 @@ def read_config(base: str, part: str) -> tuple[dict, Path]:
 def load(cls, base: str, part: str, **settings):
     """One part of the base by transformers, which takes folders and hub ids; whatever goes wrong is a ValueError."""
     try:
-        return cls.from_pretrained(base, subfolder=part, **settings)
+        name, revision = hub.split(base) if hub.is_id(base) and not Path(base).is_dir() else (base, None)
+        return cls.from_pretrained(name, subfolder=part, revision=revision, **settings)
     except Exception as error:  # it has many ways to fail, and every version its own classes
         raise ValueError(f"{base}: transformers cannot load {part}: {error}") from error
 

@@ -15,8 +15,8 @@ it with the truth's own, which has a row.
               frames are warped, and the pixels inside the crop count
     flow      of the truth: OpenCV's DIS, or a folder of NAME.safetensors with exact `flow` and `visible`
     vFID      of clips of 16 frames one after another, the rest of a video being a clip, too (below 10 frames it is
-              played to and fro); the network is TorchScript: videos [B, 3, T, H, W] in [-1, 1] -> features [B, d].
-              TorchScript is code that runs here: take it from whom you trust
+              played to and fro); the network is I3D (auto), or TorchScript: videos [B, 3, T, H, W] in [-1, 1] ->
+              features [B, d]. TorchScript is code that runs here: take it from whom you trust
     frames/s  as infer.py printed them, where a *.log next to the results has kept that
 
 A metric that lacks its weights is left out and the reason given. --out also gets scores.html: each method next to the
@@ -48,7 +48,8 @@ from torch import Tensor
 from mirage_min.data import desk, report, results
 from mirage_min.method import metrics, optical_flow
 from mirage_min.method.perceptual import Dists, Features, Lpips
-from mirage_min.networks import weights
+from mirage_min.networks import backbones, weights
+from mirage_min.networks.i3d import I3D
 
 COLUMNS = {"PSNR": ("↑", 2), "SSIM": ("↑", 3), "LPIPS": ("↓", 3), "DISTS": ("↓", 3),  # what is better, and digits
            "E*warp": ("↓", 3), "vFID": ("↓", 3), "frames/s": ("↑", 2)}
@@ -93,28 +94,31 @@ def check(methods: dict[str, dict[str, Path]]) -> dict[str, tuple[int, int, int]
 def load_networks(args) -> tuple[dict[str, Callable], Callable | None, dict[str, str]]:
     """({metric: distance of two videos}, the network of vFID, {metric that cannot be had: why})."""
     distances, absent = {"PSNR": metrics.psnr, "SSIM": metrics.ssim}, {}
-    if args.perceptual and not args.perceptual.exists():
+    if args.perceptual and str(args.perceptual) != backbones.AUTO and not args.perceptual.exists():
         raise ValueError(f"--perceptual {args.perceptual}: is not there")
     for name, measure, Model, net in (("LPIPS", metrics.lpips, Lpips, args.lpips),
                                       ("DISTS", metrics.dists, Dists, "vgg")):
         try:
             if args.perceptual is None:
-                raise ValueError("no weights given (--perceptual DIR)")
+                raise ValueError("no weights given (--perceptual DIR or auto)")
             distances[name] = partial(measure, model=Model(Features(net, args.perceptual)).to(args.device))
         except (ValueError, ImportError) as error:
             absent[name] = str(error)
     if not args.flow and not find_spec("cv2"):
         absent["E*warp"] = "no exact flow given (--flow DIR), and no OpenCV (pip install opencv-python-headless)"
     if not args.vfid:
-        return distances, None, absent | {"vFID": "no feature network given (--vfid FILE)"}
+        return distances, None, absent | {"vFID": "no feature network given (--vfid FILE or auto)"}
     return distances, load_features(args.vfid, args.device), absent
 
 
 def load_features(path: Path, device: str) -> Callable[[Tensor], Tensor]:
     """vFID's network: videos [B, 3, T, H, W] in [-1, 1] -> features [B, d]; ValueError where it is or gives another.
 
+    "auto" is I3D, fetched. Else path is TorchScript.
     DEVIATION from safetensors only: I3D is passed round as TorchScript. That is code, and can write files.
     """
+    if str(path) == backbones.AUTO:
+        return I3D.from_file(backbones.fetch("i3d")).to(device)
     try:
         network = torch.jit.load(path, map_location=device).eval()
         known = {argument.name for argument in network.forward.schema.arguments}
@@ -326,9 +330,9 @@ def cli(argv: list[str] | None = None) -> int:
     parser.add_argument("--ni", type=Path, metavar="DIR", help="the naive insertions, scored as a method, too")
     parser.add_argument("--boxes", type=Path, metavar="PATH", help="the actor's boxes, for crops (see above)")
     parser.add_argument("--flow", type=Path, metavar="DIR", help="exact flow (default: OpenCV's DIS on the truth)")
-    parser.add_argument("--perceptual", type=Path, metavar="DIR", help="backbones of metrics (docs/training.md)")
+    parser.add_argument("--perceptual", type=Path, metavar="DIR", help="backbones of metrics: a folder, or auto")
     parser.add_argument("--lpips", choices=["alex", "vgg", "squeeze"], default="alex", help="(default alex)")
-    parser.add_argument("--vfid", type=Path, metavar="FILE", help="feature network of vFID, TorchScript")
+    parser.add_argument("--vfid", type=Path, metavar="FILE", help="vFID's network: TorchScript, or auto (I3D)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write scores.json, .csv, .md and .html there")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="default: cuda if there is one, else cpu")

@@ -326,7 +326,7 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=Path, default=Path("data/toy"), help="folder of pairs (default data/toy)")
     parser.add_argument("--real", type=Path, help="folder of real clips for the autoencoders' crops (real_clips.py)")
     parser.add_argument("--perceptual", type=Path, default=Path("data/perceptual"),
-                        help="folder with squeezenet1_1_features.safetensors, for LPIPS (default data/perceptual)")
+                        help="folder with squeezenet1_1_features.safetensors, or auto (default data/perceptual)")
     parser.add_argument("--runs", type=Path, default=Path("runs/base"),
                         help="folder for checkpoints, logs and latents (default runs/base)")
     parser.add_argument("--out", type=Path, default=Path("runs/base/weights"),

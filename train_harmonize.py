@@ -32,6 +32,7 @@ from mirage_min.data import desk
 from mirage_min.method import chopgrad, lora
 from mirage_min.method.perceptual import lpips_and_gram, lpips_and_texture
 from mirage_min.networks import weights
+from mirage_min.networks.card import write_card
 from mirage_min.systems.mirage import Mirage
 from mirage_min.systems.mirage_folder import HARMONISATION, RECONSTRUCTION, TRANSFORMER
 from mirage_min.systems.prompt import PROMPT, read_prompt, write_prompt
@@ -189,6 +190,7 @@ def save(args, recipe: Recipe, mirage: Mirage) -> None:
     window = min(max(latents, 2 * mirage.temporal_patch + 1), 9)
     about = bases | run.about(recipe) | {"t": str(mirage.t), "window": str(window)}
     mirage.save_stage(args.out / "stage_h.safetensors", [TRANSFORMER, HARMONISATION], about)
+    write_card(args.out, "Mirage", about.get("base", about_a.get("base")), about)
 
 
 if __name__ == "__main__":

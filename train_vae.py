@@ -29,6 +29,7 @@ from mirage_min.data import desk
 from mirage_min.method import chopgrad, injection, lora
 from mirage_min.method.perceptual import Lpips
 from mirage_min.networks import weights
+from mirage_min.networks.card import write_card
 from mirage_min.networks.imagenet import Features
 from mirage_min.systems.mirage import Mirage
 from mirage_min.systems.mirage_folder import RECONSTRUCTION
@@ -168,6 +169,7 @@ def main(args, recipe: Recipe) -> None:
             about["vae2d"] = run.seen_from(args.out, args.vae2d)
         mirage.save_stage(args.out / "stage_a.safetensors", [RECONSTRUCTION], about, fusion=True)
         write_prompt(args.out, mirage.text, about_prompt)
+        write_card(args.out, "Mirage", args.base, about)
         desk.say(f"stage A: {recipe.steps} steps -> {args.out / 'stage_a.safetensors'}")
 
 

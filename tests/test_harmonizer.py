@@ -410,7 +410,7 @@ def test_a_harmonizer_is_read_from_the_hub_whole(parts, tmp_path, monkeypatch):
     model, asked = harmonizer(parts), []
     model.save_pretrained(tmp_path)
 
-    def download(repo, subfolder, config="config.json"):
+    def download(repo, subfolder, config="config.json", **hub):
         asked.append((repo, subfolder, config))
         return tmp_path
     monkeypatch.setattr(weights, "download", download)

@@ -438,6 +438,28 @@ def test_a_hub_id_loads_from_the_cache_without_a_network(model, folder, hub, tmp
     assert weights.read_json(found / "scheduler_config.json") == {}
 
 
+def test_a_revision_and_a_cache_may_be_named_by_argument_or_in_the_id(model, folder, hub, tmp_path):
+    commits = {"main": "0" * 40, "v2": "2" * 40}
+    repository = tmp_path / "elsewhere" / "models--org--name"
+    (repository / "refs").mkdir(parents=True)
+    for name, commit in commits.items():
+        shutil.copytree(folder, repository / "snapshots" / commit)
+        (repository / "refs" / name).write_text(commit)
+    tensors, about = weights.load_tensors(folder / FILE)
+    weights.save_tensors(repository / "snapshots" / commits["v2"] / FILE,
+                         {key: t + 1 for key, t in tensors.items()}, about)
+    cache = tmp_path / "elsewhere"
+    assert_same_weights(AutoencoderKL.from_pretrained("org/name", cache_dir=cache), model)
+    for path, revision in (("org/name", "v2"), ("org/name@v2", None), ("org/name@" + "2" * 40, None)):
+        loaded = AutoencoderKL.from_pretrained(path, revision=revision, cache_dir=cache, token="hf_none")
+        found = loaded.state_dict()
+        assert all(torch.equal(found[key], t + 1) for key, t in tensors.items())
+    with pytest.raises(ValueError, match="org/name@v2: names a revision, and another is given: main"):
+        AutoencoderKL.from_pretrained("org/name@v2", revision="main", cache_dir=cache)
+    with pytest.raises(ValueError, match="org/name@v3: .*not whole in the hub's cache"):
+        AutoencoderKL.from_pretrained("org/name@v3", cache_dir=cache)
+
+
 def test_an_id_that_is_not_cached_says_so_offline(hub):
     message = refusal("org/name")
     assert message.startswith("org/name: ") and "offline" in message and "cache" in message, message
@@ -479,7 +501,8 @@ def test_only_the_weights_of_the_asked_folder_are_fetched(hub, monkeypatch):
              "vae/diffusion_pytorch_model-00001-of-00002.fp16.safetensors", f"transformer/{FILE}",
              "transformer/config.json", "scheduler/scheduler_config.json"]
     asked = {}
-    monkeypatch.setattr(hub, "snapshot_download", lambda repo, **patterns: asked.update(patterns) or "/nowhere")
+    monkeypatch.setattr(hub, "snapshot_download", lambda repo, allow_patterns, **others: asked.update(
+        allow_patterns=allow_patterns) or "/nowhere")
 
     def fetched(*args):
         weights.download("org/name", *args)
@@ -491,6 +514,19 @@ def test_only_the_weights_of_the_asked_folder_are_fetched(hub, monkeypatch):
 
 
 # ---- saving ---------------------------------------------------------------------------------------------------------
+
+
+def test_equal_contents_make_equal_files_in_any_order(tmp_path):
+    tensors = {"b": torch.arange(6.0).view(2, 3), "a": torch.zeros(3, dtype=torch.uint8)}
+    about = {f"key {n}": f"é {n}" for n in range(12)}
+    for name, order in (("one", 1), ("two", -1)):
+        weights.save_tensors(tmp_path / name, dict(list(tensors.items())[::order]), dict(list(about.items())[::order]))
+    data = (tmp_path / "one").read_bytes()
+    assert data == (tmp_path / "two").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    assert length % 8 == 0 and list(json.loads(data[8 : 8 + length])["__metadata__"]) == sorted(about)
+    found, said = weights.load_tensors(tmp_path / "one")
+    assert said == about and all(torch.equal(found[key], t) for key, t in tensors.items())
 
 
 def test_diffusers_loads_what_we_save(model, folder):
@@ -525,11 +561,10 @@ def test_what_is_added_to_a_model_stays_out_of_its_checkpoint(model, tmp_path):
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(folder, monkeypatch):
     before = (folder / FILE).read_bytes()
 
-    def full(path, content):
-        with open(path, "wb") as file:
-            file.write(content[: len(content) // 2])
+    def full(number):
         raise OSError("no space left on device")
-    monkeypatch.setattr(Path, "write_bytes", full)
+
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space"):
         AutoencoderKL(CONFIG).save_pretrained(folder)
     assert (folder / FILE).read_bytes() == before

@@ -10,7 +10,8 @@ squeezenet1_1_features, each with the suffix .safetensors. Where torchvision run
     from safetensors.torch import save_file
     save_file(vgg16(weights="IMAGENET1K_V1").features.state_dict(), "vgg16_features.safetensors")
 
-and likewise from alexnet and squeezenet1_1. A file that ends early (VGG to relu2_2, say) serves the taps it reaches.
+and likewise from alexnet and squeezenet1_1. The folder "auto" fetches them (backbones.py). A file that ends early
+(VGG to relu2_2, say) serves the taps it reaches.
 Left out: the classifiers, and training any of these networks.
 
     python -m mirage_min.networks.imagenet    # sizes of the three networks, and the shape of every tap
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
+from . import backbones
 from .weights import check_match, load_tensors, save_tensors
 
 FILES = {"vgg": "vgg16_features", "alex": "alexnet_features", "squeeze": "squeezenet1_1_features"}
@@ -91,7 +93,7 @@ class Features(nn.Module):
     """A frozen network: `features(x [N, 3, H, W] in [-1, 1]) -> taps`, a list of [N, C_i, H_i, W_i], finest first.
 
     net      "vgg", "alex" or "squeeze"
-    weights  a safetensors file, or a folder that holds one under the name given in the header
+    weights  a safetensors file, a folder that holds one under the name given in the header, or "auto"
     taps     the names of what is returned, in order; `least`, the smallest side of a frame. Differentiable in x.
     ValueError if the weights are missing or another network's, and for frames that pooling would leave empty.
     """
@@ -132,13 +134,16 @@ class Features(nn.Module):
 
 
 def _find(net: str, path: Path) -> Path:
-    """The weights file of `net`: the path itself, or in a folder the first whose name starts as it should."""
+    """The weights file of `net`: the path itself, or in a folder the first whose name starts as it should; "auto":
+    the published one, fetched."""
+    if str(path) == backbones.AUTO:
+        return backbones.fetch(net)
     if path.is_file():
         return path
     files = sorted(path.glob(f"{FILES[net]}*.safetensors"))
     if not files:
         raise ValueError(f"no {net} weights: put {FILES[net]}.safetensors into {path}/ "
-                         f"(mirage_min/networks/imagenet.py says how to make it)")
+                         f"(mirage_min/networks/imagenet.py says how to make it; --perceptual auto fetches it)")
     return files[0]
 
 

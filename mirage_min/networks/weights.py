@@ -22,7 +22,6 @@ import dataclasses
 import functools
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,22 +33,26 @@ from torch import Tensor, nn
 
 from . import checked
 from .config import config_fields, hint, read_config
+from .hub import CONFIG, INDEX, WEIGHTS, download, is_id
 
 Named = Mapping[str, Tensor | Sequence[int]]  # tensors, or no more than their shapes, by name
-CONFIG, WEIGHTS, INDEX = "config.json", "diffusion_pytorch_model.safetensors", "*.safetensors.index.json"
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 
 
 def from_pretrained(cls, path: str | Path, subfolder: str | None = None, dtype: torch.dtype | None = None,
-                    device: torch.device | str | None = None) -> nn.Module:
+                    device: torch.device | str | None = None, revision: str | None = None,
+                    cache_dir: str | Path | None = None, token: str | bool | None = None) -> nn.Module:
     """Build a `cls` from a local folder or a hub id ("org/name"), strictly: every tensor is used and none is missing.
+
+    `revision`, `cache_dir` and `token` are the hub's, as in diffusers: a branch, tag or commit; where files are kept;
+    who asks. "org/name@revision" is understood wherever an id is taken.
 
     `dtype` defaults to the file's own, and to float32 where that is float16: a way to store weights, in which sums
     overflow. `device` defaults to the CPU; with both defaults the parameters are the memory-mapped file itself
     (training changes them, not the file). The model is in eval mode and its parameters require gradients.
     ValueError for any fault of the files, naming the file and the fault.
     """
-    folder = locate(cls, path, subfolder)
+    folder = locate(cls, path, subfolder, revision=revision, cache_dir=cache_dir, token=token)
     files = weight_files(cls, folder)
     model = without_weights(cls, read_json(folder / CONFIG), folder / CONFIG)
 
@@ -106,48 +109,24 @@ def save_pretrained(self: nn.Module, folder: str | Path) -> None:
 # ---- which files ----------------------------------------------------------------------------------------------------
 
 
-def locate(cls, path: str | Path, subfolder: str | None, config: str = CONFIG) -> Path:
+def locate(cls, path: str | Path, subfolder: str | None, config: str = CONFIG, **hub) -> Path:
     """The folder with the file `config` and the weights; fetched from the hub if `path` is an id, not a folder.
 
-    ValueError if there is none, it lacks `config`, or the path is a file.
+    hub: revision, cache_dir and token. ValueError if there is none, it lacks `config`, or the path is a file.
     """
     local = Path(path).expanduser()
     if local.suffix in PICKLES or local.is_file():
         raise ValueError(f"{path}: {unpickling(cls) if local.suffix in PICKLES else 'is a file: name its folder'}")
     if local.is_dir():
         folder = local
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        folder = download(str(path), subfolder, config)
+    elif is_id(str(path)):
+        folder = download(str(path), subfolder, config, **hub)
     else:
         raise ValueError(f"{path}: no such folder, and not a hub id of the form org/name")
     folder = folder / (subfolder or "")
     if not (folder / config).is_file():
         raise ValueError(f"{path}: no {config} in {folder}")
     return folder
-
-
-def download(repo: str, subfolder: str | None, config: str = CONFIG) -> Path:
-    """Fetch config and weights of a hub repository, or of one of its subfolders, into the hub's cache -> its folder.
-
-    ValueError if the hub does not have it or cannot be reached.
-    """
-    from huggingface_hub import snapshot_download  # imported here: local folders do without it
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    # A star also matches "/", so every pattern starts with the folder and the usual stem; shards are matched to their
-    # last digit, so that fp16 copies of the same weights are not fetched.
-    start = f"{subfolder}/" if subfolder else ""
-    stem = WEIGHTS.removesuffix(".safetensors")
-    names = [config, WEIGHTS, f"{stem}-*-of-?????.safetensors", f"{stem}{INDEX[1:]}"]
-    try:
-        return Path(snapshot_download(repo, allow_patterns=[start + name for name in names]))
-    except RepositoryNotFoundError as error:
-        raise ValueError(f"{repo}: neither a folder here nor a model on the hub, or a private or gated one "
-                         "(then: hf auth login)") from error
-    except Exception as error:  # the network has many ways to fail, and every version of the hub its own classes
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{repo}: no such folder here, not whole in the hub's cache, and the hub could not be asked "
-                         f"(offline?): {reason}") from error
 
 
 def weight_files(cls, folder: Path) -> list[Path]:
@@ -251,9 +230,20 @@ def shapes(named: Named) -> dict[str, list[int]]:
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write named tensors and a {str: str} note to one safetensors file, whole or not at all."""
+    """Write named tensors and a {str: str} note to one safetensors file, whole or not at all.
+
+    Equal contents make equal files: the note is sorted, which safetensors itself writes in another order every time.
+    """
+    data = memoryview(save({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, metadata))
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(bytes(data[8 : 8 + length]))
+    if metadata:
+        header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8 bytes
     with whole_file(Path(path)) as temporary:  # save_file would hide the file from all other users, whatever the umask
-        temporary.write_bytes(save({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, metadata))
+        with open(temporary, "wb") as file:
+            file.writelines((len(text).to_bytes(8, "little"), text, data[8 + length :]))
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

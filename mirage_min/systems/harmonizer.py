@@ -34,6 +34,7 @@ from torch.nn import functional as nnf
 
 from ..data.video import in_eight_bits
 from ..networks import checked, frugal, weights
+from ..networks.card import write_card
 from ..networks.dit_cosmos import CosmosDiT
 from ..networks.vae_wan import WanVAE
 from .stream import alike, finished
@@ -220,6 +221,7 @@ class Harmonizer(nn.Module):
         if vae is None:
             self.vae.save_pretrained(path / "vae")
         write_index(path, self.settings, vae or "vae")
+        write_card(path, "Harmonizer")
 
 
 def write_index(path: Path, settings: Settings, vae: str = "vae") -> None:

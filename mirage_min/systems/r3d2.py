@@ -42,6 +42,7 @@ from ..method.one_step import STEPS, T_MIRAGE, denoise_epsilon
 from ..method.schedules import STABLE_DIFFUSION, Epsilon, config_from_schedule, schedule_from_config
 from ..method.skips import Skips
 from ..networks import checked, frugal, weights
+from ..networks.card import write_card
 from ..networks.unet_2d import UNet2D
 from ..networks.vae_2d import AutoencoderKL
 from ..networks.vae_tiny import AutoencoderTiny
@@ -232,6 +233,7 @@ class R3D2(nn.Module):
         classes = {"unet": UNet2D.CLASS_NAME, "vae": vae.CLASS_NAME, "scheduler": schedule["_class_name"]}
         parts = {part: ["diffusers", name] for part, name in classes.items()}
         save_json(path / INDEX, {"_class_name": CLASS_NAME, "t": self.t} | parts | (about or {}))
+        write_card(path, "R3D2", about=about)
 
 
 def pad(frames: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..networks import checked, frugal, weights
+from ..networks.card import write_card
 from ..networks.dit_wan import WanDiT
 from ..networks.vae_wan import WanVAE
 from ..networks.vae_wan22 import Wan22VAE
@@ -103,6 +104,7 @@ def save_pretrained(self: nn.Module, path: str | Path, vae: str | None = None, a
     index = {"_class_name": CLASS_NAME, **asdict(self.settings), "vae": vae or "vae"} | (about or {})
     with weights.whole_file(path / INDEX) as temporary:
         temporary.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_card(path, "World", about=about)
 
 
 def read_vae(path: str | Path, device=None, dtype=None) -> WanVAE | Wan22VAE:

@@ -91,7 +91,8 @@ def flags(doc: str | None, stage: str, recipes: dict) -> argparse.ArgumentParser
     parser.add_argument("--val", type=Path, help="folder of held-out pairs, scored with every checkpoint")
     parser.add_argument("--real", type=Path, help="a real video, its own truth, mixed into the batches")
     parser.add_argument("--perceptual", type=Path, default=Path("data/perceptual"),
-                        help="folder with the weights of the losses' backbones (default data/perceptual)")
+                        help="folder with the weights of the losses' backbones, or auto, which fetches them "
+                             "(default data/perceptual)")
     parser.add_argument("--out", type=Path, help="where the trained weights go (default: the run's folder)")
     # not --run: torchrun would take that for its own --run-path, even after the script's name
     parser.add_argument("--run-folder", type=Path, dest="run", metavar="FOLDER",

@@ -1,0 +1,66 @@
+"""A model's card: the README.md of its folder, with the front matter that the hub reads.
+
+    write_card(folder, "Mirage", base="THUDM/CogVideoX1.5-5B", about={"steps": "10000"})
+
+The hub shows a model by these fields: its licence, its library, its task, and what it was trained from. A folder keeps
+the README.md that it has, unless it is such a card with nothing written into it.
+
+    python -m mirage_min.networks.card
+"""
+
+import json
+from pathlib import Path
+
+from . import hub
+from .weights import whole_file
+
+TASKS = {"Mirage": "video-to-video", "Harmonizer": "video-to-video", "R3D2": "image-to-image",
+         "World": "image-to-video"}
+TAGS = ("video-harmonization", "one-step-diffusion")
+UNWRITTEN = "What it does well, and what not, has not been written down yet."
+CARD = """---
+license: {license}
+library_name: mirage_min
+pipeline_tag: {task}
+{base}tags:
+{tags}
+---
+
+# {system}
+
+Trained with mirage_min. Its licence is that of what it was trained from, and of the data. {unwritten}
+{command}{about}"""
+COMMAND = "\n```\npython infer.py in.mp4 out.mp4 --model {folder}\n```\n"
+
+
+def write_card(folder: str | Path, system: str, base: str | None = None, about: dict | None = None,
+               license: str = "other") -> None:
+    """Write README.md, unless a person has written one. ValueError for a system that has no task.
+
+    system  the class's name
+    base    what it was trained from: a hub id becomes the field base_model, a folder none
+    about   how it was trained, as the metadata of its files have it
+    """
+    if system not in TASKS:
+        raise ValueError(f"wanted one of the systems {', '.join(TASKS)}, got {system!r}")
+    path = Path(folder) / "README.md"
+    if path.exists() and UNWRITTEN not in path.read_text(encoding="utf-8", errors="replace"):
+        return
+    rows = [f"| {key} | {value if isinstance(value, str) else json.dumps(value)} |"
+            for key, value in (about or {}).items()]
+    named = base and hub.is_id(base) and not (Path(folder) / base).is_dir()
+    command = "" if system == "World" else COMMAND.format(folder=Path(folder).name)  # infer.py takes no world
+    text = CARD.format(license=license, task=TASKS[system], system=system, unwritten=UNWRITTEN,
+                       base=f"base_model: {hub.split(base)[0]}\n" if named else "",
+                       tags="\n".join(f"- {tag}" for tag in TAGS), command=command,
+                       about="\n".join(["", "| | |", "|---|---|", *rows, ""]) if rows else "")
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_card(folder, "Mirage", "THUDM/CogVideoX1.5-5B", {"steps": "10000", "recipe": {"lr": 1e-4}})
+        print(Path(folder, "README.md").read_text().replace(Path(folder).name, "my_run"))

@@ -1,0 +1,71 @@
+"""The hub: one part of a repository, in diffusers' layout, fetched into the hub's cache.
+
+    download("THUDM/CogVideoX1.5-5B", "vae")                      -> the repository's folder in the cache
+    download("nvidia/difix@main", None, "model_index.json")       # of a branch, a tag or a commit
+
+Wherever an id is taken, it may end in @REVISION. Without `cache_dir` and `token` the hub's own settings hold: HF_HOME,
+HF_TOKEN, HF_HUB_OFFLINE, and what `hf auth login` has kept.
+
+    python -m mirage_min.networks.hub            # which files of a repository are asked for
+"""
+
+import re
+from pathlib import Path
+
+CONFIG, WEIGHTS, INDEX = "config.json", "diffusion_pytorch_model.safetensors", "*.safetensors.index.json"
+
+
+def is_id(text: str) -> bool:
+    """Whether a text has the form of a hub id: org/name, or org/name@revision."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", text))
+
+
+def split(text: str) -> tuple[str, str | None]:
+    """"org/name@revision" -> (org/name, revision); without one it is None."""
+    name, _, revision = text.partition("@")
+    return name, revision or None
+
+
+def patterns(subfolder: str | None, config: str = CONFIG) -> list[str]:
+    """What is fetched: config and weights of a repository, or of one of its subfolders.
+
+    A star also matches "/", so every pattern starts with the folder and the usual stem; shards are matched to their
+    last digit, so that fp16 copies of the same weights are not fetched.
+    """
+    start = f"{subfolder}/" if subfolder else ""
+    stem = WEIGHTS.removesuffix(".safetensors")
+    names = [config, WEIGHTS, f"{stem}-*-of-?????.safetensors", f"{stem}{INDEX[1:]}"]
+    return [start + name for name in names]
+
+
+def download(repo: str, subfolder: str | None, config: str = CONFIG, revision: str | None = None,
+             cache_dir: str | Path | None = None, token: str | bool | None = None) -> Path:
+    """Fetch `patterns` of a hub repository into the cache -> its folder there.
+
+    revision   a branch, a tag or a commit; None: what the id ends in, else main
+    ValueError if two revisions are given, or the hub does not have it or cannot be reached.
+    """
+    from huggingface_hub import snapshot_download  # imported here: local folders do without it
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    name, said = split(repo)
+    if said and revision and said != revision:
+        raise ValueError(f"{repo}: names a revision, and another is given: {revision}")
+    try:
+        return Path(snapshot_download(name, revision=said or revision, cache_dir=cache_dir, token=token,
+                                      allow_patterns=patterns(subfolder, config)))
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"{repo}: neither a folder here nor a model on the hub, or a private or gated one "
+                         "(then: hf auth login)") from error
+    except RevisionNotFoundError as error:
+        raise ValueError(f"{repo}: the hub has no revision {said or revision} of it") from error
+    except Exception as error:  # the network has many ways to fail, and every version of the hub its own classes
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{repo}: no such folder here, not whole in the hub's cache, and the hub could not be asked "
+                         f"(offline?): {reason}") from error
+
+
+if __name__ == "__main__":
+    print(split("THUDM/CogVideoX1.5-5B@main"))
+    for pattern in patterns("vae"):
+        print(pattern)
