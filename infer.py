@@ -4,12 +4,15 @@
     python infer.py frames/ out.mp4 --set fps=10
     python infer.py in.mp4 out.mp4 --model my_r3d2 --set batch=4 --set keep=boxes.json
     python infer.py in.mp4 out.mp4 --report           # and out.html: input and result under a slider, tone, flicker
+    python infer.py small.mp4 large.mp4 --model DOVE --set task=dove --set prompt=empty.safetensors
+    python infer.py in.mp4 out.mp4 --model my_inpainting --mask mask.png           # or a video, or a box 40,20,120,80
     python infer.py clips/ out/                       # a folder of videos; torchrun's processes share them
 
 Reads whatever PyAV decodes, a folder of images, or a pair's NAME.safetensors; writes an mp4, NAME.safetensors, or a
-folder of PNGs if the output ends in neither. Size, number, order and times of the frames stay, and the sound. The video
-streams through the model, so a long one takes time but no more memory; the output appears when it is complete, or
-never. Which system the model's folder holds, and so what else --set takes, is read from the folder (systems/load.py).
+folder of PNGs if the output ends in neither. Size, number, order and times of the frames stay, and the sound; a model
+that enlarges changes the size alone. The video streams through the model, so a long one takes time but no more memory;
+the output appears when it is complete, or never. Which system the model's folder holds, and so what else --set takes,
+is read from the folder (systems/load.py).
 
 Of a folder of videos each becomes NAME.mp4 in the output, whole. Existing ones are skipped, so the same command
 continues; one that cannot be done is reported, and the others are done.
@@ -43,6 +46,7 @@ from torch.nn import functional as nnf
 
 from mirage_min.data import desk, place, report
 from mirage_min.data.keep import keep, read_boxes
+from mirage_min.data.masks import read_mask
 from mirage_min.data.pictures import videos_in
 from mirage_min.data.video import Video, is_mp4, writing
 from mirage_min.networks.checked import Within
@@ -76,6 +80,8 @@ def main(args: argparse.Namespace) -> int:
     device = f"cuda:{local}" if device == "cuda" and world > 1 else device
     System = system_in(args.model)
     settings, options = choose(System, args)
+    if args.mask is not None and not hasattr(System, "masked"):
+        raise ValueError(f"{args.model}: holds a {System.__name__}, which takes no mask (--mask)")
     load = cache(partial(System.from_pretrained, args.model, device=device, dtype=dtype, **options))
     if args.videos:
         return harmonise_all(args.videos[rank::world], load, args, settings)
@@ -116,6 +122,11 @@ def harmonise(source: Path, target: Path, load: Callable, args: argparse.Namespa
         output = video.format
         if min(output.width, output.height) < 16:
             raise ValueError(f"{source}: frames are {output.width}x{output.height}, wanted at least 16x16")
+        system = load()
+        scale = getattr(system, "scale", 1)
+        if scale > 1 and (settings.at_height or settings.keep):
+            raise ValueError(f"{args.model}: enlarges {scale} times, which at_height and keep do not follow")
+        output = replace(output, width=scale * output.width, height=scale * output.height)
         if args.compare:
             output = replace(output, width=2 * output.width)
         if is_mp4(target) and (output.width % 2 or output.height % 2):
@@ -124,7 +135,9 @@ def harmonise(source: Path, target: Path, load: Callable, args: argparse.Namespa
         for note in video.notes:
             desk.say_error(f"note: {note}")
         boxes = read_boxes(settings.keep, source.stem) if settings.keep else None
-        stream = load().stream
+        stream = system.stream
+        if args.mask is not None:
+            stream = partial(stream, masks=read_mask(args.mask, video.format.height, video.format.width))
         if settings.at_height:
             stream = partial(at_height, settings.at_height, stream)
         if boxes is not None:
@@ -138,6 +151,8 @@ def harmonise(source: Path, target: Path, load: Callable, args: argparse.Namespa
             writes = deque()     # they continue while the model works
             for x_dr in desk.bar(results, total=video.count, unit="frame", desc=label):
                 original = originals.popleft() if originals else None
+                if scale > 1 and original is not None:
+                    original = nnf.interpolate(original[None], x_dr.shape[1:], mode="bilinear")[0]
                 if args.report:
                     comparison.add(original, x_dr)
                 if args.compare:
@@ -206,6 +221,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--base", metavar="ID",
                         help="folder or hub id of what a Mirage was trained on (default: as it says)")
     parser.add_argument("--vae2d", metavar="ID", help="folder or hub id of its AutoencoderKL (default: as it says)")
+    parser.add_argument("--mask", metavar="MASK",
+                        help="for inpainting: what is filled, white in a picture or a video, or a box x0,y0,x1,y1")
     parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", metavar="NAME",
                         help="cuda, mps, cpu or auto (default: auto, the first that this machine has)")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", metavar="TYPE",

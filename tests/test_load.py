@@ -115,7 +115,7 @@ def test_a_system_whose_numbers_overflow_ends_with_its_frame(folders, frames, tm
 
 @pytest.mark.parametrize("content, said", [
     ({}, "holds no system: neither stage_a.safetensors"),
-    ({"model_index.json": {"_class_name": "WanPipeline", "vae": []}}, "none of Harmonizer, R3D2, but 'WanPipeline'"),
+    ({"model_index.json": {"_class_name": "FluxPipeline", "vae": []}}, "R3D2, Restorer, but 'FluxPipeline'"),
     ({"model_index.json": {}}, "but 'no _class_name'"), ({"model_index.json": []}, "wanted a JSON object, got a list"),
     ({"model.pkl": 0}, "model.pkl: not loaded, because unpickling .*python convert.py FILE FOLDER")])
 def test_a_folder_of_no_system_is_refused_by_what_is_in_it(tmp_path, content, said):

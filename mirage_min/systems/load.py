@@ -3,6 +3,8 @@
     stage_a.safetensors                              Mirage
     model_index.json of the class Harmonizer         Harmonizer
     model_index.json with a UNet and a VAE           R3D2: R3D2-BIG and Difix too
+    model_index.json of the class Restorer, or of    Restorer; of a pipeline only with a task, as DOVE's
+    CogVideoX's or Wan's pipeline
 
     System = system_in("weights")
     system = System.from_pretrained("weights", tiles=2)        # and other fields of System.Options, by keyword
@@ -19,14 +21,16 @@ from pathlib import Path
 from torch import nn
 
 from ..networks import weights
-from . import harmonizer, r3d2, world_folder
+from . import harmonizer, r3d2, restore_folder, world_folder
 from .mirage import Mirage
 from .mirage_folder import STAGE_A
+from .restore import Restorer
 
 INDEX = "model_index.json"
 SYSTEMS = {  # a class: whether the content of a model_index.json is that of its folder
     harmonizer.Harmonizer: harmonizer.describes,
     r3d2.R3D2: r3d2.describes,
+    Restorer: restore_folder.describes,
 }
 
 

@@ -29,12 +29,14 @@ from ..networks.dit_wan import WanDiT
 from ..networks.vae_2d import AutoencoderKL
 from ..networks.vae_cogvideox import CogVideoXVAE
 from ..networks.vae_wan import WanVAE
+from .harmonizer import subfolder
 from .prompt import PROMPT, read_prompt
 
 if TYPE_CHECKING:
     from .mirage import Mirage
 
 STAGE_A, STAGE_H = "stage_a.safetensors", "stage_h.safetensors"
+SCHEDULER = "scheduler_config.json"
 RECONSTRUCTION, HARMONISATION, TRANSFORMER = "reconstruction", "harmonisation", "transformer"  # the three LoRAs
 BASES = {VAE.CLASS_NAME: (VAE, DiT) for VAE, DiT in ((CogVideoXVAE, CogVideoXDiT), (WanVAE, WanDiT))}
 Alpha = Annotated[float, Within(1e-6, 1e4)]
@@ -84,22 +86,16 @@ def from_base(cls: type["Mirage"], base: str | Path, vae2d: str | Path | None, t
     settings  t, window and so on, of Mirage()
     ValueError if a part is missing or another class's, vae2d is missing or not wanted, or the prompt does not fit.
     """
-    file = weights.locate(cls, base, "vae") / weights.CONFIG
-    name = weights.read_json(file).get("_class_name")
-    if name not in BASES:
-        raise ValueError(f"{file}: wanted _class_name {' or '.join(map(repr, BASES))}, got {name!r}")
-    wan = name == WanVAE.CLASS_NAME
+    wan = family(base)[0] is WanVAE
     if wan and vae2d:
         raise ValueError(f"{base} is Wan, whose own encoder supplies the 2D features: wanted no AutoencoderKL (--vae2d "
                          f"''), got {vae2d}")
     if not wan and not vae2d:
         raise ValueError(f"{base} is CogVideoX, for which an AutoencoderKL supplies the 2D features (--vae2d)")
 
-    VAE, DiT = BASES[name]
     place = dict(dtype=dtype, device=device)
-    vae, dit = VAE.from_pretrained(base, "vae", **place), DiT.from_pretrained(base, "transformer", **place)
-    file = weights.locate(cls, base, "scheduler", "scheduler_config.json") / "scheduler_config.json"
-    alpha_bar = schedule_from_config(weights.read_json(file), file=file)
+    vae, dit, schedule = read_base(base, **place)
+    alpha_bar = schedule_from_config(schedule)
     vae2d = None if wan else AutoencoderKL.from_pretrained(vae2d, **place)
 
     c = dit.config
@@ -111,6 +107,28 @@ def from_base(cls: type["Mirage"], base: str | Path, vae2d: str | Path | None, t
     mirage = cls(vae, dit, vae2d, text.to(device), alpha_bar, **settings)
     frugal.apply(vae)
     return mirage.requires_grad_(False).eval()
+
+
+def family(base: str | Path) -> tuple[type[nn.Module], type[nn.Module]]:
+    """The classes of a base's VAE and transformer. ValueError unless its folder or hub id holds one of BASES."""
+    file = weights.locate(nn.Module, base, subfolder(base, "vae")) / weights.CONFIG
+    name = weights.read_json(file).get("_class_name")
+    if name not in BASES:
+        raise ValueError(f"{file}: wanted _class_name {' or '.join(map(repr, BASES))}, got {name!r}")
+    return BASES[name]
+
+
+def read_base(base: str | Path, device=None, dtype=None, vae: str | Path | None = None
+              ) -> tuple[nn.Module, nn.Module, dict]:
+    """A base's VAE, its transformer, and what its scheduler_config.json says. vae: where another VAE is."""
+    vae = base if vae is None else vae
+    VAE, DiT = family(vae)
+    vae = VAE.from_pretrained(vae, subfolder(vae, "vae"), dtype=dtype, device=device)
+    dit = DiT.from_pretrained(base, "transformer", dtype=dtype, device=device)
+    file = weights.locate(nn.Module, base, "scheduler", SCHEDULER) / SCHEDULER
+    schedule = weights.read_json(file)
+    schedule_from_config(schedule, file=file)
+    return vae, dit, schedule
 
 
 def from_pretrained(cls: type["Mirage"], path: str | Path, base: str | Path | None = None,

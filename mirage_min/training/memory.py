@@ -113,6 +113,17 @@ def expected(models: nn.ModuleList, step: Callable, size: tuple[int, ...], devic
     The keys are parameters (with buffers), moments (AdamW's), backward (what autograd holds at most) and passing (the
     rest). Their sum is the estimate.
     """
+    peak, saved = rehearse(models, lambda fakes: step(fakes, *torch.empty(2, *size, device=device)), device)
+    parts = {"parameters": sum(t.nbytes for t in (*models.parameters(), *models.buffers())),
+             "moments": sum(2 * p.nbytes for p in models.parameters() if p.requires_grad), "backward": saved}
+    return parts | {"passing": peak + parts["moments"] - sum(parts.values())}
+
+
+def rehearse(models: nn.Module, call: Callable[[nn.Module], None], device: str) -> tuple[int, int]:
+    """call(models), in which no tensor has data -> bytes that are alive at its peak, and what autograd holds at most.
+
+    The first number has the models' own parameters and buffers in it.
+    """
     fake, live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
     try:
         with fake, live:
@@ -121,12 +132,10 @@ def expected(models: nn.ModuleList, step: Callable, size: tuple[int, ...], devic
             memo |= {id(b): torch.empty_like(b, device=device) for b in models.buffers()}
         fakes = copy.deepcopy(models, memo)  # deepcopy takes every tensor from the memo: nothing is copied
         with fake, live, SavedBytes(fakes) as saved:
-            step(fakes, *torch.empty(2, *size, device=device))
+            call(fakes)
     finally:
         forget_tables()
-    parts = {"parameters": sum(t.nbytes for t in (*models.parameters(), *models.buffers())),
-             "moments": sum(2 * p.nbytes for p in models.parameters() if p.requires_grad), "backward": saved.peak}
-    return parts | {"passing": live.peak + parts["moments"] - sum(parts.values())}
+    return live.peak, saved.peak
 
 
 def forget_tables() -> None:
