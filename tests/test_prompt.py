@@ -251,6 +251,7 @@ def command(folder, packages):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("built", ["cogvideox", "sd"], indirect=True)  # T5 and CLIP; Wan's is a T5 too
 def test_a_torchvision_that_is_broken_is_done_without(built, tmp_path):
     """As next to a torch of another build: RuntimeError, operator torchvision::nms does not exist."""
     (tmp_path / "torchvision").mkdir()
@@ -259,6 +260,7 @@ def test_a_torchvision_that_is_broken_is_done_without(built, tmp_path):
     assert status == 0 and "'remove degradation' as" in out, err
 
 
+@pytest.mark.parametrize("built", ["cogvideox"], indirect=True)  # before any text encoder is read
 def test_a_transformers_that_is_broken_is_not_said_to_be_absent(built, tmp_path):
     (tmp_path / "transformers").mkdir()
     (tmp_path / "transformers" / "__init__.py").write_text("raise ImportError('libx.so.1 is missing')")
