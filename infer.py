@@ -183,14 +183,17 @@ def choose(System: type, args: argparse.Namespace) -> tuple[Settings, dict]:
 
 
 def remember(frames: Iterable[Tensor], kept: deque[Tensor]) -> Iterator[Tensor]:
+    """The same frames; each is kept as it passes."""
     for frame in frames:
         kept.append(frame)
         yield frame
 
 
 def at_height(height: int, harmonise: Callable, frames: Iterable[Tensor]) -> Iterator[Tensor]:
-    """x + enlarge(harmonise(s) - s) with s = shrink(x): light and shadow by a model that knows small frames, the detail
-    from the frames themselves. height: pixels of s; its width keeps the shape of the frame.
+    """x + enlarge(harmonise(s) - s) with s = shrink(x), for frames x [3, H, W] in [-1, 1]: light and shadow by a model
+    that knows small frames, the detail from the frames themselves.
+
+    height: pixels of s; its width keeps the shape of the frame. ValueError if it is above H, or s below 16 x 16.
     """
     waiting = deque()  # x and s of the frames that the model has not yet given back
 

@@ -86,7 +86,8 @@ VAES = {"r3d2": AutoencoderTiny, "r3d2-big": AutoencoderKL, "difix": Autoencoder
 
 
 def build(args, recipe: Recipe) -> tuple[nn.ModuleList, dict[str, nn.Parameter]]:
-    """(R3D2, LPIPS, the network whose features Gram compares), and what is trained by name."""
+    """(R3D2, LPIPS, the network whose features Gram compares), and what is trained by name. ValueError if a file is
+    missing or does not fit, or the VAE is not the recipe's."""
     text = choose_prompt(args.prompt, args.base)
     if args.base is None:
         unet = small_base.new_unet()

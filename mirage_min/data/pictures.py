@@ -45,10 +45,11 @@ class Folder:
             yield read_picture(file), number, 1
 
     def name(self, number: int) -> str:
+        """A frame's name in errors."""
         return f"frame {number} ({self.files[number].name})"
 
     def close(self) -> None:
-        pass
+        """Nothing is open."""
 
 
 class Animation:
@@ -103,9 +104,11 @@ class Animation:
             return None
 
     def name(self, number: int) -> str:
+        """A frame's name in errors."""
         return f"frame {number} (counted from 0)"
 
     def close(self) -> None:
+        """Close the file."""
         self.image.close()
 
 

@@ -162,7 +162,7 @@ def lattice(i: Tensor, j: Tensor, seed: int) -> Tensor:
 
 
 def plain(body: Body, points: Points, seed: int) -> Tensor:
-    """The body's colour."""
+    """The body's colour, [M, 3], as every paint returns it."""
     return body.color.expand(len(points.local), 3).clone()
 
 

@@ -140,6 +140,7 @@ class Arrays(pickle.Unpickler):
              ("flax.core.frozen_dict", "FrozenDict"): dict}
 
     def find_class(self, module: str, name: str):
+        """The class of that name, if it is of arrays; UnpicklingError otherwise."""
         found = self.KNOWN.get((module.replace("numpy._core", "numpy.core"), name))
         if found is None:
             raise pickle.UnpicklingError(f"wanted arrays alone, got {module}.{name}")
@@ -203,6 +204,7 @@ def i3d_tensors(tree: dict) -> dict[str, Tensor]:
 
 
 def tensor(array: np.ndarray) -> Tensor:
+    """An array of any shape, contiguous in memory."""
     return torch.from_numpy(np.ascontiguousarray(array))
 
 

@@ -40,6 +40,7 @@ class Unit(nn.Conv3d):
     """A convolution with its batch norm folded in, SAME padding and a rectifier."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, T, H, W] -> [B, C', T', H', W'], sizes divided by the stride and rounded up"""
         return nnf.relu(super().forward(pad_same(x, self.kernel_size, self.stride)))
 
 
@@ -51,6 +52,7 @@ class Pool(nn.Module):
         self.kernel, self.stride = kernel, stride
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, T, H, W], not negative -> [B, C, T', H', W'], sizes divided by the stride and rounded up"""
         return nnf.max_pool3d(pad_same(x, self.kernel, self.stride), self.kernel, self.stride)
 
 
@@ -71,6 +73,7 @@ class Mixed(nn.Module):
         self.Branch_3.add_module("Conv3d_0b_1x1", Unit(c, n[5], 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, T, H, W] -> [B, C', T, H, W]"""
         branches = [self.Branch_0(x), self.Branch_1(x), self.Branch_2(x), self.Branch_3(x)]
         return torch.cat(branches, dim=1)
 
@@ -93,6 +96,7 @@ class I3D(nn.Module):
         self.before = {"Conv3d_2b_1x1": flat, "Mixed_3b": flat, "Mixed_4b": cube, "Mixed_5b": last}
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, 3, T, H, W] in [-1, 1], resized to 224 x 224 -> logits [B, 400]; ValueError for fewer than 9 frames."""
         B, C, T, H, W = x.shape
         if C != 3 or T < LEAST:
             raise ValueError(f"I3D: wanted videos [B, 3, T, H, W] of {LEAST} frames at least, got {list(x.shape)}")

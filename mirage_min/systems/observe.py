@@ -72,7 +72,10 @@ class DepthNetwork:
 
 
 def torchscript(file: Path, device: str) -> Callable[[Tensor], Tensor]:
-    """DEVIATION from safetensors only, as for vFID's network: TorchScript is code, and can write files."""
+    """A TorchScript network, in eval mode on the device; ValueError if the file holds none.
+
+    DEVIATION from safetensors only, as for vFID's network: TorchScript is code, and can write files.
+    """
     try:
         return torch.jit.load(file, map_location=device).eval()
     except (RuntimeError, ValueError) as error:
@@ -80,7 +83,8 @@ def torchscript(file: Path, device: str) -> Callable[[Tensor], Tensor]:
 
 
 def onnx(file: Path) -> Callable[[Tensor], Tensor]:
-    """The first output of an ONNX network with one input, on the CPU."""
+    """The first output of an ONNX network with one input, on the CPU. ImportError without onnxruntime; ValueError if
+    the file holds none."""
     try:
         import onnxruntime
     except ImportError as error:
