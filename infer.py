@@ -49,6 +49,7 @@ from mirage_min.data.keep import keep, read_boxes
 from mirage_min.data.masks import read_mask
 from mirage_min.data.pictures import videos_in
 from mirage_min.data.video import Video, is_mp4, writing
+from mirage_min.networks.card import fields_of_card
 from mirage_min.networks.checked import Within
 from mirage_min.systems.load import system_in
 
@@ -72,7 +73,7 @@ def main(args: argparse.Namespace) -> int:
     if not args.videos:
         place.check_output(args.input, args.output, args.overwrite)
     device = desk.choose_device(args.device)
-    dtype = DTYPES.get(args.dtype, torch.bfloat16 if device == "cuda" else torch.float32)
+    dtype = DTYPES.get(args.dtype) or choose_dtype(device, args.model)
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if world > 1 and not args.videos:
@@ -182,6 +183,15 @@ def choose(System: type, args: argparse.Namespace) -> tuple[Settings, dict]:
     return settings, {field.name: getattr(settings, field.name) for field in fields(System.Options)}
 
 
+def choose_dtype(device: str, model: Path) -> torch.dtype:
+    """bfloat16 on cuda; on a CPU too, if it multiplies bfloat16 natively and the model's card says what that moves."""
+    if device == "cpu":
+        can = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of PyTorch do not tell
+        native = can.get("avx512_bf16") or can.get("amx_bf16")
+        return torch.bfloat16 if native and "bfloat16" in fields_of_card(model) else torch.float32
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
 def remember(frames: Iterable[Tensor], kept: deque[Tensor]) -> Iterator[Tensor]:
     """The same frames; each is kept as it passes."""
     for frame in frames:
@@ -229,7 +239,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", metavar="NAME",
                         help="cuda, mps, cpu or auto (default: auto, the first that this machine has)")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", metavar="TYPE",
-                        help=f"{', '.join(DTYPES)} or auto (default: auto, bfloat16 on cuda and float32 elsewhere)")
+                        help=f"{', '.join(DTYPES)} or auto (default: auto; bfloat16 where it is native)")
     parser.add_argument("--window", type=int, metavar="N",
                         help="latents that its transformer sees at once (default: its own)")
     parser.add_argument("--compare", action="store_true", help="write input and result side by side")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mirage_min.networks.card import UNWRITTEN, write_card
+from mirage_min.networks.card import UNWRITTEN, fields_of_card, write_card
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,6 +40,15 @@ def test_what_a_person_wrote_stays_and_an_unwritten_card_is_brought_up_to_date(t
     write_card(tmp_path, "Mirage", about={"steps": "3"})
     text = (tmp_path / "README.md").read_text()
     assert "It works." in text and "| steps | 2 |" in text
+
+
+@pytest.mark.parametrize("text, wanted", [
+    ("---\nlicense: mit\nbfloat16: .2 of 255\ntags:\n- a\n---\n# A\nnot: one\n", {"license", "bfloat16", "tags"}),
+    ("# A\n---\nbfloat16: x\n---\n", set()), ("", set()), (None, set())])
+def test_only_the_front_matter_has_fields(tmp_path, text, wanted):
+    if text is not None:
+        (tmp_path / "README.md").write_text(text)
+    assert fields_of_card(tmp_path) == wanted
 
 
 def test_a_system_without_a_task_is_refused(tmp_path):

@@ -183,6 +183,7 @@ def test_the_flags_reach_the_model(tmp_path, capsys, monkeypatch):
         return StandIn()
 
     put(monkeypatch, from_pretrained)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)  # a processor that has no bfloat16
     source = encode(tmp_path / "in.mp4", pictures(2))
     succeed(capsys, source, tmp_path / "a.mp4", "--device", "cpu")
     assert seen == dict(path=ROOT / "weights", base="", vae2d="", device="cpu", dtype=torch.float32, window=0, tiles=1,
@@ -191,6 +192,17 @@ def test_the_flags_reach_the_model(tmp_path, capsys, monkeypatch):
             "--window", "5", "--device", "cpu", "--set", "tiles=2", "--set", "margin=4")
     assert seen == dict(path=Path("m"), base="b", vae2d="v", device="cpu", dtype=torch.bfloat16, window=5, tiles=2,
                         margin=4)
+
+
+@pytest.mark.parametrize("can, card, wanted", [
+    ({"avx512_bf16": True}, "bfloat16: moves", torch.bfloat16), ({"amx_bf16": True}, "bfloat16: .2", torch.bfloat16),
+    ({"avx512_bf16": True}, "license: mit", torch.float32), ({"avx512_f": True}, "bfloat16: .2", torch.float32)])
+def test_auto_is_bfloat16_where_it_is_native_and_the_card_says_what_it_moves(tmp_path, monkeypatch, can, card, wanted):
+    (tmp_path / "README.md").write_text(f"---\n{card}\n---\n")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can, raising=False)
+    assert infer.choose_dtype("cpu", tmp_path) == wanted
+    assert infer.choose_dtype("cuda", tmp_path) == torch.bfloat16
+    assert infer.choose_dtype("mps", tmp_path) == torch.float32
 
 
 def test_at_a_height_of_its_own_the_change_is_enlarged_and_the_detail_stays(tmp_path, capsys, monkeypatch):

@@ -3,12 +3,14 @@
     write_card(folder, "Mirage", base="THUDM/CogVideoX1.5-5B", about={"steps": "10000"})
 
 The hub shows a model by these fields: its licence, its library, its task, and what it was trained from. A folder keeps
-the README.md that it has, unless it is such a card with nothing written into it.
+the README.md that it has, unless it is such a card with nothing written into it. One field is ours: `bfloat16`, how far
+the output moves when the model computes in it. infer.py does so by itself only where the card says that.
 
     python -m mirage_min.networks.card
 """
 
 import json
+import re
 from pathlib import Path
 
 from . import hub
@@ -56,6 +58,16 @@ def write_card(folder: str | Path, system: str, base: str | None = None, about: 
                        about="\n".join(["", "| | |", "|---|---|", *rows, ""]) if rows else "")
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def fields_of_card(folder: str | Path) -> set[str]:
+    """Names of the fields in the front matter of a folder's README.md; none without one."""
+    path = Path(folder) / "README.md"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    _, begins, rest = text.partition("---\n")
+    if not begins or not text.startswith("---\n"):
+        return set()
+    return set(re.findall(r"(?m)^(\w+):", rest.partition("\n---")[0]))
 
 
 if __name__ == "__main__":
