@@ -71,6 +71,8 @@ def main(args: argparse.Namespace) -> None:
     if missing := sorted(report["missing_keys"]):  # transformers fills these with random numbers
         raise ValueError(f"{args.base}: text_encoder lacks {len(missing)} weights: {', '.join(missing[:5])}")
     text = encode(encoder.eval().to(args.device), tokens.to(args.device), kind)
+    if not text.isfinite().all():
+        raise ValueError(f"{args.base}: what the text_encoder makes of the text is not finite (its weights, --dtype)")
     base = os.path.relpath(args.base, args.out.parent) if Path(args.base).is_dir() else args.base
     weights.save_tensors(args.out, {"text": text.float()}, {"text": args.text, "base": base})
     desk.say(f"{args.out}: {args.text!r} as {list(text.shape)}, padded with token {tokenizer.pad_token_id} "
@@ -90,6 +92,7 @@ def import_transformers():
 
         for name in ("AutoTokenizer", *(kind.encoder for kind in KINDS.values())):
             getattr(transformers, name)  # they are imported only when they are asked for
+        transformers.utils.logging.set_verbosity_error()  # a weight that is missing is one line of ours
     except Exception as error:  # whatever one of its many dependencies raises
         raise ValueError(f"transformers is installed but cannot be imported: {error}") from error
     return transformers

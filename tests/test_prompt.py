@@ -191,6 +191,14 @@ def test_of_a_hub_id_two_config_files_are_fetched_before_the_text_encoder(case, 
     assert fetched == {"text_encoder/config.json", f"{NETWORK[kind]}/config.json"}
 
 
+def poison(folder):
+    """The last norm's scale has become NaN."""
+    file = folder / "base" / "text_encoder" / "model.safetensors"
+    tensors = weights.load_tensors(file)[0]
+    name = next(key for key in tensors if re.search("final_layer_?norm.weight", key))
+    weights.save_tensors(file, {k: v * (torch.nan if k == name else 1) for k, v in tensors.items()}, {"format": "pt"})
+
+
 def spoil(folder, name: str, change):
     """Change a JSON file of the text encoder, or drop one of its attention's tensors."""
     file = folder / "base" / "text_encoder" / name
@@ -211,6 +219,7 @@ MISTAKES = {
     "another width": (lambda f: spoil(f, "config.json", {"d_model": 12, "hidden_size": 12}), [],
                       r"wanted (d_model|hidden_size) 8, which the (transformer|unet) takes, got 12"),
     "a weight missing": (lambda f: spoil(f, "model.safetensors", LAYER), [], f"lacks 1 weights: .*{LAYER}"),
+    "NaN": (poison, [], "what the text_encoder makes of the text is not finite"),
     "half a file": (lambda f: (p := f / "base/text_encoder/model.safetensors").write_bytes(p.read_bytes()[:999]), [],
                     "transformers cannot load text_encoder"),
     "a long text": (lambda f: None, ["--text", "snow" + " snow" * 299], "has 600 tokens, this base takes at most"),
