@@ -36,6 +36,8 @@ from mirage_min.systems.harmonizer import Harmonizer, Settings
 from mirage_min.systems.mirage import Mirage
 from mirage_min.systems.mirage_folder import HARMONISATION, RECONSTRUCTION, TRANSFORMER
 from mirage_min.systems.r3d2 import R3D2
+from mirage_min.systems.restore import Restorer
+from mirage_min.systems.restore_folder import Settings as Tasks
 from mirage_min.systems.world import Geometry, World
 from mirage_min.training import run
 from tests import fuzz_training, small
@@ -195,6 +197,14 @@ def world(folder: Path) -> Door:
     return any_file(folder, read)
 
 
+def restorer(folder: Path) -> Door:
+    """A restorer's folder."""
+    parts = small.world()
+    flow = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "flow_shift": 3.0}
+    Restorer(parts.vae, parts.dit, torch.ones(1, 2, 8), flow, Tasks("upscale", scale=2)).save_pretrained(folder)
+    return any_file(folder, lambda path: use_system(Restorer.from_pretrained(path, dtype=torch.float32)))
+
+
 def pickles(folder: Path) -> Door:
     """What convert.py reads, in both of torch.save's formats."""
     state = {f"layer.{i}.weight": torch.randn(3, 4) for i in range(4)}
@@ -329,4 +339,4 @@ def paths(folder: Path) -> Door:
 
 
 DOORS = {door.__name__: door for door in (video, animation, picture_folder, networks, mirage, harmonizer, r3d2, world,
-                                          pickles, scene, ply, scores, settings, paths, *fuzz_training.DOORS)}
+                                          restorer, pickles, scene, ply, scores, settings, paths, *fuzz_training.DOORS)}

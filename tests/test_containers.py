@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mirage_min.data import containers
-from mirage_min.data.boxes import spoilt
+from mirage_min.data.boxes import check_run, spoilt
 from mirage_min.data.containers import (
     avi_frames,
     flv_is_broken,
@@ -146,7 +146,7 @@ def test_numbers_of_ebml_are_those_of_its_definition():
     for n in range(1, 9):
         for value in {0, 1, 2 ** (7 * n) - 2, int(np.random.default_rng(n).integers(2 ** (7 * n) - 1))}:
             coded = (value | 1 << 7 * n).to_bytes(n, "big")
-            assert number(coded + b"\xff") == (value, n)
+            assert number(coded + b"\xff") == number(coded) == (value, n)
             with pytest.raises(IndexError):
                 number(coded[:-1])
     with pytest.raises(ValueError, match="no number"):
@@ -309,6 +309,12 @@ def test_a_fragment_that_does_not_fit_is_spoilt(tmp_path, old, new):
     assert data.count(old) == 1
     (tmp_path / "a.mp4").write_bytes(data.replace(old, new))
     assert spoilt(tmp_path / "a.mp4")
+
+
+def test_a_run_of_millions_of_samples_has_their_size():
+    check_run((0xF00).to_bytes(4, "big") + (2**24).to_bytes(4, "big"), 8 + 16 * 2**24)
+    with pytest.raises(ValueError, match="16777216 samples in 12 bytes"):
+        check_run((0x201).to_bytes(4, "big") + (2**24).to_bytes(4, "big"), 12)
 
 
 # ---- Flash video -----------------------------------------------------------------------------------------------------

@@ -82,6 +82,7 @@ class Brightening:
 def test_a_real_clip_is_compared_with_itself_channel_by_channel(monkeypatch):
     x = torch.rand(3, 3, 12, 12) - 0.5
     found = model_card.real_figures(Brightening(), x)
+    assert 1e-3 < found["frames_per_second"] < 1e7
     assert [found[f"shift_{c}"] for c in "rgb"] == pytest.approx([2.55, 5.1, 7.65], rel=1e-3)
     assert found["psnr"] == pytest.approx(10 * math.log10(4 / ((0.02**2 + 0.04**2 + 0.06**2) / 3)), abs=1e-2)
     assert found["difference_in"] == pytest.approx((x[:, 1:] - x[:, :-1]).abs().mean().item() * 127.5, rel=1e-4)

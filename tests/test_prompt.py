@@ -181,7 +181,7 @@ def test_of_a_hub_id_two_config_files_are_fetched_before_the_text_encoder(case, 
     kind, folder = case
     patterns = []
 
-    def snapshot_download(repo, allow_patterns):
+    def snapshot_download(repo, allow_patterns, **where):
         patterns.extend(allow_patterns)
         return folder / "base"
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)

@@ -55,6 +55,17 @@ def test_the_naive_insertion_leaves_the_street_as_it_was_and_the_truth_darkens_i
     assert not darker[0, : int(0.45 * H)].any(), "no shadow falls on the sky"
 
 
+def test_what_may_be_wrong_with_a_naive_car_is_its_light_and_its_shadow():
+    scene, K, both = inserted()
+    x, white = grey_road(), street.brightness_of_the_road(grey_road(), SUNNY) / SUNNY.asphalt
+    light, shadow, neither = (street.insert(x, scene, K, SUNNY.shadow, white, relit=relit, shadowed=shadowed)
+                              for relit, shadowed in ((True, True), (False, False), (False, True)))
+    assert torch.equal(neither.x_ni, both.x_gt)
+    car, road = (both.actor == alpha for alpha in (1, 0))
+    for pair, wrong, right in ((light, car, road), (shadow, road, car)):
+        assert torch.equal(pair.x_ni * right, both.x_gt * right) and torch.equal(pair.x_ni * wrong, both.x_ni * wrong)
+
+
 def test_where_the_sun_is_hidden_the_stated_share_of_light_is_left():
     what = Street(0.9, 0.45, near=8, far=9, sun=(90.0, 20.0), shadow=0.3, asphalt=0.2)
     _, _, pair = inserted(what)
