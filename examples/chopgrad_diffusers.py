@@ -12,6 +12,13 @@ yet; ChopGrad wants a flat dict, new at every call. Left out: Wan 2.2's VAE.
     python -m examples.chopgrad_diffusers   # both VAEs, small and random, one ChopGrad step each
 """
 
+import sys
+
+try:
+    import torchvision  # noqa: F401
+except Exception:  # built for another torch: diffusers needs none, and does without one that it cannot find
+    sys.modules["torchvision"] = None
+
 import torch
 from diffusers import AutoencoderKLCogVideoX, AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
