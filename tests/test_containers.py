@@ -195,7 +195,7 @@ def test_the_chain_of_an_avi_breaks_where_a_byte_was_put_in_or_a_name_is_spoilt(
         assert avi_frames(path, 0, 2) is None, f"a byte put in at {at}"
     for name in (b"00dc", b"01wb", b"00db"):
         at = data.index(name)
-        for other in (b"p" + name[1:], b"1" + name[1:], bytes(4)):
+        for other in (b"p" + name[1:], b"1" + name[1:], b"02" + name[2:], bytes(4)):
             path.write_bytes(data[:at] + other + data[at + 4 :])
             assert avi_frames(path, 0, 2) is None, (name, other)
 
@@ -302,6 +302,7 @@ def test_a_track_that_lacks_what_it_is_read_by_is_spoilt(tmp_path, old, new):
 @pytest.mark.parametrize("old, new", [
     (b"moof", b"moog"), (b"traf", b"trag"), (b"tfhd", b"tfhe"), (b"trun", b"true"), (b"mfhd", b"mfhe"),
     (b"tfdt", b"tfdu"), (b"mdat", b"mdas"), (b"trex", b"trew"), (full(b"tfhd", 0, 7), full(b"tfhd", 0, 6)),
+    (full(b"trex", 0, 7), full(b"trex", 0, 2**24 + 7)),
     (RUN, full(b"trun", 0x205, 1, 100, 0, 30, 40)), (RUN, full(b"trun", 0x201, 2, 100, 0, 30, 40)),
     (FRAGMENT[:4], bytes(3) + b"\x70"), (DATA, DATA[:-1]), (DATA, DATA + bytes(3) + b"\5abcdefgh")])
 def test_a_fragment_that_does_not_fit_is_spoilt(tmp_path, old, new):
