@@ -129,6 +129,8 @@ class View:
 
     transform_matrix: Annotated[Tensor, (4, 4)]
     file_path: str = ""
+    depth_file_path: str = ""  # this and the next are for world_scene.py
+    mask_path: str = ""
     camera_model: Literal["OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "RADIAL", "SIMPLE_RADIAL"] = "PINHOLE"
     fl_x: Length | None = None
     fl_y: Length | None = None
@@ -146,6 +148,13 @@ def read_cameras(path: Path, width: int, height: int, pictures: list[Path] = [])
     pictures: those that the video consists of, in order; without them frames are ordered by file_path.
     ValueError naming the file and the field for missing or bad values, other sizes and lenses that are no pinholes.
     """
+    views = read_views(path)
+    cameras = [camera(view, f"{path}: frames[{i}]", width, height) for i, view in enumerate(views)]
+    return [cameras[i] for i in ordered([view.file_path for view in views], pictures, path)]
+
+
+def read_views(path: Path) -> list[View]:
+    """The frames of transforms.json, in the file's order; ValueError as of read_cameras."""
     about = read_json(path)
     frames = about.get("frames")
     if not isinstance(frames, list) or not frames:
@@ -155,10 +164,8 @@ def read_cameras(path: Path, width: int, height: int, pictures: list[Path] = [])
         frame = checked.value(dict[str, Any], frame, path, f"frames[{i}]")
         here = about | frame                                           # a frame's own intrinsics come first
         refuse_lenses(here, path, f"frames[{i}]")
-        view = checked.record(View, here, path, f"frames[{i}]")
-        views.append((view, camera(view, f"{path}: frames[{i}]", width, height)))
-    order = ordered([view.file_path for view, _ in views], pictures, path)
-    return [views[i][1] for i in order]
+        views.append(checked.record(View, here, path, f"frames[{i}]"))
+    return views
 
 
 def refuse_lenses(here: dict, path: Path, field: str) -> None:
