@@ -1,0 +1,102 @@
+"""Degradations: sizes, repeatability, that every stage loses something, and masks of exactly what they should cover."""
+
+import math
+
+import pytest
+import torch
+
+from mirage_min.data import degradations, toy_world
+from mirage_min.data.degradations import MILD, RANGES, central_mask, half_of_vehicles, low_resolution, vehicle_boxes
+from mirage_min.data.toy_world import WorldConfig
+
+
+@pytest.fixture(scope="module")
+def x():
+    return toy_world.make_clip(3, WorldConfig(frames=3, height=48, width=72), extras=False).x_gt
+
+
+def draws(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("scale, size", [(4, (12, 18)), (3, (16, 24)), (8, (6, 9))])
+def test_low_resolution_has_its_size_repeats_and_stays_in_range(x, scale, size):
+    y = low_resolution(x, scale, draws(5))
+    assert y.shape == (3, 3, *size) and y.abs().max() <= 1
+    assert torch.equal(y, low_resolution(x, scale, draws(5))), "a clip is a function of its draws"
+    assert not torch.equal(y, low_resolution(x, scale, draws(6)))
+
+
+def test_mild_is_milder_and_both_lose_more_than_resizing_alone(x):
+    plain = torch.nn.functional.interpolate(x.transpose(0, 1), (12, 18), mode="area").transpose(0, 1)
+    far = {name: sum(float((low_resolution(x, 4, draws(s), ranges) - plain).square().mean()) for s in range(8)) / 8
+           for name, ranges in (("full", RANGES), ("mild", MILD))}
+    assert 1e-5 < far["mild"] < 0.5 * far["full"], far
+
+
+def test_the_ranges_are_real_esrgans():
+    assert RANGES.first.blur == (0.2, 3.0) and RANGES.second.blur == (0.2, 1.5)
+    assert RANGES.first.resize == (0.15, 1.5) and RANGES.second.resize == (0.3, 1.2)
+    assert RANGES.first.noise == (1, 30) and RANGES.second.noise == (1, 25)
+    assert RANGES.first.jpeg == RANGES.second.jpeg == (30, 95)
+    assert (RANGES.first.blurred, RANGES.second.blurred) == (1.0, 0.8)
+
+
+def test_blur_keeps_a_flat_frame_and_spreads_a_point_as_its_gaussian():
+    flat = torch.full((2, 3, 20, 24), 0.3)
+    assert torch.allclose(degradations.blur(flat, draws(), (0.2, 3.0)), flat, atol=1e-6)
+    point = torch.zeros(1, 3, 21, 21)
+    point[..., 10, 10] = 1
+    spread = degradations.blur(point, draws(), (1.5, 1.5))[0, 0]       # both axes alike: any angle is the same
+    wanted = torch.tensor([[math.exp(-((i - 10) ** 2 + (j - 10) ** 2) / 4.5) for j in range(21)] for i in range(21)])
+    assert torch.allclose(spread, wanted * (spread.sum() / wanted.sum()), atol=2e-4)
+
+
+def test_codecs_lose_more_at_a_worse_quality(x):
+    frames = ((x + 1) / 2).transpose(0, 1)
+    for codec, fine, coarse in ((degradations.as_jpeg, 95, 30), (degradations.as_h264, 12, 40)):
+        lost = [float((codec(frames, quality) - frames).square().mean()) for quality in (fine, coarse)]
+        assert 0 < lost[0] < 0.5 * lost[1] and lost[0] < 1e-3, lost
+
+
+def test_a_size_that_the_scale_does_not_divide_is_refused(x):
+    with pytest.raises(ValueError, match="wanted frames whose sides 5 divides, got 48x72"):
+        low_resolution(x, 5, draws())
+
+
+@pytest.mark.parametrize("H, W", [(8, 12), (9, 13)])
+def test_the_central_mask_has_half_of_both_sides(H, W):
+    mask = central_mask(H, W)
+    rows, columns = mask[0].any(1).nonzero().flatten(), mask[0].any(0).nonzero().flatten()
+    assert len(rows) == H // 2 and len(columns) == W // 2 and mask.sum() == (H // 2) * (W // 2)
+    for found, n in ((rows, H), (columns, W)):
+        assert abs(int(found[0]) - (n - 1 - int(found[-1]))) <= 1
+
+
+def test_half_of_the_vehicles_are_hidden_the_same_in_all_frames():
+    boxes = [torch.tensor([[10.0 * i, 2.0, 10.0 * i + 4, 6.0]] * 2) for i in range(5)]
+    boxes[0][1] = math.nan  # not seen in the second frame
+    seen = set()
+    for seed in range(40):
+        mask = half_of_vehicles(boxes, 2, 8, 50, draws(seed))[0]
+        hidden = [i for i in range(5) if mask[0, 2:6, 10 * i : 10 * i + 4].all()]
+        assert len(hidden) == 3 and int(mask[0].sum()) == 3 * 16
+        assert int(mask[1].sum()) == 16 * len([i for i in hidden if i])
+        seen.add(tuple(hidden))
+    assert len(seen) == 10, "every choice of three of five is drawn"
+    with pytest.raises(ValueError, match="no vehicle of the half"):
+        half_of_vehicles([torch.full((2, 4), math.nan)], 2, 8, 50, draws())
+
+
+def test_a_made_up_vehicles_box_holds_what_is_seen_of_it():
+    config = WorldConfig(frames=2)
+    scene = toy_world.sample_scene(3, config)
+    clip = toy_world.render(scene, config)
+    found = vehicle_boxes(scene, config)[0]                            # the actor's
+    inside = clip.boxes[:, 2] > clip.boxes[:, 0]
+    assert inside.any()
+    x0, y0, x1, y1 = (found - clip.boxes)[inside].unbind(1)
+    assert (x0 <= 1).all() and (y0 <= 1).all() and (x1 >= -1).all() and (y1 >= -1).all()
+    sample = degradations.boxes_hidden(3, config)
+    mask = sample.actor.bool().expand_as(sample.clean)
+    assert torch.equal(sample.degraded[~mask], sample.clean[~mask]) and (sample.degraded[mask] == 0).all()
