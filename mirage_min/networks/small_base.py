@@ -5,6 +5,7 @@ with small numbers, untrained. train_base.py trains them; train_r3d2.py the UNet
 """
 
 import copy
+from dataclasses import replace
 
 import torch
 
@@ -60,8 +61,11 @@ def quiet(vae: AutoencoderKL | CogVideoXVAE | WanVAE) -> AutoencoderKL | CogVide
 
 
 @torch.no_grad()
-def new_transformer(family: str = "cogvideox") -> CogVideoXDiT | WanDiT | CosmosDiT:
-    """A transformer that predicts zeros: every block's gates and the output are zero (adaLN-zero, DiT)."""
+def new_transformer(family: str = "cogvideox", heads: int = 3) -> CogVideoXDiT | WanDiT | CosmosDiT:
+    """A transformer that predicts zeros: every block's gates and the output are zero (adaLN-zero, DiT).
+
+    heads: of Wan's, 64 channels each; the others have three.
+    """
     if family == "cosmos":
         model = CosmosDiT(DIT_COSMOS)
         layers = [norm.linear_2 for block in model.transformer_blocks for norm in (block.norm1, block.norm3)]
@@ -70,7 +74,7 @@ def new_transformer(family: str = "cogvideox") -> CogVideoXDiT | WanDiT | Cosmos
         model.proj_out.weight.zero_()
         return model
     if family == "wan":
-        model = WanDiT(DIT_WAN)
+        model = WanDiT(replace(DIT_WAN, num_attention_heads=heads, ffn_dim=256 * heads))
         time_proj = model.condition_embedder.time_proj
         for k in (2, 5):  # of shift, scale, gate, for attention and for the feed-forward layers
             time_proj.weight.view(6, -1, time_proj.in_features)[k].zero_()

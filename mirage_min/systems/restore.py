@@ -79,11 +79,16 @@ class Restorer(nn.Module):
         """
         self.check_mask(mask is not None)
         x = self.enlarge(x)
-        T, H, W = x.shape[2:]
-        given = x if mask is None else hide(x, mask)
-        y = self.vae.decode(self.denoise(self.vae.encode(self.pad(given))))[:, :, :T, :H, :W]
+        if mask is None:
+            return self.restore(x)
         # DEVIATION: the paper does not say that what is known is pasted back
-        return y if mask is None else torch.where(mask, y, x)
+        return torch.where(mask, self.restore(hide(x, mask)), x)
+
+    def restore(self, x_in: Tensor) -> Tensor:
+        """What the network sees, enlarged or with holes, [B, 3, T, H, W] -> x_out of the same shape, not clamped."""
+        T, H, W = x_in.shape[2:]
+        z_in = self.vae.encode(self.pad(x_in))
+        return self.vae.decode(self.denoise(z_in))[:, :, :T, :H, :W]
 
     def enlarge(self, x: Tensor) -> Tensor:
         """x [B, 3, T, H, W] -> [B, 3, T, s H, s W], bilinear; x itself where the scale is 1."""

@@ -3,6 +3,8 @@
     python -m mirage_min.training.latents
 """
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -71,6 +73,39 @@ class Latents:
 
     def batch(self, n: int, draws: Generator) -> tuple[Tensor, Tensor]:
         """n pairs of latents, drawn with replacement: z_NI, z_GT [n, C, F, h, w] in float32."""
+        z = self.z[torch.randint(len(self.z), (n,), generator=draws)].float()
+        return z[:, 0], z[:, 1]
+
+
+class DrawnLatents:
+    """The latents z [n, 2, C, F, h, w] of what a recipe draws first, n = recipe.latent_clips, kept in a file.
+
+    ValueError if the file exists and was made by another run.
+    """
+
+    @torch.no_grad()
+    def __init__(self, draw: Callable, vae: nn.Module, recipe: Optimisation, file: Path, identity: dict):
+        """draw(step, clips) -> x_in, x_gt [n, 3, T, H, W] and names; identity: the run's (checkpoint.identify)."""
+        about, device = {"run": json.dumps(identity)}, next(vae.parameters()).device
+        if not file.exists():
+            z = None
+            for i in desk.bar(range(recipe.latent_clips), desc="encoding", unit="clip"):
+                # steps that are never taken: the pixel loss sees other draws
+                x_in, x_gt, _ = draw(1_000_000 + i, range(1))
+                with autocast(recipe, device):
+                    z_in, z_gt = (vae.encode(x.to(device))[0] for x in (x_in, x_gt))
+                    both = torch.stack([z_in, z_gt]).half().cpu()                        # [2, C, F, h, w]
+                z = both.new_empty(recipe.latent_clips, *both.shape) if z is None else z
+                z[i] = both
+            file.parent.mkdir(parents=True, exist_ok=True)
+            weights.save_tensors(file, {"z": z}, about)
+        tensors, found = weights.load_tensors(file)
+        if found != about:
+            raise ValueError(f"{file}: was made by another run: remove it, or name another --run-folder")
+        self.z = tensors["z"]                                                            # [n, 2, C, F, h, w]
+
+    def batch(self, n: int, draws: Generator) -> tuple[Tensor, Tensor]:
+        """n of them, drawn with replacement: z_in, z_gt [n, C, F, h, w] in float32."""
         z = self.z[torch.randint(len(self.z), (n,), generator=draws)].float()
         return z[:, 0], z[:, 1]
 

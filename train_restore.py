@@ -1,0 +1,283 @@
+"""Restorers: train a whole video transformer through pixels, one call at a fixed t (ChopGrad §4.1 to 4.3, C.1 to C.3).
+
+    z_out = z_in − prediction                     Wan; CogVideoX: √ᾱ_t z_in − √(1 − ᾱ_t) v
+    L     = λ_latent ‖z_out − z_gt‖² + λ_lpips L_lpips(x_out, x_gt) + λ_mse L_mse + λ_dists L_dists,  x_out = D[z_out]
+
+Trained: every weight of the transformer. Frozen: the VAE, through whose decoder ChopGrad takes the pixel losses.
+`--set pixel=false` is the paper's ChopGrad*, latents alone. x_in is made of x_gt: low resolution, or a hole; or it is
+what the pairs have (artifacts of splats, hidden vehicles). The result is a folder for infer.py.
+
+    python train_restore.py --recipe small-upscale --vae weights/vae_wan --data data/toy --perceptual DIR
+    torchrun --nproc-per-node=4 train_restore.py --recipe dove --base DOVE --prompt empty.safetensors ...
+    python train_restore.py --recipe artifacts --base WAN --prompt prompt.safetensors --data pairs --perceptual DIR
+
+A small recipe first learns from latents that were encoded once (`latent_until`), which costs a fraction of a step
+through pixels.
+"""
+
+if __name__ == "__main__":
+    from mirage_min.data import desk
+
+    desk.open_up()  # before the imports that take seconds
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+from mirage_min.data import desk
+from mirage_min.data.degradations import MILD, RANGES, central_mask, low_resolution
+from mirage_min.data.masks import hide
+from mirage_min.data.pairs import Pairs
+from mirage_min.method import chopgrad
+from mirage_min.method.one_step import T_WAN
+from mirage_min.method.perceptual import Dists, Lpips
+from mirage_min.networks import checked, frugal, small_base
+from mirage_min.networks.imagenet import Features
+from mirage_min.networks.vae_wan import WanVAE
+from mirage_min.systems.harmonizer import subfolder
+from mirage_min.systems.prompt import read_prompt
+from mirage_min.systems.restore import Restorer
+from mirage_min.systems.restore_folder import Settings
+from mirage_min.training import checkpoint, memory, processes, run, watch
+from mirage_min.training.latents import DrawnLatents
+
+Weight = Annotated[float, checked.Within(0)]
+FLOW = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "flow_shift": 3.0}
+
+
+@dataclass
+class Recipe(run.Recipe):
+    """The defaults are those of artifact removal (C.2)."""
+
+    task: Literal["upscale", "artifacts", "inpaint"] = "artifacts"
+    degrade: Literal["given", "low resolution", "mild low resolution", "hole"] = "given"  # of x_in; given: the pairs'
+    steps: int = 880
+    batch: int = 1
+    frames: int = 81
+    height: int = 480
+    width: int = 832
+    lr: float = 1e-5
+    beta2: float = 0.99
+    weight_decay: float = 0.1
+    t: int = T_WAN
+    scale: int = 1
+    lambda_latent: Weight = 1.0
+    lambda_lpips: Weight = 100.0
+    lambda_mse: Weight = 0.0
+    lambda_dists: Weight = 0.0
+    lpips: str = "vgg"          # LPIPS' backbone
+    pixel: bool = True          # False: the latent loss alone (ChopGrad*)
+    latent_until: int = 0       # until this step the latent loss alone, on latents that were encoded once
+    latent_clips: int = 600     # of which there are so many
+    latent_batch: int = 8       # and so many a step
+    d_trunc: int = 1
+    tiles: int = 2              # the decoder's gradient in tiles x tiles pieces of the frame
+    heads: int = 2              # of a new small transformer, 64 numbers each
+    checkpoint_decoder: bool = run.may_change(False)
+    checkpoint_dit: bool = run.may_change(False)
+    half: bool = run.may_change(False)   # the result is written as float16
+    seed: int = 4
+
+
+SMALL = dict(steps=1_200, batch=1, frames=9, height=96, width=144, lr=1e-3, warmup=50, cosine=True, weight_decay=0.01,
+             latent_until=900, lambda_lpips=3.0, lambda_mse=10.0, lpips="squeeze", tiles=1, real=0.2, half=True)
+RECIPES = {
+    # DEVIATION: DOVE's second stage has images too; ChopGrad trains on videos alone, as here
+    "dove": Recipe(task="upscale", degrade="low resolution", steps=500, batch=4, frames=24, height=320, width=640,
+                   lr=5e-6, t=399, scale=4, lambda_latent=0.0, lambda_lpips=0.0, lambda_mse=1.0, lambda_dists=0.1,
+                   tiles=1),
+    "artifacts": Recipe(),
+    "inpaint": Recipe(task="inpaint", degrade="hole", steps=475, frames=49),           # 5 epochs of 95 scenes
+    "inpaint-boxes": Recipe(task="inpaint", steps=475, frames=49),
+    "inpaint-rovi": Recipe(task="inpaint", steps=10_000, frames=29),
+    # DEVIATION: LPIPS on SqueezeNet and an MSE term, for the small transformer starts from nothing
+    "small-upscale": Recipe(task="upscale", degrade="mild low resolution", scale=4, **SMALL),
+    "small-inpaint": Recipe(task="inpaint", degrade="hole", **SMALL),
+}
+
+
+def build(args, recipe: Recipe) -> tuple[nn.ModuleList, dict[str, nn.Parameter]]:
+    """(the restorer, LPIPS, DISTS where it has a weight), and what is trained by name."""
+    latents = (recipe.frames + 2) // 4 + 1  # of a clip; in a stream the transformer sees as many, if it can
+    settings = Settings(recipe.task, recipe.t, recipe.scale, window=max(5, latents - (latents + 1) % 2))
+    text = read_prompt(args.prompt)[0] if args.prompt else None
+    if args.base:
+        restorer = Restorer.from_base(args.base, settings, text, args.vae, dtype=None if recipe.bf16 else torch.float32)
+        restorer.dit.float()
+    else:
+        torch.manual_seed(recipe.seed)
+        vae = frugal.apply(WanVAE.from_pretrained(args.vae, subfolder(args.vae, "vae"), dtype=torch.float32))
+        dit = small_base.new_transformer("wan", recipe.heads)
+        text = torch.zeros(1, 1, dit.config.text_dim) if text is None else text
+        restorer = Restorer(vae, dit, text, FLOW, settings).requires_grad_(False).eval()
+    restorer.dit.activation_checkpointing = recipe.checkpoint_dit
+    params = {f"transformer.{name}": p.requires_grad_() for name, p in restorer.dit.named_parameters()}
+    judges = [Lpips(Features(recipe.lpips, args.perceptual))]
+    if recipe.lambda_dists:
+        vgg = judges[0].features if recipe.lpips == "vgg" else Features("vgg", args.perceptual)
+        judges.append(Dists(vgg))
+    return nn.ModuleList([restorer, *judges]), params
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+def degrade(restorer: Restorer, recipe: Recipe, x: Tensor, x_gt: Tensor, draws: torch.Generator) -> Tensor:
+    """x_in [3, T, H, W], as large as the truth: made of x_gt or, where the pairs have it already, x."""
+    if recipe.degrade == "hole":
+        return hide(x_gt, central_mask(*x_gt.shape[-2:]))
+    if recipe.degrade == "given":
+        return x
+    ranges = RANGES if recipe.degrade == "low resolution" else MILD
+    return restorer.enlarge(low_resolution(x_gt, recipe.scale, draws, ranges)[None])[0]
+
+
+def read(data: Pairs, restorer: Restorer, recipe: Recipe, step: int, clips: range) -> tuple[Tensor, Tensor, list[str]]:
+    """These clips of a step's batch: x_in, x_gt [n, 3, T, H, W] in [-1, 1] and their names; on the CPU."""
+    pairs, names = [], []
+    for k in clips:
+        draws = run.draws(recipe.seed, step, k)
+        x, x_gt, name = data.batch([draws], recipe.real, recipe.varied)
+        pairs.append((degrade(restorer, recipe, x[0], x_gt[0], draws), x_gt[0]))
+        names += name
+    x_in, x_gt = map(torch.stack, zip(*pairs))
+    return x_in, x_gt, names
+
+
+class Degraded:
+    """Held-out pairs whose first video is degraded as in training, each the same at every reading."""
+
+    def __init__(self, pairs: Pairs, restorer: Restorer, recipe: Recipe):
+        self.pairs, self.degrade, self.crops = pairs, partial(degrade, restorer, recipe), pairs.crops
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def read(self, i: int, integer) -> tuple[Tensor, Tensor]:
+        """As Pairs.read."""
+        x, x_gt = self.pairs.read(i, integer)
+        return self.degrade(x, x_gt, run.draws(0, i)), x_gt
+
+
+# ---- the losses ------------------------------------------------------------------------------------------------------
+
+def latent_loss(restorer: Restorer, recipe: Recipe, z_in: Tensor, z_gt: Tensor, share: float,
+                terms: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """z_in, z_gt [n, C, F, h, w] -> (z_out, λ_latent times its share of the batch's mean square)."""
+    z_out = restorer.denoise(z_in)
+    # L_latent = ‖z_out − z_gt‖²                                                        ChopGrad C.2
+    mse = nnf.mse_loss(z_out.float(), z_gt.float())
+    terms["latent"] += share * mse.detach()
+    return z_out, share * recipe.lambda_latent * mse
+
+
+def forward_and_backward(models: nn.ModuleList, recipe: Recipe, x_in: Tensor, x_gt: Tensor,
+                         terms: dict[str, Tensor]) -> None:
+    """Some of a step's clips [n, 3, T, H, W]: their share is added to the gradients, and that of the loss's terms,
+    unweighted, to `terms`."""
+    restorer, lpips_distance, *dists = models
+    x_in, x_gt = restorer.pad(x_in), restorer.pad(x_gt)
+
+    def pixel_loss(x_out, where):
+        x_out, target = x_out.to(x_gt.dtype), x_gt[where]
+        x, y = (rearrange(v, "b c t h w -> (b t) c h w") for v in (x_out, target))
+        found = {}
+        if recipe.lambda_lpips:
+            found["lpips"] = lpips_distance(x, y).mean()
+        if recipe.lambda_mse:
+            found["mse"] = nnf.mse_loss(x, y)
+        if recipe.lambda_dists:
+            found["dists"] = dists[0](x, y).mean()
+        share = target.numel() / (recipe.batch * x_gt[0].numel())  # of the pixels of the whole batch
+        for name, value in found.items():
+            terms[name] += share * value.detach()
+        # L_pixel = λ_lpips L_lpips (C.2), or λ_mse L_mse + λ_dists L_dists (§4.1)        ChopGrad §4
+        return share * sum(getattr(recipe, f"lambda_{name}") * value for name, value in found.items())
+
+    with run.autocast(recipe, x_gt.device):
+        with torch.no_grad():
+            z_in, z_gt = restorer.vae.encode(x_in), restorer.vae.encode(x_gt)
+        z_out, loss = latent_loss(restorer, recipe, z_in, z_gt, len(x_gt) / recipe.batch, terms)
+        if recipe.pixel:
+            # dL_pixel / dz_out                                                          ChopGrad Alg. 1
+            _, grad_z = chopgrad.backward(restorer.vae, z_out, pixel_loss, recipe.d_trunc,
+                                          (recipe.tiles, recipe.tiles), checkpoint=recipe.checkpoint_decoder)
+    if recipe.pixel:
+        torch.autograd.backward([loss, z_out], [None, grad_z])  # once through the transformer, for both losses
+    else:
+        loss.backward()
+
+
+def main(args, recipe: Recipe) -> None:
+    args.vae = args.vae or (None if args.base else "weights/vae_wan")
+    data, val = run.open_data(args, recipe)
+    models, params = build(args, recipe)
+    restorer, lpips, *_ = models
+    val = val and Degraded(val, restorer, recipe)
+    identity = checkpoint.identify(args, recipe, data.paths(), models, params)
+    processes.print_once(f"restorer: {recipe}\ntrained: {run.count(params)}")
+    processes.print_once(memory.plan(models, forward_and_backward, recipe, args.device, processes.world()))
+    models.to(args.device)
+    optimizer = run.optimizer(params, recipe)
+    start = checkpoint.resume(args.run, params, optimizer, identity, recipe.steps)
+    log = watch.Log(args.run, recipe, start)
+    draw = partial(read, data, restorer, recipe)
+    cached = None
+    if start < recipe.latent_until:
+        cached = DrawnLatents(draw, restorer.vae, recipe, args.run / "latents.safetensors", identity)
+    shown = [x.to(args.device) for x in draw(0, range(1))[:2]]
+
+    @torch.no_grad()
+    def restore(x_in, x_gt):
+        with run.autocast(recipe, x_in.device):  # x_in is as large as the truth already
+            return restorer.restore(x_in)
+
+    for step in (bar := run.Steps(args, recipe, start)):
+        terms, names = defaultdict(float), []
+        optimizer.zero_grad()
+        if step < recipe.latent_until:
+            z_in, z_gt = cached.batch(recipe.latent_batch, run.draws(recipe.seed, step))
+            with run.autocast(recipe, args.device):
+                _, loss = latent_loss(restorer, recipe, z_in.to(args.device), z_gt.to(args.device), 1.0, terms)
+            loss.backward()
+        else:
+            for clips in processes.pieces(recipe):
+                x_in, x_gt, drawn = draw(step, clips)
+                forward_and_backward(models, recipe, x_in.to(args.device), x_gt.to(args.device), terms)
+                names += drawn
+            processes.reduce(params, terms)
+        norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
+        processes.check_finite(step, terms, norm, names)
+        run.set_rate(optimizer, recipe, step)
+        optimizer.step()
+
+        if step % 10 == 0:
+            bar.set_postfix(log(step, terms))
+        if run.due(step, recipe):
+            log.report(step, restore, shown, val, lpips)
+            checkpoint.save(args.run, step + 1, params, optimizer, identity)
+    save(args, recipe, restorer)
+
+
+def save(args, recipe: Recipe, restorer: Restorer) -> None:
+    """Write the folder for infer.py; a VAE that was given stays where it is."""
+    if processes.rank() == 0:
+        if recipe.half:
+            restorer.dit.half()
+        restorer.save_pretrained(args.out, args.vae and run.seen_from(args.out, args.vae), run.about(recipe))
+        desk.say(f"restorer: {recipe.steps} steps -> {args.out}")
+
+
+if __name__ == "__main__":
+    parser = run.flags(__doc__, "restore", RECIPES)
+    parser.set_defaults(recipe="small-upscale")
+    parser.add_argument("--base", help="folder or hub id of a CogVideoX or Wan (default: a small new transformer)")
+    parser.add_argument("--vae", help="folder or hub id of its VAE (default: the base's; without one weights/vae_wan)")
+    parser.add_argument("--prompt", type=Path, help="the prompt's embedding (encode_prompt.py; default: zeros)")
+    run.launch(main, parser.parse_args(), RECIPES)
