@@ -17,6 +17,7 @@ Left out: depth and camera estimation, and merging of points.
     python -m mirage_min.method.latent_memory    # a street seen 41 times: growth, a readout, the released scatter
 """
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -185,6 +186,15 @@ if __name__ == "__main__":
             print(f"read where it was added: equal {torch.equal(read(union, camera, h, w)[0], z)}")
     print(f"41 frames of {h} x {w} cells: {len(union)} points, or {len(bounded)} that differ by more than 5 % in depth")
 
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    seconds = []
+    for _ in range(21):
+        start = time.perf_counter()
+        read(union, cameras[0], h, w)
+        seconds.append(time.perf_counter() - start)
+    print(f"a readout: {1000 * sorted(seconds)[10]:.0f} ms on one thread, the median of 21")
+
     # The released code writes from far to near, with duplicate indices: the nearest stays if writes come in order.
     ours, mask = read(union, cameras[0], h, w)
     cells, w2c = cell_camera(cameras[0], h, w)
@@ -192,7 +202,6 @@ if __name__ == "__main__":
     order = ((z > NEAR) & (x >= 0) & (x < w * z) & (y >= 0) & (y < h * z)).nonzero().squeeze(1)
     order = order[z[order].argsort(descending=True)]
     cell = ((y / z).floor() * w + (x / z).floor()).long()[order]
-    threads_before = torch.get_num_threads()
     for threads in (1, 2):
         torch.set_num_threads(threads)
         wrong = []
