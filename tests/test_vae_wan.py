@@ -17,7 +17,7 @@ stub()
 
 from diffusers import AutoencoderKLWan  # noqa: E402
 
-from mirage_min.networks import frugal, weights  # noqa: E402
+from mirage_min.networks import frugal, wan_blocks, weights  # noqa: E402
 from mirage_min.networks.vae_wan import WanVAE, WanVAEConfig  # noqa: E402
 from mirage_min.training.memory import LiveBytes  # noqa: E402
 from tests import small  # noqa: E402
@@ -345,3 +345,16 @@ def test_without_gradients_the_official_network_holds_far_less_than_the_publishe
             model.decode(z)
         held.append(live.peak / 2**20)
     assert held[0] <= 0.75 * held[1], f"{held[0]:.0f} MiB, published {held[1]:.0f} MiB, allowed 0.75 of it"
+
+
+def test_attention_does_not_hold_the_products_of_all_cells(monkeypatch):
+    """PyTorch's attention takes its frugal path only for tensors whose channels lie next to each other."""
+    taken, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(q, k, v):
+        taken.extend((q, k, v))
+        return attention(q, k, v)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    wan_blocks.FrameAttention(8)(torch.randn(1, 8, 2, 3, 5))
+    assert len(taken) == 3 and all(x.shape == (2, 1, 15, 8) and x.stride(-1) == 1 for x in taken)
