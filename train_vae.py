@@ -58,6 +58,9 @@ RECIPES = {
     # DEVIATION: the small model has no full VGG-16 (LPIPS on SqueezeNet), a larger rate and few steps.
     "small": Recipe(steps=1500, batch=2, height=96, width=96, lr=3e-3, warmup=50, cosine=True,
                     lpips="squeeze", real=0.25, varied=0.8),
+    # A few minutes on a laptop, on the shipped base: a lesson, not a model (docs/training.md).
+    "minute": Recipe(steps=60, batch=1, frames=5, height=96, width=144, lr=3e-3, warmup=5, cosine=True, bf16=False,
+                     lpips="squeeze", every=30),
 }
 
 
@@ -144,6 +147,8 @@ def main(args, recipe: Recipe) -> None:
             scales = injection.measure_scales(mirage.vae, mirage.vae.encode(x_gt), mirage.mids(x_ni))
         processes.print_once("std of (decoder stream, 2D features), finest first:", scales)
 
+    if start == 0:
+        log.report(-1, partial(reconstruct, mirage, recipe), shown)  # before the first step
     bar = run.Steps(args, recipe, start)
     for step in bar:
         terms, names = defaultdict(float), []

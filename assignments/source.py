@@ -17,7 +17,8 @@ ROOT = HERE.parent
 # and of the tests and experiments those that grade and what they import
 TOGETHER = ("*.py", "README.md", "LICENSE", "CITATION.cff", "DEVIATIONS.md", "pyproject.toml", "requirements*.txt",
             "mirage_min/**/*.py", "tests/*.py", "experiments/alignment.py", "experiments/chopgrad_*.py",
-            "experiments/common.py", "experiments/measuring.py", "examples/**/*.py", "docs/*.md", "docs/walkthrough*")
+            "experiments/common.py", "experiments/measuring.py", "examples/**/*.py", "docs/*.md",
+            "docs/walkthrough_*.png")
 NOT_FOR_STUDENTS = {"tests/student_bodies.py", "tests/mutation.py", "tests/fuzz.py", "tests/fuzz_changes.py",
                     "tests/fuzz_doors.py", "tests/fuzz_training.py"}
 

@@ -67,6 +67,7 @@ TESTS = {  # {file or folder: its tests}, where they are not tests/test_NAME.py;
     "experiments/alignment.py": "align", "experiments/chopgrad_locality.py": "locality",
     "experiments/chopgrad_memory.py": "locality chopgrad", "experiments/model_card.py": "model_card",
     "experiments/demo_gif.py": "experiments", "experiments/walkthrough_figures.py": "locality",
+    "experiments/walkthrough_notebook.py": "walkthrough",
     "experiments/skip_vae.py": "tables",
     "experiments/tables.py": "tables", "experiments/mirage_table1.py": "tables",
     "experiments/mirage_table2.py": "tables", "experiments/mirage_table3.py": "tables",

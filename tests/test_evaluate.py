@@ -247,7 +247,7 @@ def test_metrics_without_weights_are_absent_and_say_why(work, tmp_path, capsys, 
     assert "* DISTS: absent: no vgg weights" in out and "* vFID: absent: no feature network" in out
     assert "* E*warp: absent: no exact flow" in out and "opencv" in out
     status, out, _ = run(capsys, "--pred", work / "good", "--gt", work / "gt")
-    assert "* LPIPS: absent: no weights given (--perceptual DIR)" in out
+    assert "* LPIPS: absent: no weights given (--perceptual DIR or auto)" in out
 
 
 def test_dis_is_the_flow_where_no_other_is_given_and_is_named(work, tmp_path, capsys):

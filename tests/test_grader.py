@@ -192,14 +192,15 @@ def test_reading(path):
 
 @pytest.mark.parametrize("folder", [Path.cwd(), Path.cwd() / "tests", OUTSIDE, Path("/tmp"), Path("/dev/shm"), ROOT])
 def test_writing(folder):
+    new = folder / f"new-{GRADER}"  # a name that nobody else has
     own = Path.cwd() / "test_attacks.py"
     for write in (lambda p: p.write_text(""), lambda p: os.open(p, os.O_CREAT), lambda p: own.rename(p),
                   lambda p: torch.save(torch.ones(1), p), lambda p: p.mkdir(), lambda p: p.symlink_to(own),
                   lambda p: p.hardlink_to(own), lambda p: os.mkfifo(p),
                   lambda p: torch.from_file(str(p), True, 2, dtype=torch.uint8)):
         with refused:
-            write(folder / "new")
-    assert not (folder / "new").exists()
+            write(new)
+    assert not new.exists()
 
 @pytest.mark.parametrize("path", [Path("test_attacks.py"), OUTSIDE / "secret.txt", ROOT / "README.md"])
 def test_changing(path):
@@ -338,7 +339,7 @@ def test_every_function_has_a_fresh_tree_without_its_own_solution(tmp_path, monk
     assert trees[0][Path(LORA)] == source.splice(ours, "LoRA.delta", "return 0") and trees[1][Path(LORA)] != ours
     assert all(text == (source.ROOT / file).read_text() for t in trees for file, text in t.items()
                if file != Path(LORA))
-    assert not any("assignments" in file.parts or file.as_posix() in source.ABOUT_SOLUTIONS for file in trees[0])
+    assert not any("assignments" in file.parts or file.as_posix() in source.NOT_FOR_STUDENTS for file in trees[0])
 
 
 def test_a_submission_is_graded_from_the_command_line(tmp_path):

@@ -35,7 +35,7 @@ Trained with mirage_min. Its licence is that of what it was trained from, and of
 COMMAND = "\n```\npython infer.py in.mp4 out.mp4 --model {folder}\n```\n"
 
 
-def write_card(folder: str | Path, system: str, base: str | None = None, about: dict | None = None,
+def write_card(folder: str | Path, system: str, base: str | Path | None = None, about: dict | None = None,
                license: str = "other") -> None:
     """Write README.md, unless a person has written one. ValueError for a system that has no task.
 
@@ -50,7 +50,8 @@ def write_card(folder: str | Path, system: str, base: str | None = None, about: 
         return
     rows = [f"| {key} | {value if isinstance(value, str) else json.dumps(value)} |"
             for key, value in (about or {}).items()]
-    named = base and hub.is_id(base) and not (Path(folder) / base).is_dir()
+    base = "" if base is None else str(base)
+    named = hub.is_id(base) and not (Path(folder) / base).is_dir()
     command = "" if system == "World" else COMMAND.format(folder=Path(folder).name)  # infer.py takes no world
     text = CARD.format(license=license, task=TASKS[system], system=system, unwritten=UNWRITTEN,
                        base=f"base_model: {hub.split(base)[0]}\n" if named else "",
