@@ -41,7 +41,7 @@ from mirage_min.data.pairs import Pairs
 from mirage_min.data.real_clips import RealClips
 from mirage_min.method.one_step import T_MIRAGE, T_WAN, add_noise, alpha_bar, denoise, denoise_epsilon, v_target
 from mirage_min.method.perceptual import Lpips
-from mirage_min.method.schedules import STABLE_DIFFUSION, VPrediction, config_from_schedule
+from mirage_min.method.schedules import STABLE_DIFFUSION, WAN, VPrediction, config_from_schedule
 from mirage_min.networks import small_base, weights
 from mirage_min.networks.dit_cogvideox import CogVideoXDiT
 from mirage_min.networks.dit_wan import WanDiT
@@ -57,7 +57,7 @@ NETWORKS = {"cogvideox": (CogVideoXVAE, CogVideoXDiT), "wan": (WanVAE, WanDiT)}
 SCHEDULERS = {  # scheduler_config.json, by family
     "cogvideox": config_from_schedule(VPrediction(prediction_type="v_prediction", rescale_betas_zero_snr=True,
                                                   snr_shift_scale=1.0)),
-    "wan": {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "flow_shift": 3.0},
+    "wan": WAN,
     "2d": config_from_schedule(STABLE_DIFFUSION),
 }
 

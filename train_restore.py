@@ -38,6 +38,7 @@ from mirage_min.data.pairs import Pairs
 from mirage_min.method import chopgrad
 from mirage_min.method.one_step import T_WAN
 from mirage_min.method.perceptual import Dists, Lpips
+from mirage_min.method.schedules import WAN
 from mirage_min.networks import checked, frugal, small_base
 from mirage_min.networks.imagenet import Features
 from mirage_min.networks.vae_wan import WanVAE
@@ -49,7 +50,6 @@ from mirage_min.training import checkpoint, memory, processes, run, watch
 from mirage_min.training.latents import DrawnLatents
 
 Weight = Annotated[float, checked.Within(0)]
-FLOW = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "flow_shift": 3.0}
 
 
 @dataclass
@@ -116,7 +116,7 @@ def build(args, recipe: Recipe) -> tuple[nn.ModuleList, dict[str, nn.Parameter]]
         vae = frugal.apply(WanVAE.from_pretrained(args.vae, subfolder(args.vae, "vae"), dtype=torch.float32))
         dit = small_base.new_transformer("wan", recipe.heads)
         text = torch.zeros(1, 1, dit.config.text_dim) if text is None else text
-        restorer = Restorer(vae, dit, text, FLOW, settings).requires_grad_(False).eval()
+        restorer = Restorer(vae, dit, text, WAN, settings).requires_grad_(False).eval()
     restorer.dit.activation_checkpointing = recipe.checkpoint_dit
     params = {f"transformer.{name}": p.requires_grad_() for name, p in restorer.dit.named_parameters()}
     judges = [Lpips(Features(recipe.lpips, args.perceptual))]
@@ -238,7 +238,8 @@ def main(args, recipe: Recipe) -> None:
         with run.autocast(recipe, x_in.device):  # x_in is as large as the truth already
             return restorer.restore(x_in)
 
-    for step in (bar := run.Steps(args, recipe, start)):
+    bar = run.Steps(args, recipe, start)
+    for step in bar:
         terms, names = defaultdict(float), []
         optimizer.zero_grad()
         if step < recipe.latent_until:

@@ -199,7 +199,8 @@ def main(args, recipe: Recipe) -> None:
     start = checkpoint.resume(args.run, params, optimizer, identity, recipe.steps)
     log = watch.Log(args.run, recipe, start)
 
-    for step in (bar := run.Steps(args, recipe, start)):
+    bar = run.Steps(args, recipe, start)
+    for step in bar:
         terms, names = defaultdict(float), []
         optimizer.zero_grad()
         for clips in processes.pieces(recipe):

@@ -16,6 +16,7 @@ import infer
 from mirage_min.data.masks import read_mask
 from mirage_min.data.video import read_clip, write_clip
 from mirage_min.method.one_step import alpha_bar
+from mirage_min.method.schedules import WAN
 from mirage_min.networks import weights
 from mirage_min.systems import load, restore, restore_folder
 from mirage_min.systems.restore import Restorer
@@ -23,8 +24,6 @@ from mirage_min.systems.restore_folder import Settings
 from mirage_min.training import memory
 from tests import small
 from tests.torchvision_stub import stub
-
-FLOW = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "flow_shift": 3.0}
 
 
 def video(*shape, seed=0):
@@ -51,7 +50,7 @@ def published(tmp_path_factory):
 def small_restorer(settings: Settings, tiles: int = 1) -> Restorer:
     """On a random Wan whose transformer does something."""
     world = small.world()
-    return Restorer(world.vae, world.dit, torch.ones(1, 2, 8), FLOW, settings, tiles).requires_grad_(False).eval()
+    return Restorer(world.vae, world.dit, torch.ones(1, 2, 8), WAN, settings, tiles).requires_grad_(False).eval()
 
 
 # ---- the method ------------------------------------------------------------------------------------------------------
@@ -238,4 +237,4 @@ def test_a_task_that_keeps_the_size_has_no_scale():
 def test_a_prompt_that_does_not_fit_is_refused():
     world = small.world()
     with pytest.raises(ValueError, match=r"wanted a prompt \[1, L, 8\]"):
-        Restorer(world.vae, world.dit, torch.zeros(1, 2, 9), FLOW, Settings("artifacts"))
+        Restorer(world.vae, world.dit, torch.zeros(1, 2, 9), WAN, Settings("artifacts"))

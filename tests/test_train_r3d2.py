@@ -178,7 +178,7 @@ def test_r3d2_proper_trains_on_a_tiny_vae_with_a_prompt_and_is_written_as_float1
     (tmp_path / "val").mkdir()
     (tmp_path / "val" / "0.safetensors").symlink_to(work / "pairs" / "0.safetensors")
     out = train(work, tmp_path / "out", recipe="r3d2", vae="taesd", prompt=tmp_path / "p.safetensors", steps=1,
-                half=True, frames=1, checkpoint_unet=True, bf16=True, val=tmp_path / "val")
+                half=True, frames=2, checkpoint_unet=True, bf16=True, val=tmp_path / "val")
     trained = R3D2.from_pretrained(out)
     assert trained.vae.CLASS_NAME == "AutoencoderTiny" and (trained.text == 1).all()
     stored = {t.dtype for file in out.rglob("diffusion*.safetensors") for t in weights.load_tensors(file)[0].values()}

@@ -56,7 +56,7 @@ def train(work, out, recipe="small-inpaint", base="base", vae=None, val=None, **
 def test_a_step_is_the_losses_written_out(work, weighted):
     torch.manual_seed(0)
     world = small.world()
-    restorer = Restorer(world.vae, world.dit, torch.ones(1, 2, 8), train_restore.FLOW, Settings("artifacts")).double()
+    restorer = Restorer(world.vae, world.dit, torch.ones(1, 2, 8), train_restore.WAN, Settings("artifacts")).double()
     judges = perceptual.Lpips(imagenet.Features("squeeze", work)), perceptual.Dists(imagenet.Features("vgg", work))
     models = nn.ModuleList([restorer, *judges]).double()
     params = [p.requires_grad_() for p in restorer.dit.parameters()]
@@ -90,7 +90,7 @@ def test_a_step_is_the_losses_written_out(work, weighted):
 
 def test_the_latent_loss_alone_decodes_nothing(work, monkeypatch):
     world = small.world()
-    restorer = Restorer(world.vae, world.dit, torch.ones(1, 2, 8), train_restore.FLOW, Settings("artifacts"))
+    restorer = Restorer(world.vae, world.dit, torch.ones(1, 2, 8), train_restore.WAN, Settings("artifacts"))
     restorer.dit.requires_grad_(True)
     monkeypatch.setattr(restorer.vae, "decode_group", lambda *given: pytest.fail("decoded"))
     terms, x = defaultdict(float), torch.zeros(1, 3, 5, 32, 32)

@@ -86,6 +86,8 @@ class ClippingEpsilon(Epsilon):
     clip_sample: Literal[False] = dataclasses.field()  # without a default
 
 
+# Wan's scheduler_config.json; the shift matters to samplers of many steps alone
+WAN = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "flow_shift": 3.0}
 STABLE_DIFFUSION = Epsilon(beta_start=BETA_START, beta_end=BETA_END, beta_schedule="scaled_linear")
 SCHEDULERS = {
     "CogVideoXDDIMScheduler": VPrediction,

@@ -220,11 +220,11 @@ def two_groups(restorer: Restorer, H: int, W: int, tiles: int) -> None:
 
 
 if __name__ == "__main__":
+    from ..method.schedules import WAN
     from ..networks import small_base
 
     torch.manual_seed(0)
-    flow = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "flow_shift": 3.0}
-    parts = small_base.new_vae("wan"), small_base.new_transformer("wan"), torch.zeros(1, 1, 16), flow
+    parts = small_base.new_vae("wan"), small_base.new_transformer("wan"), torch.zeros(1, 1, 16), WAN
     x = torch.rand(1, 3, 6, 20, 30) * 2 - 1
     for s in (1, 2, 3):
         restorer = Restorer(*parts, Settings("upscale", scale=s)).requires_grad_(False).eval()
