@@ -41,6 +41,7 @@ from mirage_min.networks.checked import Within
 from mirage_min.systems.observe import DepthNetwork, ToyDepth
 from mirage_min.systems.world import Geometry, Observe, World
 
+SHIPPED = Path(__file__).parent / "weights" / "world"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -58,6 +59,9 @@ class Settings:
 
 def main(args: argparse.Namespace) -> None:
     place.check_output(args.scene, args.output, args.overwrite)
+    if args.model == SHIPPED and not SHIPPED.is_dir():
+        raise ValueError(f"{SHIPPED}: no small world model is there: wanted --model DIR, a folder that train_world.py "
+                         "has written")
     device = desk.choose_device(args.device)
     dtype = DTYPES.get(args.dtype, torch.bfloat16 if device == "cuda" else torch.float32)
     settings, options = choose(args)
@@ -146,7 +150,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=desk.first_line(__doc__))
     parser.add_argument("scene", type=Path, help="a folder with transforms.json or geometry.npz")
     parser.add_argument("output", type=Path, help="NAME.mp4, NAME.safetensors, or a folder for PNGs")
-    parser.add_argument("--model", type=Path, metavar="DIR", default=Path(__file__).parent / "weights" / "world",
+    parser.add_argument("--model", type=Path, metavar="DIR", default=SHIPPED,
                         help="folder or hub id of a trained world model (default: the small one in weights/world)")
     parser.add_argument("--path", choices=["scene", *PATHS], default="scene",
                         help="scene: the scene's own cameras (default); others begin at its first")

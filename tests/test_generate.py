@@ -91,6 +91,15 @@ def test_what_is_wrong_is_one_line_and_leaves_nothing(work, tmp_path, capsys, sc
     assert not list(tmp_path.iterdir())
 
 
+def test_without_a_model_where_the_small_one_would_be_the_line_says_where_one_comes_from(work, tmp_path, capsys,
+                                                                                           monkeypatch):
+    monkeypatch.setattr(generate, "SHIPPED", tmp_path / "world")
+    assert generate.cli([str(work / "toy"), str(tmp_path / "out.mp4")]) == 2
+    said = capsys.readouterr().err
+    assert said == (f"generate.py: {tmp_path / 'world'}: no small world model is there: wanted --model DIR, a folder "
+                    "that train_world.py has written\n")
+
+
 def test_a_failure_on_the_way_leaves_nothing_and_what_exists_is_kept(work, tmp_path, capsys, monkeypatch):
     (tmp_path / "out.mp4").write_text("kept")
     assert run(work, "toy", tmp_path / "out.mp4") == 2

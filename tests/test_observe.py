@@ -21,10 +21,10 @@ class Bright(nn.Module):
 
 
 class Wrong(nn.Module):
-    """Three channels in place of a depth, and of many images nothing at all."""
+    """Three channels in place of a depth, and of large images nothing at all."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        assert images.shape[0] < 3, "no memory for so many"
+        assert images.shape[3] < 9, "no memory for so many"
         return images
 
 
@@ -61,22 +61,56 @@ def test_what_is_no_network_or_gives_no_depth_is_refused_by_its_file(tmp_path, m
     with pytest.raises(ValueError, match="text.pt: neither a TorchScript network nor NAME.onnx"):
         DepthNetwork(tmp_path / "text.pt")
     network = DepthNetwork(saved(Wrong(), tmp_path / "wrong.pt"))
-    with pytest.raises(ValueError, match=r"wrong.pt: wanted depth \[2, 4, 6\] or \[2, 1, 4, 6\], got \[2, 3, 4, 6\]"):
+    with pytest.raises(ValueError, match=r"wrong.pt: wanted depth \[1, 4, 6\] or \[1, 1, 4, 6\], got \[1, 3, 4, 6\]"):
         network(torch.zeros(3, 2, 4, 6), CAMERAS)
-    with pytest.raises(ValueError, match=r"wrong.pt: fails on images \[3, 3, 4, 6\]: .*no memory for so many"):
-        network(torch.zeros(3, 3, 4, 6), CAMERAS)
+    with pytest.raises(ValueError, match=r"wrong.pt: fails on a frame \[1, 3, 4, 9\]: .*no memory for so many"):
+        network(torch.zeros(3, 2, 4, 9), CAMERAS)
     (tmp_path / "depth.onnx").write_bytes(b"no network")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ImportError, match="depth.onnx: needs onnxruntime"):
         DepthNetwork(tmp_path / "depth.onnx")
 
 
-def test_an_onnx_network_is_read_by_onnxruntime(tmp_path):
-    for name in ("onnxruntime", "onnxscript"):
-        pytest.importorskip(name, reason=f"needs {name}")
-    torch.onnx.export(Bright(), torch.zeros(2, 3, 4, 6), tmp_path / "depth.onnx")
+@pytest.fixture
+def onnx_depth(tmp_path):
+    """Writes an ONNX network: depth 2 + the mean of the colours, of images [n, 3, H, W] of the sizes given."""
+    onnx = pytest.importorskip("onnx", reason="needs onnx")
+    pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+
+    def write(n="n", H="H", W="W", name="depth.onnx"):
+        value, make = onnx.helper.make_tensor_value_info, onnx.helper
+        nodes = [make.make_node("ReduceMean", ["images"], ["mean"], axes=[1], keepdims=0),
+                 make.make_node("Add", ["mean", "two"], ["depth"])]
+        graph = make.make_graph(nodes, "depth", [value("images", onnx.TensorProto.FLOAT, [n, 3, H, W])],
+                                [value("depth", onnx.TensorProto.FLOAT, [n, H, W])],
+                                [make.make_tensor("two", onnx.TensorProto.FLOAT, [], [2.0])])
+        onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", 17)], ir_version=8), tmp_path / name)
+        return tmp_path / name
+    return write
+
+
+@pytest.mark.parametrize("sizes", [{}, {"n": 1, "H": 4, "W": 6}])
+def test_an_onnx_network_is_run_frame_by_frame_and_its_scale_is_found(onnx_depth, sizes):
     frames = torch.rand(3, 2, 4, 6) * 2 - 1
-    assert torch.allclose(DepthNetwork(tmp_path / "depth.onnx")(frames, CAMERAS).depth, 2 + frames[0])
+    network = DepthNetwork(onnx_depth(**sizes))
+    depth = network(frames, CAMERAS).depth
+    assert depth.shape == (2, 4, 6) and torch.allclose(depth, 2 + frames.mean(0), atol=1e-6)
+    assert network(frames.bfloat16(), CAMERAS).depth.dtype == torch.bfloat16
+    found, off = network.matched(frames[:, 0], 3 * depth[0], CAMERAS[0])
+    assert found.scale == pytest.approx(3, rel=1e-5) and off == pytest.approx(0, abs=1e-6)
+
+
+def test_an_onnx_file_that_is_none_and_one_for_another_size_are_refused_in_one_line(onnx_depth, tmp_path, capfd):
+    network = DepthNetwork(onnx_depth(1, 8, 8, name="large.onnx"))
+    whole = onnx_depth().read_bytes()
+    for name, content in (("text.onnx", b"no network"), ("empty.onnx", b""), ("half.onnx", whole[: len(whole) // 2])):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}: not an ONNX network: ") as error:
+            DepthNetwork(tmp_path / name)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"large.onnx: fails on a frame \[1, 3, 4, 6\]: .*Got: 4 Expected: 8") as error:
+        network(torch.zeros(3, 2, 4, 6), CAMERAS)
+    assert "\n" not in str(error.value) and capfd.readouterr() == ("", "")
 
 
 def test_the_toy_renderer_gives_the_depth_of_a_still_scene_from_any_camera():

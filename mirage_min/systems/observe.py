@@ -2,8 +2,8 @@
 
 The loop (world.py) asks `observe(frames [3, n, H, W] in [-1, 1], n cameras) -> Geometry`. Two are here:
 
-    DepthNetwork("depth.pt")    TorchScript, or NAME.onnx, for which onnxruntime is needed. Its input is [n, 3, H, W],
-                                float32 in [-1, 1], its output [n, H, W] or [n, 1, H, W]: depth along the camera's z
+    DepthNetwork("depth.pt")    TorchScript, or NAME.onnx, for which onnxruntime is needed. Its input is [1, 3, H, W],
+                                float32 in [-1, 1], its output [1, H, W] or [1, 1, H, W]: depth along the camera's z
     ToyDepth(scene)             exact, of a scene in which nothing moves
 
 A network rarely knows the unit of the poses: `matched` finds the one factor that its depth needs, on a frame whose
@@ -40,19 +40,23 @@ class DepthNetwork:
     @torch.no_grad()
     def __call__(self, frames: Tensor, cameras: list[Camera]) -> Geometry:
         """frames [3, n, H, W] in [-1, 1] -> depth [n, H, W]; ValueError if the network fails or gives another shape."""
-        n, H, W = frames.shape[1:]
-        images = frames.movedim(1, 0).float().contiguous()
+        depth = torch.cat([self._look(image) for image in frames.movedim(1, 0).float().split(1)])
+        return Geometry(self.scale * depth.to(frames))
+
+    def _look(self, image: Tensor) -> Tensor:
+        """One frame [1, 3, H, W], as networks are exported -> [1, H, W]."""
+        H, W = image.shape[2:]
         try:
-            depth = self.network(images)
+            depth = self.network(image.contiguous())
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a network's code raises what it likes
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-            raise ValueError(f"{self.file}: fails on images {list(images.shape)}: {reason}") from error
-        if not isinstance(depth, Tensor) or list(depth.shape) not in ([n, H, W], [n, 1, H, W]):
+            raise ValueError(f"{self.file}: fails on a frame {list(image.shape)}: {reason}") from error
+        if not isinstance(depth, Tensor) or list(depth.shape) not in ([1, H, W], [1, 1, H, W]):
             shape = list(depth.shape) if isinstance(depth, Tensor) else type(depth).__name__
-            raise ValueError(f"{self.file}: wanted depth [{n}, {H}, {W}] or [{n}, 1, {H}, {W}], got {shape}")
-        return Geometry(self.scale * depth.view(n, H, W).to(frames))
+            raise ValueError(f"{self.file}: wanted depth [1, {H}, {W}] or [1, 1, {H}, {W}], got {shape}")
+        return depth.view(1, H, W)
 
     def matched(self, frame: Tensor, depth: Tensor, camera: Camera) -> tuple["DepthNetwork", float]:
         """The same network with the factor that a known frame asks for, and how far off it still is there.
@@ -90,12 +94,25 @@ def onnx(file: Path) -> Callable[[Tensor], Tensor]:
     except ImportError as error:
         raise ImportError(f"{file}: needs onnxruntime (pip install onnxruntime), or the network as TorchScript"
                           ) from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # it prints what it raises, too
     try:
-        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors have no class in common
-        raise ValueError(f"{file}: not an ONNX network: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{file}: not an ONNX network: {message_of(error)}") from error
     name = session.get_inputs()[0].name
-    return lambda images: torch.from_numpy(session.run(None, {name: images.cpu().numpy()})[0])
+
+    def network(images: Tensor) -> Tensor:
+        try:
+            return torch.from_numpy(session.run(None, {name: images.cpu().numpy()})[0])
+        except Exception as error:
+            raise ValueError(message_of(error)) from error
+    return network
+
+
+def message_of(error: Exception) -> str:
+    """What an error says, without its line breaks."""
+    return " ".join(str(error).split())
 
 
 class ToyDepth:
