@@ -4,8 +4,9 @@
     L     = λ_latent ‖z_out − z_gt‖² + λ_lpips L_lpips(x_out, x_gt) + λ_mse L_mse + λ_dists L_dists,  x_out = D[z_out]
 
 Trained: every weight of the transformer. Frozen: the VAE, through whose decoder ChopGrad takes the pixel losses.
-`--set pixel=false` is the paper's ChopGrad*, latents alone. x_in is made of x_gt: low resolution, or a hole; or it is
-what the pairs have (artifacts of splats, hidden vehicles). The result is a folder for infer.py.
+x_in is made of x_gt: low resolution, or a hole; or it is what the pairs have (artifacts of splats, hidden vehicles).
+The result is a folder for infer.py. Two ways to compare with: `--set pixel=false` is the paper's ChopGrad*, latents
+alone; `--set each_frame=yes` is DOVE's, which takes every frame by itself through encoder and decoder.
 
     python train_restore.py --recipe small-upscale --vae weights/vae_wan --data data/toy --perceptual DIR
     torchrun --nproc-per-node=4 train_restore.py --recipe dove --base DOVE --prompt empty.safetensors ...
@@ -21,9 +22,11 @@ if __name__ == "__main__":
     desk.open_up()  # before the imports that take seconds
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import EllipsisType
 from typing import Annotated, Literal
 
 import torch
@@ -72,8 +75,10 @@ class Recipe(run.Recipe):
     lambda_lpips: Weight = 100.0
     lambda_mse: Weight = 0.0
     lambda_dists: Weight = 0.0
+    lambda_frame: Weight = 0.0  # of what frames differ by from one to the next, as DOVE has it; wants each_frame
     lpips: str = "vgg"          # LPIPS' backbone
     pixel: bool = True          # False: the latent loss alone (ChopGrad*)
+    each_frame: bool = False    # DOVE's way through pixels: every frame is encoded and decoded by itself
     latent_until: int = 0       # until this step the latent loss alone, on latents that were encoded once
     latent_clips: int = 600     # of which there are so many
     latent_batch: int = 8       # and so many a step
@@ -89,9 +94,10 @@ class Recipe(run.Recipe):
 SMALL = dict(steps=1_200, batch=1, frames=9, height=96, width=144, lr=1e-3, warmup=50, cosine=True, weight_decay=0.01,
              latent_until=900, lambda_lpips=3.0, lambda_mse=10.0, lpips="squeeze", tiles=1, real=0.2, half=True)
 RECIPES = {
-    # DEVIATION: DOVE's second stage has images too; ChopGrad trains on videos alone, as here
+    # DEVIATION: DOVE's second stage has images too; ChopGrad trains on videos alone, as here. Its MSE is of [0, 1], of
+    # which the square is a quarter of that on [-1, 1]
     "dove": Recipe(task="upscale", degrade="low resolution", steps=500, batch=4, frames=24, height=320, width=640,
-                   lr=5e-6, t=399, scale=4, lambda_latent=0.0, lambda_lpips=0.0, lambda_mse=1.0, lambda_dists=0.1,
+                   lr=5e-6, t=399, scale=4, lambda_latent=0.0, lambda_lpips=0.0, lambda_mse=0.25, lambda_dists=0.1,
                    tiles=1),
     "artifacts": Recipe(),
     "inpaint": Recipe(task="inpaint", degrade="hole", steps=475, frames=49),           # 5 epochs of 95 scenes
@@ -105,6 +111,8 @@ RECIPES = {
 
 def build(args, recipe: Recipe) -> tuple[nn.ModuleList, dict[str, nn.Parameter]]:
     """(the restorer, LPIPS, DISTS where it has a weight), and what is trained by name."""
+    if recipe.lambda_frame and not recipe.each_frame:
+        raise ValueError("lambda_frame: ChopGrad never has two groups of frames at once: wanted each_frame=yes, or 0")
     latents = (recipe.frames + 2) // 4 + 1  # of a clip; in a stream the transformer sees as many, if it can
     settings = Settings(recipe.task, recipe.t, recipe.scale, window=max(5, latents - (latents + 1) % 2))
     text = read_prompt(args.prompt)[0] if args.prompt else None
@@ -194,6 +202,8 @@ def forward_and_backward(models: nn.ModuleList, recipe: Recipe, x_in: Tensor, x_
             found["mse"] = nnf.mse_loss(x, y)
         if recipe.lambda_dists:
             found["dists"] = dists[0](x, y).mean()
+        if recipe.lambda_frame:
+            found["frame"] = nnf.l1_loss(x_out.diff(dim=2), target.diff(dim=2))
         share = target.numel() / (recipe.batch * x_gt[0].numel())  # of the pixels of the whole batch
         for name, value in found.items():
             terms[name] += share * value.detach()
@@ -202,9 +212,12 @@ def forward_and_backward(models: nn.ModuleList, recipe: Recipe, x_in: Tensor, x_
 
     with run.autocast(recipe, x_gt.device):
         with torch.no_grad():
-            z_in, z_gt = restorer.vae.encode(x_in), restorer.vae.encode(x_gt)
+            encode = partial(encode_each_frame, restorer.vae) if recipe.each_frame else restorer.vae.encode
+            z_in, z_gt = encode(x_in), encode(x_gt)
         z_out, loss = latent_loss(restorer, recipe, z_in, z_gt, len(x_gt) / recipe.batch, terms)
-        if recipe.pixel:
+        if recipe.pixel and recipe.each_frame:
+            grad_z = backward_each_frame(restorer.vae, z_out, pixel_loss)
+        elif recipe.pixel:
             # dL_pixel / dz_out                                                          ChopGrad Alg. 1
             _, grad_z = chopgrad.backward(restorer.vae, z_out, pixel_loss, recipe.d_trunc,
                                           (recipe.tiles, recipe.tiles), checkpoint=recipe.checkpoint_decoder)
@@ -212,6 +225,20 @@ def forward_and_backward(models: nn.ModuleList, recipe: Recipe, x_in: Tensor, x_
         torch.autograd.backward([loss, z_out], [None, grad_z])  # once through the transformer, for both losses
     else:
         loss.backward()
+
+
+def encode_each_frame(vae: nn.Module, x: Tensor) -> Tensor:
+    """x [B, 3, T, H, W] -> [B, C, T, h, w]: a latent for each frame, which knows of no other (DOVE)."""
+    z = vae.encode(rearrange(x, "b c t h w -> (b t) c 1 h w"))
+    return rearrange(z, "(b t) c 1 h w -> b c t h w", b=len(x))
+
+
+def backward_each_frame(vae: nn.Module, z: Tensor, pixel_loss: Callable[[Tensor, EllipsisType], Tensor]) -> Tensor:
+    """dL_pixel / dz of z [B, C, T, h, w], each latent decoded to a frame by itself, all in one graph (DOVE)."""
+    z = z.detach().requires_grad_()
+    x = vae.decode(rearrange(z, "b c t h w -> (b t) c 1 h w"))
+    loss = pixel_loss(rearrange(x, "(b t) c 1 h w -> b c t h w", b=len(z)), ...)
+    return torch.autograd.grad(loss, z)[0]
 
 
 def main(args, recipe: Recipe) -> None:

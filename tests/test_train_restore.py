@@ -88,6 +88,34 @@ def test_a_step_is_the_losses_written_out(work, weighted):
     assert largest < 1e-5, f"largest relative difference of a gradient {largest:.1e}, allowed 1e-5"
 
 
+def test_doves_way_takes_each_frame_by_itself_through_encoder_and_decoder(work):
+    torch.manual_seed(0)
+    world = small.world()
+    restorer = Restorer(world.vae, world.dit, torch.ones(1, 2, 8), train_restore.WAN, Settings("upscale")).double()
+    params = [p.requires_grad_() for p in restorer.dit.parameters()]
+    x_in, x_gt = 2 * torch.rand(2, 1, 3, 5, 32, 32, dtype=torch.float64) - 1
+    recipe = train_restore.Recipe(batch=1, each_frame=True, lambda_latent=0.5, lambda_lpips=0.0, lambda_mse=2.0,
+                                  lambda_frame=3.0, bf16=False)
+    terms = defaultdict(float)
+    train_restore.forward_and_backward(nn.ModuleList([restorer, nn.Identity()]), recipe, x_in, x_gt, terms)
+    got = [p.grad for p in params]
+
+    z_in, z_gt = (torch.cat([restorer.vae.encode(x[:, :, t : t + 1]) for t in range(5)], dim=2) for x in (x_in, x_gt))
+    z_out = z_in - restorer.dit(z_in, 200, torch.ones(1, 2, 8, dtype=torch.float64))
+    x_out = torch.cat([restorer.vae.decode(z_out[:, :, t : t + 1]) for t in range(5)], dim=2)
+    steps = [x[:, :, 1:] - x[:, :, :-1] for x in (x_out, x_gt)]
+    wanted = {"latent": (z_out - z_gt).square().mean(), "mse": (x_out - x_gt).square().mean(),
+              "frame": (steps[0] - steps[1]).abs().mean()}
+    assert {name: float(value) for name, value in terms.items()} == pytest.approx(
+        {name: value.item() for name, value in wanted.items()}, rel=1e-6)
+    loss = 0.5 * wanted["latent"] + 2 * wanted["mse"] + 3 * wanted["frame"]
+    pairs = [(a, b) for a, b in zip(got, torch.autograd.grad(loss, params, allow_unused=True)) if b is not None]
+    largest = max(((a - b).norm() / b.norm().clamp_min(1e-9)).item() for a, b in pairs)
+    assert largest < 1e-5, f"largest relative difference of a gradient {largest:.1e}, allowed 1e-5"
+    with pytest.raises(ValueError, match="lambda_frame: .* wanted each_frame=yes"):
+        train_restore.build(None, train_restore.Recipe(lambda_frame=1.0))
+
+
 def test_the_latent_loss_alone_decodes_nothing(work, monkeypatch):
     world = small.world()
     restorer = Restorer(world.vae, world.dit, torch.ones(1, 2, 8), train_restore.WAN, Settings("artifacts"))
@@ -107,8 +135,8 @@ def test_the_recipes_are_the_papers():
     assert (artifacts.tiles, artifacts.d_trunc) == (2, 1)
     assert (artifacts.steps, artifacts.batch, artifacts.lr, artifacts.weight_decay, artifacts.beta2) == (
         880, 1, 1e-5, 0.1, 0.99)
-    # §4.1, C.1: MSE 1, DISTS .1, 24 frames of 320 x 640, 500 steps, no pieces
-    assert (dove.lambda_mse, dove.lambda_dists, dove.lambda_latent, dove.lambda_lpips) == (1, 0.1, 0, 0)
+    # §4.1, C.1: MSE 1 (on [0, 1], as in DOVE's code), DISTS .1, 24 frames of 320 x 640, 500 steps, no pieces
+    assert (dove.lambda_mse, dove.lambda_dists, dove.lambda_latent, dove.lambda_lpips) == (0.25, 0.1, 0, 0)
     assert (dove.frames, dove.height, dove.width, dove.steps, dove.tiles, dove.t, dove.scale) == (
         24, 320, 640, 500, 1, 399, 4)
     # C.3
