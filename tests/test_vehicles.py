@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ BOX = {"x": 4.0, "y": 11.0, "z": 1.0, "width": 2.0, "length": 4.0, "height": 1.5
 
 
 def rectangle(x0, y0, x1, y1):
-    """The eight corners of a box that is seen straight from behind."""
-    return torch.tensor([[x0, y0], [x1, y0], [x1, y1], [x0, y1]] * 2, dtype=torch.float64)
+    """The eight corners of a box that is seen straight from behind: left, right; rear, front; below, above."""
+    return torch.tensor([[x, y] for x in (x0, x1) for _ in range(2) for y in (y1, y0)], dtype=torch.float64)
 
 
 def known(*sights, width=160, height=80):
@@ -92,15 +93,31 @@ def test_a_vehicle_that_is_hidden_or_fills_the_piece_is_refused(clip):
         vehicles.shoot_vehicle(clip, near, (48, 96), 2, torch.Generator().manual_seed(0))
 
 
-def test_a_recorded_vehicle_has_no_other_light_and_no_shadow_to_lose(clip):
+def test_a_recorded_vehicle_keeps_its_shadow(clip):
     shot = vehicles.shoot_vehicle(clip, vehicles.vehicles_of(clip), (48, 96), 2, torch.Generator().manual_seed(0))
     for relit, shadowed in ((True, True), (False, False)):
-        with pytest.raises(ValueError, match="has the ISP alone"):
+        with pytest.raises(ValueError, match="keeps its shadow"):
             shot.pair(relit, shadowed)
 
 
-def test_half_of_the_isps_pairs_of_such_a_clip_show_a_recorded_vehicle(clip):
-    job = streams.Job("isp", 0, 2, (48, 96), clip, Street(0.9, 0.4), vehicles.vehicles_of(clip))
+def test_relighting_changes_the_vehicle_alone_and_all_frames_alike(clip):
+    shot = vehicles.shoot_vehicle(clip, vehicles.vehicles_of(clip), (48, 96), 3, torch.Generator().manual_seed(1))
+    for k in range(3):  # the corners moved with the crop
+        left, top = shot.corners[k].amin(dim=0).tolist()
+        columns, rows = shot.mask[0, k].amax(dim=0).nonzero(), shot.mask[0, k].amax(dim=1).nonzero()
+        assert abs(int(columns[0]) - left) < 2 and abs(int(rows[0]) - top) < 2
+    sample = streams.relighting(replace(shot, x=torch.zeros_like(shot.x)), torch.Generator().manual_seed(3))
+    assert set(sample.did) == {"azimuth", "elevation", "exposure"}
+    outside = torch.nn.functional.max_pool2d(shot.mask[0], 5, 1, 2)[None] == 0
+    assert (sample.degraded * outside).abs().max() < 1e-5 and not sample.clean.any()
+    inside = -torch.nn.functional.max_pool2d(-shot.mask[0], 5, 1, 2)[None] == 1
+    tones = [sample.degraded[:, k][:, inside[0, k]].mean(dim=1) for k in range(3)]
+    assert tones[0].abs().amax() > 0.02 and all((tone - tones[0]).abs().amax() < 0.02 for tone in tones)
+
+
+@pytest.mark.parametrize("stream", ["isp", "relighting"])
+def test_half_of_the_pairs_of_such_a_clip_show_a_recorded_vehicle(clip, stream):
+    job = streams.Job(stream, 0, 2, (48, 96), clip, Street(0.9, 0.4), vehicles.vehicles_of(clip))
     kinds = [type(streams.shot_of(job, torch.Generator().manual_seed(seed))).__name__ for seed in range(12)]
     assert 2 < kinds.count("RecordedShot") < 10
     other = streams.shot_of(streams.replace(job, stream="shadows"), torch.Generator().manual_seed(0))

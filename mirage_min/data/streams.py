@@ -11,8 +11,8 @@
 
 A stream is a function (shot, draws) -> Sample: one draw for all frames, and `did` says what was drawn. A shot is a
 made-up scene; or a car rendered into a recorded street, for all streams but artifacts (shots.py); or a recorded
-vehicle, for the ISP alone (vehicles.py). A shot that a stream cannot use, because the object is too small, say, is a
-ValueError; the command then draws another.
+vehicle, for the ISP and relighting (vehicles.py). A shot that a stream cannot use, because the object is too small,
+say, is a ValueError; the command then draws another.
 
     python -m mirage_min.data.streams --out data/streams --count 400                            # made-up scenes
     python -m mirage_min.data.streams --out data/streams --count 400 --clips data/real/train    # recorded streets
@@ -89,7 +89,10 @@ def isp(shot: Shot, draws: Generator) -> Sample:
 def relighting(shot: Shot, draws: Generator) -> Sample:
     """The object in another light, with its own shadow. DEVIATION: the paper's are images, by DiffusionRenderer."""
     light = another_light(draws)
-    sample = replace(shot, scene=replace(shot.scene, naive=light)).pair(relit=True, shadowed=True)
+    if isinstance(shot, RecordedShot):
+        sample = shot.in_light(light)
+    else:
+        sample = replace(shot, scene=replace(shot.scene, naive=light)).pair(relit=True, shadowed=True)
     return replace(sample, did=angles(light))
 
 
@@ -211,6 +214,7 @@ def moved_aside(c2w: Tensor, shift: float, turn: float) -> Tensor:
 
 STREAMS = {"isp": isp, "relighting": relighting, "shadows": shadows, "reinsertion": reinsertion, "artifacts": artifacts}
 OF_STREETS = ("isp", "relighting", "shadows", "reinsertion")
+OF_VEHICLES = ("isp", "relighting")
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -251,10 +255,11 @@ def make(job: Job) -> Sample:
 
 
 def shot_of(job: Job, draws: Generator) -> Shot:
-    """A made-up scene; or a piece of the clip with a rendered car in it or, for half of the ISP's, a recorded one."""
+    """A made-up scene; or a piece of the clip with a rendered car in it or, for half of what OF_VEHICLES names, a
+    recorded one."""
     if job.clip is None:
         return toy_shot(draws, WorldConfig(job.frames, *job.size))
-    if job.stream == "isp" and job.vehicles and integer(draws, 2):
+    if job.stream in OF_VEHICLES and job.vehicles and integer(draws, 2):
         return shoot_vehicle(job.clip, job.vehicles, job.size, job.frames, draws)
     return StreetShot(**vars(street.shoot(job.clip, job.street, job.size, job.frames, draws)))
 

@@ -1,13 +1,14 @@
-"""Recorded vehicles: where they are in a clip, so that one can be shown as another camera would (isp.py).
+"""Recorded vehicles: where they are in a clip, so that one can be shown as another camera would (isp.py), or in another
+light (box_light.py).
 
 The 3D boxes of a drive, as its camera saw them, are in NAME.vehicles.json, next to the clip NAME.safetensors:
 
     {"width": 1920, "height": 1080,                        of the image that the corners are in
      "vehicles": [{"id": 12, "frames": [{"frame": 0, "depth": 14.2, "corners": [[801.2, 455.0], …]}, …]}, …]}
 
-`corners` are the eight corners of a box in pixels, `depth` is that of its middle in metres. A vehicle's mask is the
-convex hull of its corners without the hulls of nearer vehicles: a little larger than the vehicle. PandaSet's boxes are
-written to such files by
+`corners` are the eight corners of a box in pixels: first its left four, of these first the rear two, of these first the
+lower one. `depth` is that of its middle in metres. A vehicle's mask is the convex hull of its corners without the hulls
+of nearer vehicles: a little larger than the vehicle. PandaSet's boxes are written to such files by
 
     python -m mirage_min.data.vehicles --pandaset DIR --clips data/real/train
 
@@ -25,7 +26,7 @@ if __name__ == "__main__":
 import argparse
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -40,10 +41,12 @@ from ..networks.checked import Within
 from ..networks.weights import read_json, whole_file
 from . import desk
 from .align import mask_box
+from .box_light import box_normals, relight
 from .photometric import integer
 from .real_clips import shrink, window_about
 from .shots import Sample
 from .splat import rotations
+from .toy_light import Light
 from .video import from_bytes
 
 LABELS = ("Car", "Pickup Truck", "Medium-sized Truck", "Semi-truck", "Bus", "Other Vehicle - Construction Vehicle")
@@ -86,12 +89,20 @@ class RecordedShot:
 
     x: Tensor        # [3, T, H, W] in [-1, 1]
     mask: Tensor     # [1, T, H, W] 0 or 1
+    corners: Tensor  # [T, 8, 2] of the vehicle's box, in pixels
 
     def pair(self, relit: bool, shadowed: bool) -> Sample:
-        """The piece itself: a recorded vehicle cannot be lit otherwise, or lose its shadow (ValueError)."""
+        """The piece itself; `in_light` is for another light. ValueError for a vehicle without its shadow."""
         if relit or not shadowed:
-            raise ValueError("a recorded vehicle has the ISP alone: its light and its shadow are not known")
+            raise ValueError("a recorded vehicle keeps its shadow, and its light unless another is given")
         return Sample(self.x, self.x, self.mask, torch.stack([mask_box(m) for m in self.mask[0]]))
+
+    def in_light(self, light: Light) -> Sample:
+        """Clean, and degraded: the vehicle in another light, with the shadow it had."""
+        sample = self.pair(relit=False, shadowed=True)
+        size = self.x.shape[-2:]
+        normals = torch.stack([box_normals(corners, size) for corners in self.corners], dim=1)
+        return replace(sample, degraded=relight(self.x, self.mask, normals, light))
 
 
 # ---- a clip's file ---------------------------------------------------------------------------------------------------
@@ -125,7 +136,9 @@ def shoot_vehicle(clip: Path, known: Vehicles, size: tuple[int, int], frames: in
     hull = hull_mask(sights[chosen][t + frames // 2].corners, known, (H, W))
     if mask[:, frames // 2].sum() < FREE * hull.sum() or mask[:, :, rows, columns].mean() > MOST:
         raise ValueError(f"{clip}: vehicle {chosen} is hidden or too near at frame {t}")
-    return RecordedShot(x[:, :, rows, columns], mask[:, :, rows, columns])
+    corners = torch.stack([sights[chosen][t + k].corners for k in range(frames)])
+    corners = corners * torch.tensor([W / known.width, H / known.height]) - torch.tensor([left, top])
+    return RecordedShot(x[:, :, rows, columns], mask[:, :, rows, columns], corners)
 
 
 def is_wide(sight: Sight, width: int) -> bool:
