@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import build_pairs
-from mirage_min.data import align, insertion, scene, splat, toy_render, toy_scene, toy_world
+from mirage_min.data import align, insertion, scene, scene_cameras, splat, toy_render, toy_scene, toy_world
 from mirage_min.data.pairs import Pairs
 from mirage_min.data.video import read_clip, to_bytes, write_clip
 from mirage_min.networks import weights
@@ -262,7 +262,7 @@ def test_cameras_project_as_opengl_says(tmp_path):
         frames.append({"file_path": f"images/{i}.png", "transform_matrix": c2w.tolist()})
     frames[0] |= {"fl_x": 50.0, "fl_y": 45.0, "cx": 21.0}
     (tmp_path / "transforms.json").write_text(json.dumps({"camera_angle_x": 1.2, "cy": 13.0, "frames": frames}))
-    cameras = scene.read_cameras(tmp_path / "transforms.json", 40, 30)
+    cameras = scene_cameras.read_cameras(tmp_path / "transforms.json", 40, 30)
     focal = 20 / math.tan(0.6)
     for camera, frame, (fx, fy, cx, cy) in zip(cameras, frames[::-1], ((focal, focal, 20, 13), (50, 45, 21, 13))):
         c2w = torch.tensor(frame["transform_matrix"])
@@ -434,7 +434,7 @@ BROKEN = {
     "NaN in a box": (of_first(lambda e: e[0].update(box=[0, 1, math.nan, 3])), r"objects\[0\]\.frames\[0\]\.box"),
     "an actor never visible": (lambda f: change(f / "tracks.json", lambda c: [
         e.update(visible=False) for o in c["objects"] for e in o["frames"]]), r"tracks\.json: objects: none is vis"),
-    "frame counts differ": (three_frames, r"video\.mp4: 3 frames, but .*transforms\.json: frames has 4"),
+    "frame counts differ": (three_frames, r"video\.mp4: 3 frames, but .* has 4 cameras"),
     "no video": (lambda f: shutil.rmtree(f / "images"), r"neither video\.mp4 nor images"),
 }
 

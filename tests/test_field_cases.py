@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageOps
 
 from mirage_min.data.results import read_boxes
-from mirage_min.data.scene import read_cameras
+from mirage_min.data.scene_cameras import read_cameras
 from mirage_min.data.splat import Gaussians, load_ply, save_ply
 from mirage_min.data.video import Video, write_clip
 from tests import scripts, small

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mirage_min.data.scene import read_cameras, read_tracks
+from mirage_min.data.scene import read_tracks
+from mirage_min.data.scene_cameras import read_cameras
 
 POSE = torch.eye(4).tolist()
 CASES = Path(__file__).parents[2] / "shared" / "cases"

@@ -2,10 +2,7 @@
 
     scene.ply        Gaussians in INRIA's layout, in world coordinates; those of a moving object as it is in one frame
     asset.ply        the generated asset, in the same layout, upright in its own frame
-    transforms.json  cameras as nerfstudio and instant-ngp write them: frames[].transform_matrix, camera to world with
-                     OpenGL's axes; fl_x, fl_y, cx, cy, w, h of the file or of a frame; or camera_angle_x (_y) for
-                     fl_x (_y). Without w, h, cx, cy: the video's size and its middle. Frames go by file_path: the
-                     picture of that name, and of a video.mp4 numbers by value
+    transforms.json  cameras as nerfstudio and instant-ngp write them, or cameras.json, INRIA's (scene_cameras.py)
     tracks.json      {"objects": [{"id": 7, "category": "car", "reference": 0, "frames": [{"frame": 0,
                      "pose": 4x4, "size": [length, width, height], "box": [x0, y0, x1, y1], "visible": true}, ...]}]}
     video.mp4        what was filmed, one frame to each camera; or images/, a folder
@@ -14,36 +11,25 @@
 have it; `box` is in pixels. Objects move rigidly with their track: `reference` (if not given, the first of its frames)
 is the frame at which scene.ply shows the object. A Gaussian belongs to the object whose id is its integer property
 `object_id`; in a file without that property, to the object in whose 3D box it lies at the object's reference frame.
-All other Gaussians do not move. Cameras are pinholes: a distorting lens, a fisheye or a panorama is refused by name, so
-undistort the images first.
+All other Gaussians do not move. docs/scenes.md says how to come here from what reconstructions leave.
 
     python -m mirage_min.data.scene
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from ..method.camera import Camera
 from ..networks import checked
-from ..networks.checked import Within
 from ..networks.weights import read_json
-from .pictures import natural_order, pictures_of
+from .pictures import pictures_of
+from .scene_cameras import rigid, scene_cameras, to_the_cameras_world
 from .splat import Gaussians, load_ply
 from .video import Video
-
-OPENGL_TO_OPENCV = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64))  # y up, z back: both turned
-# Fields that say in which way an image is not a pinhole's, and those that say that the camera is of another kind
-DISTORTION = {*(f"k{i}" for i in range(1, 9)), *(f"p{i}" for i in range(1, 5)), "b1", "b2", "distortion_params",
-              "rolling_shutter"}
-OTHER_LENSES = ("is_fisheye", "fisheye_crop_radius", "equirectangular", "latlong", "orthographic", "ftheta_p0")
-Length = Annotated[float, Within(2**-20, 2**20)]     # in pixels
-Pixels = Annotated[float, Within(-(2**20), 2**20)]
-Angle = Annotated[float, Within(2**-20, 3.14)]       # in radians
 
 
 @dataclass
@@ -98,11 +84,14 @@ def read_scene(folder: str | Path, device: str = "cpu") -> SceneFolder:
         width, height = video.format.width, video.format.height
         count = sum(1 for _ in video)
     pictures = pictures_of(path) if path.is_dir() else []
-    cameras = read_cameras(folder / "transforms.json", width, height, pictures)
+    cameras = scene_cameras(folder, width, height, pictures)
     if len(cameras) != count:
-        raise ValueError(f"{path}: {count} frames, but {folder / 'transforms.json'}: frames has {len(cameras)}")
+        raise ValueError(f"{path}: {count} frames, but {folder} has {len(cameras)} cameras")
     tracks = read_tracks(folder / "tracks.json", len(cameras))
-    still, objects = split(load_ply(folder / "scene.ply"), tracks)
+    gaussians = load_ply(folder / "scene.ply")
+    if (similarity := to_the_cameras_world(folder)) is not None:
+        gaussians = gaussians.transformed(*similarity)
+    still, objects = split(gaussians, tracks)
     return SceneFolder(path, cameras, tracks, on(still, device), {i: on(g, device) for i, g in objects.items()})
 
 
@@ -119,107 +108,6 @@ def split(scene: Gaussians, tracks: dict[int, Track]) -> tuple[Gaussians, dict[i
         free &= ~mine
         objects[i] = moved(scene.select(mine), to_object)
     return scene.select(free), objects
-
-
-# ---- cameras ---------------------------------------------------------------------------------------------------------
-
-@dataclass
-class View:
-    """The fields that are read of a frame in transforms.json; those that it lacks come from the top of the file."""
-
-    transform_matrix: Annotated[Tensor, (4, 4)]
-    file_path: str = ""
-    depth_file_path: str = ""  # this and the next are for world_scene.py
-    mask_path: str = ""
-    camera_model: Literal["OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "RADIAL", "SIMPLE_RADIAL"] = "PINHOLE"
-    fl_x: Length | None = None
-    fl_y: Length | None = None
-    camera_angle_x: Angle | None = None
-    camera_angle_y: Angle | None = None
-    cx: Pixels | None = None
-    cy: Pixels | None = None
-    w: Pixels | None = None
-    h: Pixels | None = None
-
-
-def read_cameras(path: Path, width: int, height: int, pictures: list[Path] = []) -> list[Camera]:
-    """transforms.json -> the camera of every frame of a video of this size, with OpenCV's axes.
-
-    pictures: those that the video consists of, in order; without them frames are ordered by file_path.
-    ValueError naming the file and the field for missing or bad values, other sizes and lenses that are no pinholes.
-    """
-    views = read_views(path)
-    cameras = [camera(view, f"{path}: frames[{i}]", width, height) for i, view in enumerate(views)]
-    return [cameras[i] for i in ordered([view.file_path for view in views], pictures, path)]
-
-
-def read_views(path: Path) -> list[View]:
-    """The frames of transforms.json, in the file's order; ValueError as of read_cameras."""
-    about = read_json(path)
-    frames = about.get("frames")
-    if not isinstance(frames, list) or not frames:
-        raise ValueError(f"{path}: frames: wanted a list of objects, got {str(frames)[:40]}")
-    views = []
-    for i, frame in enumerate(frames):
-        frame = checked.value(dict[str, Any], frame, path, f"frames[{i}]")
-        here = about | frame                                           # a frame's own intrinsics come first
-        refuse_lenses(here, path, f"frames[{i}]")
-        views.append(checked.record(View, here, path, f"frames[{i}]"))
-    return views
-
-
-def refuse_lenses(here: dict, path: Path, field: str) -> None:
-    """ValueError for a frame of transforms.json, `here`, whose camera is no pinhole, or distorts."""
-    if other := [name for name in OTHER_LENSES if here.get(name)]:
-        raise ValueError(f"{path}: {field}.{other[0]}: wanted a pinhole camera, got {str(here[other[0]])[:40]}")
-    for name in DISTORTION & here.keys():
-        bent = checked.value(float | list[float], here[name], path, f"{field}.{name}")
-        if any(bent if isinstance(bent, list) else [bent]):
-            raise ValueError(f"{path}: {field}.{name}: wanted images without lens distortion, got {here[name]}")
-
-
-def camera(view: View, where: str, width: int, height: int) -> Camera:
-    """The Camera of a frame of this size in pixels, with OpenCV's axes; `where` names the frame in errors.
-
-    ValueError if its size is another, a focal length is missing, or its pose is not rigid.
-    """
-    w, h = view.w or width, view.h or height
-    if (w, h) != (width, height):
-        raise ValueError(f"{where}: w, h: wanted the video's {width}x{height}, got {w:g}x{h:g}")
-    if view.fl_x is None and view.camera_angle_x is None:
-        raise ValueError(f"{where}: no intrinsics: neither fl_x nor camera_angle_x")
-    fx = view.fl_x or focal_length(w, view.camera_angle_x)
-    fy = view.fl_y or (focal_length(h, view.camera_angle_y) if view.camera_angle_y else fx)
-    cx = w / 2 if view.cx is None else view.cx
-    cy = h / 2 if view.cy is None else view.cy
-    K = torch.tensor([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
-    camera_to_world = rigid(view.transform_matrix, f"{where}.transform_matrix") @ OPENGL_TO_OPENCV
-    return Camera(K, torch.linalg.inv(camera_to_world).float(), width, height)
-
-
-def focal_length(size: float, angle: float) -> float:
-    """The focal length, in pixels, of a camera that sees `size` pixels in an angle of so many radians."""
-    return size / 2 / math.tan(angle / 2)
-
-
-def ordered(names: list[str], pictures: list[Path], path: Path) -> list[int]:
-    """The indices of the frames with these names (file_path), in the order of the pictures that they name.
-
-    Without pictures or names they are in the natural order of their names, numbers by value. ValueError if a name is no
-    picture's, or two are the same one's.
-    """
-    if not pictures or not all(names):
-        return sorted(range(len(names)), key=lambda i: natural_order(names[i]))
-    places = {picture.stem: k for k, picture in enumerate(pictures)} | {p.name: k for k, p in enumerate(pictures)}
-    found: dict[int, int] = {}
-    for i, name in enumerate(names):
-        last = name.replace("\\", "/").rpartition("/")[2]
-        place = places.get(last, places.get(Path(last).stem))          # the file may lack the ending, or name another
-        if place is None or place in found:
-            what = "there is no such picture" if place is None else "is another frame's picture"
-            raise ValueError(f"{path}: frames[{i}].file_path: {what} in {pictures[0].parent}: {name}")
-        found[place] = i
-    return [found[place] for place in sorted(found)]
 
 
 # ---- tracks ----------------------------------------------------------------------------------------------------------
@@ -285,16 +173,6 @@ def read_tracks(path: Path, T: int) -> dict[int, Track]:
             raise ValueError(f"{where}.reference: wanted a frame of this track, got {track.reference}")
         tracks[item.id] = track
     return tracks
-
-
-def rigid(pose: Tensor, where: str) -> Tensor:
-    """`pose` [4, 4], if it is a rotation and a translation; ValueError, beginning with `where`, otherwise."""
-    R = pose[:3, :3]
-    turns = (R @ R.T - torch.eye(3)).abs().max() <= 1e-3 and torch.linalg.det(R) > 0
-    if not turns or pose[3].tolist() != [0, 0, 0, 1]:
-        raise ValueError(f"{where}: wanted a rotation and a translation over 0 0 0 1, got a matrix of determinant "
-                         f"{torch.linalg.det(R):.3g}: {R.tolist()}")
-    return pose
 
 
 if __name__ == "__main__":

@@ -151,11 +151,14 @@ def read_header(file: BinaryIO, path: str | Path) -> tuple[int, list[str], np.dt
         dtype = np.dtype([(str(i), KINDS.get(kind, "V0")) for i, (kind, _) in enumerate(properties)])
         if name == "vertex" and properties:
             return count, [name for _, name in properties], dtype, start
-        if any(kind == "list" for kind, _ in properties) or name == "chunk":
+        if name == "chunk":
+            raise ValueError(f"{path}: a compressed PLY, as SuperSplat and gsplat write them, is not read: "
+                             "export an uncompressed one")
+        if any(kind == "list" for kind, _ in properties):
             break
         start += count * dtype.itemsize
-    raise ValueError(f"{path}: wanted a PLY header with vertices first, or after elements of one size (a compressed "
-                     f"one has chunks), got {', '.join(name for name, _, _ in elements)[:60]}")
+    raise ValueError(f"{path}: wanted a PLY header with vertices first, or after elements of one size, got "
+                     f"{', '.join(name for name, _, _ in elements)[:60]}")
 
 
 def load_ply(path: str | Path) -> Gaussians:

@@ -21,7 +21,8 @@ from torch.nn import functional as nnf
 from ..networks.weights import whole_file
 from . import toy_render, toy_world
 from .align import mask_box
-from .scene import OPENGL_TO_OPENCV, moved
+from .scene import moved
+from .scene_cameras import OPENGL_TO_OPENCV
 from .splat import Gaussians, quaternions, save_ply
 from .toy_light import Light, shade
 from .toy_render import SKY, Scene

@@ -33,7 +33,7 @@ from ..networks.checked import Within
 from ..networks.weights import one_line, read_json
 from . import desk, toy_paths, toy_world
 from .pictures import IMAGES
-from .scene import OPENGL_TO_OPENCV, camera, ordered, read_views, rigid
+from .scene_cameras import OPENGL_TO_OPENCV, camera, ordered, read_views, rigid
 from .scene_fit import Known, Misfit, check_fit
 from .toy_paths import PATHS
 from .toy_render import Scene
