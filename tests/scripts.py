@@ -18,7 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 warm = multiprocessing.get_context("forkserver")
-warm.set_forkserver_preload(["torch", "av", "numpy", "einops", "PIL.Image", "safetensors.torch", "tqdm"])
+# torch imports _dynamo with the first optimizer, which takes more than a second
+warm.set_forkserver_preload(["torch", "torch._dynamo", "av", "numpy", "einops", "PIL.Image", "safetensors.torch",
+                             "tqdm"])
 
 
 def run(*argv, cwd: Path = ROOT) -> subprocess.CompletedProcess:

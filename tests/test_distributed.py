@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from mirage_min.data.pairs import Pairs
 from mirage_min.networks import weights
 from mirage_min.training import memory, watch
-from tests import small
+from tests import scripts, small
 from tests.test_train import save_inputs, stage_a, stage_h
 from tests.test_train_r3d2 import train as train_r3d2
 
@@ -93,7 +93,7 @@ def runs(tmp_path_factory):
         for case in (*CASES, "two steps"):
             train(case, work, work / "one" / case)
         stage_h(work / "wan", work / "one then two", mirage=work / "trained", gram_from=0, batch=2, steps=1)
-    mp.spawn(worker, (work,), nprocs=2)
+    mp.start_processes(worker, (work,), nprocs=2, start_method=scripts.warm.get_start_method())
     return work
 
 

@@ -204,6 +204,8 @@ def kill_six_times(work: Path, out: Path) -> None:
 
     It runs in a fresh interpreter, where nothing has used torch's threads before the first fork.
     """
+    import torch._dynamo  # noqa: F401  (or each of the eight processes would, with its first optimizer)
+
     torch.set_num_threads(1)
     memory.plan, watch.Log.report = without_plan, lambda *args: None  # neither changes what is trained
 
