@@ -107,7 +107,8 @@ def backward(vae: CausalDecoder, z: Tensor, loss_fn: Loss, d_trunc: int | None =
     """Pixel loss of normalised latents z [B, C, F, h, w] -> (loss, grad_z like z); parameters' gradients go to .grad.
 
     loss_fn     (x_g [B, 3, T', H', W'], where) -> scalar; x_g is a piece of the video without its margin and `where`
-                the slices that cut its like from a [B, 3, T, H, W] target. The losses add up: weight each by its share.
+                the slices that cut the same piece from a target [B, 3, T, H, W]. The losses add up: weight each by its
+                share.
     d_trunc     groups that a loss reaches back; None: all of them in one sweep, which is full backpropagation
     tiles       (rows, columns) of latent pieces; need not divide h and w
     margin      latent cells of context around each tile

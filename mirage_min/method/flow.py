@@ -9,10 +9,10 @@ shift it towards 1, where the large shapes are decided:
 
     σ = s u / (1 + (s − 1) u),     u in 0 .. 1,     s = 5
 
-The latents of a video may have different σ. So a video continues what is known: its first latent, an image or the last
-of the chunk before, is clean, at t = 0, in training as in sampling, and is left out of the loss. `predict` is a
-transformer with its other inputs bound: lambda z, t: dit(z, t, text). One step at a fixed t is in one_step.py. Left
-out: samplers of higher order (UniPC), and guidance, which belongs in `predict`.
+The latents of a video may have different σ. So a video can continue what is known: its first latent, an image or
+the last of the chunk before, is clean, at t = 0, in training as in sampling, and is left out of the loss. `predict` is
+a transformer with its other inputs bound: lambda z, t: dit(z, t, text). One step at a fixed t is in one_step.py.
+Left out: samplers of higher order (UniPC), and guidance, which belongs in `predict`.
 
     python -m mirage_min.method.flow         # the best possible network for data of a known spread, in 1 to 50 steps
 """
@@ -37,7 +37,7 @@ def flow_loss(predict: Predict, z: Tensor, draws: Generator | list[Generator], s
     """The mean squared error of the flow at random noise levels, one for each latent; a number.
 
     z      [B, C, F, h, w], latents of the data
-    draws  a generator, or one for each sample: then a sample's noise does not depend on those that it is with
+    draws  a generator, or one for each sample: then its noise does not depend on the rest of the batch
     clean  how many of the first latents are given as they are, at t = 0, and left out of the loss
     ValueError unless 0 <= clean < F.
     """

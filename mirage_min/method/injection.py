@@ -53,7 +53,7 @@ class CrossModalFusionBlock(OutsideStateDict):
 def attach(vae: nn.Module, feature_channels: list[int]) -> None:
     """Give a VAE a new fusion block for each place where features enter, finest first; they stay out of its checkpoint.
 
-    feature_channels  of the features, one number a place, as vae.inject_channels counts them
+    feature_channels  of the features, one number for each place, in the order of vae.inject_channels
     ValueError for another number of places.
     """
     channels = vae.inject_channels
@@ -72,18 +72,18 @@ def measure_scales(vae: nn.Module, z: Tensor, inject: list[Tensor]) -> list[tupl
 
     def measure(block: nn.Module, args: tuple[Tensor, Tensor]) -> None:
         h, f = args
-        of_h, of_f = measured[block]
-        of_h.add(h)
-        of_f.add(f)
+        std_h, std_f = measured[block]
+        std_h.add(h)
+        std_f.add(f)
     hooks = [block.register_forward_pre_hook(measure) for block in vae.fusion]
     try:
         vae.decode(z, inject)
     finally:
         for hook in hooks:
             hook.remove()
-    for block, (of_h, of_f) in measured.items():
-        block.s_h.fill_(of_h.std())
-        block.s_f.fill_(of_f.std())
+    for block, (std_h, std_f) in measured.items():
+        block.s_h.fill_(std_h.std())
+        block.s_f.fill_(std_f.std())
     return [(block.s_h.item(), block.s_f.item()) for block in vae.fusion]
 
 
@@ -94,7 +94,7 @@ class RunningStd:
         self.count, self.mean, self.squares = 0, 0.0, 0.0  # squares: Σ (x − mean)²
 
     def add(self, x: Tensor) -> None:
-        """A further part, of any shape; measured at least in float32."""
+        """Add a part, of any shape; measured at least in float32."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         variance, mean = (v.item() for v in torch.var_mean(wide, correction=0))
         n, d, total = x.numel(), mean - self.mean, self.count + x.numel()
@@ -103,7 +103,7 @@ class RunningStd:
         self.count = total
 
     def std(self) -> float:
-        """Of all parts so far, without bias: the sum of squares over the count less one."""
+        """The unbiased estimate from all parts so far: the sum of squares over the count less one."""
         return (self.squares / (self.count - 1)) ** 0.5
 
 

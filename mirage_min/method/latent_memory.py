@@ -1,14 +1,14 @@
 """A latent spatial memory: latent cells kept as points in the world, and read out at any camera.
 
 This is the memory of the *world model* called Mirage ("Latent Spatial Memory for Video World Models", arXiv
-2606.09828), not of Mirage, the harmoniser. Where a cloud of coloured points would be rendered and encoded, this one
-gives what a video network wants as input at once, a latent and a mask of where there is one:
+2606.09828), not of Mirage, the harmoniser. A cloud of coloured points would have to be rendered and encoded; this
+memory directly gives what a video network takes as input, a latent and a mask of where there is one:
 
     add     p = c2w · (d · K⁻¹ [j+½, i+½, 1]),   M ← M ∪ {(p, z_ij)}
     read    q = w2c · p,   ẑ_ij = the z of the nearest q with ⌊K q / q_z⌋ = (j, i),   0 and mask 0 where there is none
 
-Of points at one depth the oldest wins, so the result is defined to the bit: it depends neither on the order in which
-the points lie, where their depths differ, nor on threads or device. Gradients reach the features, not the geometry.
+Among points at one depth the oldest wins, so the result is defined to the bit: it depends neither on threads or device
+nor, where depths differ, on the order of the points. Gradients reach the features, not the geometry.
 
 The released code sorts by depth and writes with duplicate indices, which PyTorch leaves undefined; it also places cells
 by their index instead of their centre and averages depth over edges and holes. None of this is kept (DEVIATIONS.md).
@@ -47,9 +47,9 @@ class Memory:
 
 
 def pixel_frame(f: int) -> int:
-    """The frame whose camera and depth belong to latent f of a causal video VAE: the last of those that it codes.
+    """The frame whose camera and depth belong to latent f of a causal video VAE: the last of those that it encodes.
 
-    Latent 0 codes frame 0, and latent f the frames 4f − 3 to 4f.
+    Latent 0 encodes frame 0, and latent f the frames 4f − 3 to 4f.
     """
     return 4 * f
 
@@ -62,9 +62,9 @@ def add(memory: Memory, z: Tensor, depth: Tensor, camera: Camera, *, dynamic: Te
     depth    [H, W] along the camera's z axis, not along the ray; 0, inf and nan are unknown
     camera   of the H x W frame; H and W are whole multiples of h and w
     dynamic  [H, W] bool, where something moves: a cell is left out if any of its pixels is
-    sky      [H, W] bool: a cell is left out if most of its pixels are
-    known    a share of the depth, .05 say: a cell is also left out if the memory, seen by this camera, already has a
-             point within that share of its depth. This bounds the growth; the paper adds all cells.
+    sky      [H, W] bool: a cell is left out if most of its pixels are sky
+    known    a fraction of the depth, such as .05: a cell is also left out if the memory, seen by this camera, already
+             has a point within that fraction of its depth. This bounds the growth; the paper adds all cells.
     ValueError for shapes that do not fit together and a camera that is not finite.
     """
     channels = memory.features.shape[1]

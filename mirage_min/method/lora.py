@@ -25,8 +25,8 @@ from torch.nn import functional as nnf
 from ..networks import weights
 from ..networks.causal_conv import Cache, CausalConv3d
 
-PEFT_ALPHA = 8.0  # PEFT's default, which is what a checkpoint means that names none: img2img-turbo's, Difix's
-METADATA = "lora_adapter_metadata"  # where diffusers looks for alpha in a file's metadata; without, it takes the rank
+PEFT_ALPHA = 8.0  # PEFT's default, for checkpoints that name no alpha: img2img-turbo's, Difix's
+METADATA = "lora_adapter_metadata"  # where diffusers looks for alpha in a file's metadata; else it takes the rank
 
 
 class OutsideStateDict(nn.Module):
@@ -51,7 +51,7 @@ class LoRA(OutsideStateDict):
         nn.init.kaiming_uniform_(self.A, a=5**0.5)
 
     def extra_repr(self) -> str:
-        """What print(model) says of it."""
+        """What print(model) says about it."""
         return f"rank={self.A.shape[0]}, alpha={self.alpha:g}"
 
     def delta(self) -> Tensor:
@@ -72,7 +72,7 @@ class AdaptedLinear(nn.Linear):
 
 
 def adapted_kernel(layer: nn.Conv2d | nn.Conv3d) -> Tensor:
-    """W' [out, in, *kernel] of a convolution with adapters; a kernel is small, so adding to it is the cheapest way."""
+    """W' [out, in, *kernel] of a convolution with adapters; a kernel is small, so adding to it is cheapest."""
     # W' = W + s · B A, added up over the adapters
     return layer.weight + sum(lora.delta() for lora in layer.lora.values()).to(layer.weight.dtype)
 
@@ -202,9 +202,10 @@ def unwrap(state: dict[str, Tensor], alpha: float = PEFT_ALPHA) -> dict[str, Ten
         else:
             plain[key.replace(".base_layer.", ".")] = tensor
     unpaired = sorted(key for key, pair in found.items() if pair.keys() != {"A", "B"} or key not in plain)
-    if unpaired or len(names) > 1:
-        raise ValueError(f"{len(unpaired)} layers do not have their weight, lora_A and lora_B: {unpaired[:5]}"
-                         if unpaired else f"wanted one LoRA, got {sorted(names)}")
+    if unpaired:
+        raise ValueError(f"{len(unpaired)} layers do not have their weight, lora_A and lora_B: {unpaired[:5]}")
+    if len(names) > 1:
+        raise ValueError(f"wanted one LoRA, got {sorted(names)}")
     for key, pair in found.items():
         W, r = plain[key], len(pair["A"])
         A, B = (pair[m].flatten(1).to(torch.promote_types(W.dtype, torch.float32)) for m in "AB")

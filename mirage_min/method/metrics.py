@@ -122,7 +122,7 @@ def actor_crops(boxes: Tensor, H: int, W: int) -> list[tuple[slice, slice] | Non
 
     boxes [T, 4]: x0, y0, x1, y1 in pixels, all zeros for a hidden actor; H and W are the frame's. Mirage §4.1 says
     "actor-centric crops" and no more. Here each video has one window, as large as the actor's largest box and a quarter
-    of it on every side, 32 pixels at least (LPIPS' networks need 31). It follows the centre of the box and is pushed
+    of it on every side, at least 32 pixels (LPIPS' networks need 31). It follows the centre of the box and is pushed
     inside the frame.
     """
     boxes = torch.minimum(boxes.double().clamp_min(0), torch.tensor([W, H, W, H]))

@@ -1,6 +1,6 @@
 """Noise schedules, and a clean latent from one call of the network (Mirage §3.1, §3.2; ChopGrad B.4).
 
-Diffusion mixes a clean latent z0 with noise ε. Networks differ in the mix z_t, and in what they predict of it:
+Diffusion mixes a clean latent z0 with noise ε. Networks differ in the mix z_t, and in what they predict from it:
 
     z_t = √ᾱ_t · z0 + √(1 − ᾱ_t) · ε                                                     Mirage §3.1
         CogVideoX   v = √ᾱ_t · ε − √(1 − ᾱ_t) · z0      hence    z0 = √ᾱ_t · z_t − √(1 − ᾱ_t) · v
@@ -12,7 +12,7 @@ Diffusion mixes a clean latent z0 with noise ε. Networks differ in the mix z_t,
 
 Mirage takes z_NI itself for z_t at a small fixed t (§3.2), and adds no noise, neither in training nor at inference: the
 wrong light and the missing shadow are the "noise" to remove. Fresh noise would bury details of a scene that has to
-stay, which one step cannot bring back, and would make the result a matter of chance. So t is no noise level here. It
+stay, which one step cannot bring back, and would make the result a matter of chance. So t is not a noise level here. It
 chooses √ᾱ_t and √(1 − ᾱ_t), how much of z_NI goes straight through and how much the prediction weighs, and it asks the
 transformer for what it has learned to do at that t: at 199, small repairs.
 
@@ -53,7 +53,7 @@ def alpha_bar(snr_shift: float = 1.0, zero_terminal_snr: bool = True) -> Tensor:
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
-# ---- noise, and what networks predict of it --------------------------------------------------------------------------
+# ---- noise, and what networks predict from it ------------------------------------------------------------------------
 # The header has the equations. Latents are [B, ...] of one shape and any dtype; they are weighted in float32 at least
 # (_weights) and returned in their own dtype. alpha_bar_t is ᾱ at t, sigma a flow's σ: one number, or [B].
 

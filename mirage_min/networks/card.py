@@ -2,9 +2,9 @@
 
     write_card(folder, "Mirage", base="THUDM/CogVideoX1.5-5B", about={"steps": "10000"})
 
-The hub shows a model by these fields: its licence, its library, its task, and what it was trained from. A folder keeps
-the README.md that it has, unless it is such a card with nothing written into it. One field is ours: `bfloat16`, how far
-the output moves when the model computes in it. infer.py does so by itself only where the card says that.
+The hub shows a model by these fields: its licence, its library, its task, and what it was trained from. A README.md
+that a person has written is kept. One field is ours: `bfloat16`, how far the output moves when the model computes in
+it. infer.py chooses bfloat16 by itself only where the card has this field.
 
     python -m mirage_min.networks.card
 """
@@ -41,7 +41,7 @@ def write_card(folder: str | Path, system: str, base: str | Path | None = None, 
 
     system  the class's name
     base    what it was trained from: a hub id becomes the field base_model, a folder none
-    about   how it was trained, as the metadata of its files have it
+    about   how it was trained, as in the metadata of its files
     """
     if system not in TASKS:
         raise ValueError(f"wanted one of the systems {', '.join(TASKS)}, got {system!r}")

@@ -1,7 +1,7 @@
 """The causal 3D convolution and its explicit cache (ChopGrad §3.1, Eq. 1).
 
-A video VAE processes a video group by group. Its convolutions look only at the past, so all that a convolution has to
-keep between two groups is the end of its input, the last kt - 1 frames. These frames are the cache,
+A video VAE processes a video group by group. Its convolutions look only at the past, so between two groups a
+convolution whose kernel spans kt frames keeps only the last kt - 1 frames of its input. They are the cache,
 
     z_{i,m+1}, z^c_{i,m} = D_m(Concat(z^c_{i-1,m}, z_{i,m}))                                        (ChopGrad Eq. 1)
 
@@ -84,12 +84,12 @@ def in_groups(step: Callable, *pieces: list) -> list[Tensor]:
 
 
 def cut(x: Tensor, groups: list[slice]) -> list[Tensor]:
-    """x [B, C, T, H, W] -> its frames of each group."""
+    """x [B, C, T, H, W] -> the frames of each group, [B, C, T_g, H, W]."""
     return [x[:, :, group] for group in groups]
 
 
 def cut_features(inject: list[Tensor] | None, groups: list[slice]) -> list[list[Tensor] | None]:
-    """2D features of a whole clip, each [B, C, T, H, W] -> those of each group; None for each if there are none."""
+    """2D features of a whole clip, each [B, C, T, H, W] -> those of each group; one None a group if there are none."""
     if inject is None:
         return [None] * len(groups)
     return [[m[:, :, group] for m in inject] for group in groups]

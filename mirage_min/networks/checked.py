@@ -44,7 +44,7 @@ def record(cls: type, given: Any, file, field: str = "", integers: Within = INT6
     """A JSON object -> an instance of the dataclass `cls`; fields that the dataclass does not name are ignored.
 
     file, field  where the object is, for the errors
-    integers     the range of integers for which the dataclass names none
+    integers     the range of integers whose annotation names none
     ValueError of one line for a value of another type or out of range, and for a missing field without a default.
     """
     if not isinstance(given, dict):
@@ -78,9 +78,9 @@ def parse(text: str) -> Any:
 
 
 def value(kind, given: Any, file, field: str, integers: Within = INT64) -> Any:
-    """`given`, if it fits the type annotation `kind`, lists as tuples or tensors where it says so.
+    """`given`, checked against the type annotation `kind`; a list becomes a tuple or a tensor where that says so.
 
-    file and field name it in the error; integers as in `record`. ValueError of one line otherwise.
+    file and field name it in the error; integers as in `record`. ValueError of one line if it does not fit.
     """
     if kind is int and integers != INT64:
         kind = Annotated[int, integers]
@@ -113,7 +113,7 @@ def value(kind, given: Any, file, field: str, integers: Within = INT64) -> Any:
 
 
 def alternative(kind, given: Any, file, field: str, integers: Within) -> Any:
-    """`given`, if it fits one of the types of the union `kind`, the first that it fits; ValueError otherwise."""
+    """`given` as the first type of the union `kind` that it fits; ValueError if it fits none."""
     kinds = [each for each in get_args(kind) if each is not type(None) or given is None]
     if len(kinds) == 1:
         return value(kinds[0], given, file, field, integers)
@@ -126,7 +126,7 @@ def alternative(kind, given: Any, file, field: str, integers: Within) -> Any:
 
 
 def numbers(given: Any, shape: tuple[int, ...], file, field: str) -> Tensor:
-    """A JSON list, or list of lists, -> a float64 tensor of this shape; ValueError of one line otherwise.
+    """A JSON list, or list of lists -> a float64 tensor of this shape; ValueError of one line otherwise.
 
     Its elements must be finite in float32 too, in which networks and renderers compute.
     """
@@ -140,7 +140,7 @@ def numbers(given: Any, shape: tuple[int, ...], file, field: str) -> Tensor:
 
 
 def refusal(kind, given: Any, file, field: str) -> ValueError:
-    """The ValueError, to be raised, for a value that does not fit the type annotation `kind`."""
+    """The ValueError to raise for a value that does not fit the type annotation `kind`."""
     return ValueError(f"{file}: {f'{field}: ' if field else ''}wanted {describe(kind)}, got {reprlib.repr(given)}")
 
 

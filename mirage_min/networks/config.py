@@ -7,7 +7,7 @@ Every model class names its published counterpart and says which fields it under
 
     CLASS_NAME        `_class_name` in config.json
     Config            a dataclass: the fields that the code reads, with the published defaults
-    FIXED             {field: value} understood at this one value (of a list: at every element)
+    FIXED             {field: value} supported with this value alone (of a list: in every element)
     IGNORED           fields that cannot change the result
     translate_config  optional, static: config.json as another layout has it -> config.json as published by diffusers
 
@@ -50,14 +50,14 @@ def read_config(cls, config: dict, where: str | Path):
 
 
 def matches(value, wanted) -> bool:
-    """Whether a field has its one understood value; a list does if each element has, or if all of `wanted` is meant."""
+    """Whether a field has its one supported value: `wanted`, or if that is no list, a list of nothing else."""
     if isinstance(wanted, (list, tuple)):
         return isinstance(value, list) and value == list(wanted)
     return all(v == wanted for v in value) if isinstance(value, list) else value == wanted
 
 
 def config_fields(model: nn.Module) -> dict:
-    """What config.json says of a model: its class, its Config and the fields that are fixed."""
+    """The content of a model's config.json: its class, its Config and the fields that are fixed."""
     config = {"_class_name": model.CLASS_NAME} | dataclasses.asdict(model.config)
     for name, value in model.FIXED.items():
         # A list of block types has an entry per stage, and diffusers builds as many stages as it has entries.

@@ -2,7 +2,7 @@
 
 Text tokens and video patches form one sequence and attend to each other; the timestep enters each block as a
 shift, a scale and a gate, one triple for the text and one for the video. Three published shapes differ in how a patch
-knows its place:
+is told its position:
 
     2b      a sum of sines is added to each patch                             (use_rotary_positional_embeddings false)
     5b      queries and keys are rotated; the clip is stretched over a crop of the 45 x 30 grid it was trained on
@@ -144,7 +144,7 @@ class PatchEmbed(nn.Module):
         self.p, self.pt = config.patch_size, config.patch_size_t
         if self.pt is None:
             self.proj = nn.Conv2d(config.in_channels, D, self.p, stride=self.p, bias=config.patch_bias)
-        else:  # has a bias whatever patch_bias says: so it was published
+        else:  # with a bias whatever patch_bias says, as published
             self.proj = nn.Linear(config.in_channels * self.pt * self.p**2, D)
         self.text_proj = nn.Linear(config.text_embed_dim, D)
 
@@ -266,30 +266,30 @@ class FeedForward(nn.Module):
         return self.net["2"](nnf.gelu(self.net["0"]["proj"](x), approximate="tanh"))
 
 
-def shares(dim: int) -> tuple[int, int, int]:
+def channels_per_axis(dim: int) -> tuple[int, int, int]:
     """How many of a patch's channels encode its time, its row and its column."""
     return dim // 4, dim // 8 * 3, dim // 8 * 3
 
 
 @cached_table(size=8)
-def rotary_table(grid: tuple[int, int, int], base: tuple[int, int] | None, dim: int, text: int,
+def rotary_table(grid: tuple[int, int, int], base: tuple[int, int] | None, dim: int, text_tokens: int,
                  device: torch.device) -> Tensor:
-    """Unit complex numbers [text + f*h*w, dim/2] that turn the channel pairs of a head.
+    """Unit complex numbers [text_tokens + f*h*w, dim/2] that turn the channel pairs of a head.
 
     base: rows and columns (in patches) of the training grid that the clip is stretched over, or None: whole steps.
     """
     h, w = grid[1:]
     steps = [torch.arange(n, dtype=torch.float32, device="cpu") for n in grid]
     if base is not None:
-        (top, left), (bottom, right) = crop(h, w, *base)
-        # Published so: the end is scaled and not the span, which spreads a crop that starts off 0 a little short.
+        (top, left), (bottom, right) = training_window(h, w, *base)
+        # As published: the end is scaled, not the span, so a window that does not start at 0 is spread too short.
         steps[1] = torch.linspace(top, bottom * (h - 1) / h, h, device="cpu")
         steps[2] = torch.linspace(left, right * (w - 1) / w, w, device="cpu")
-    turn = torch.cat(on_grid(*(angles(s, d) for s, d in zip(steps, shares(dim)))), dim=-1)
-    return unit(nnf.pad(turn, (0, 0, text, 0))).to(device)  # text tokens have no place: they turn by 0
+    turn = torch.cat(on_grid(*(angles(s, d) for s, d in zip(steps, channels_per_axis(dim)))), dim=-1)
+    return unit(nnf.pad(turn, (0, 0, text_tokens, 0))).to(device)  # text has no position: its angle is 0
 
 
-def crop(h: int, w: int, base_h: int, base_w: int) -> tuple[tuple[int, int], tuple[int, int]]:
+def training_window(h: int, w: int, base_h: int, base_w: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """The largest centred window of the base grid with the aspect of h x w: (top, left), (bottom, right)."""
     if h / w > base_h / base_w:
         height, width = base_h, round(base_h / h * w)
@@ -303,7 +303,7 @@ def crop(h: int, w: int, base_h: int, base_w: int) -> tuple[tuple[int, int], tup
 def sincos_table(grid: tuple[int, int, int], scales: tuple[float, ...], D: int, device: torch.device) -> Tensor:
     """What 2b adds to each patch, [f*h*w, D]: sines and cosines of its time, then of its column, then of its row."""
     waves = []
-    for n, scale, d in zip(grid, scales, shares(D)):
+    for n, scale, d in zip(grid, scales, channels_per_axis(D)):
         a = angles(torch.arange(n, dtype=torch.float32, device="cpu") / scale, d)
         waves.append(torch.cat([a.sin(), a.cos()], dim=-1))
     time, row, column = on_grid(*waves)
@@ -321,4 +321,4 @@ if __name__ == "__main__":
             z = torch.randn(1, 16, *size)
             print(f"z_t {list(z.shape)} -> prediction {list(dit(z, 199, text).shape)}")
         z = torch.randn(1, 16, 3, 8, 12)
-        print("t 199 against 999, mean change:", float((dit(z, 199, text) - dit(z, 999, text)).abs().mean()))
+        print(f"t 199 against 999, mean change: {(dit(z, 199, text) - dit(z, 999, text)).abs().mean():.3f}")

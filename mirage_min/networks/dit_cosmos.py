@@ -27,7 +27,7 @@ from .rotary import angles, cached_table, on_grid, rotate, unit
 
 @dataclass
 class CosmosDiTConfig:
-    """The fields of config.json that shape the network; defaults are the 0.6B's. The last two are ours alone."""
+    """The fields of config.json that shape the network; defaults are the 0.6B's. The last two are not published."""
 
     in_channels: int = 16
     out_channels: int = 16
@@ -61,7 +61,7 @@ class Modulation(NamedTuple):
     gate: Tensor | None = None  # the last norm has none
 
     def first(self, n: int | None) -> "Modulation":
-        """That of the first n latent frames (None: of all)."""
+        """The modulation of the first n latent frames; of all if n is None."""
         return Modulation(*(v if v is None else v[:, :n] for v in self))
 
 
@@ -93,8 +93,8 @@ class CosmosDiT(nn.Module):
         """z [B, C, F, h, w], t in [0, 1], text [B, L, text_embed_dim] -> prediction like z.
 
         t: a number, [B], or [B, 1, F, 1, 1], a timestep for each latent frame. text None: null text, exactly.
-        padding_mask [B or 1, 1, H, W], of any size: 1 where pixels are no picture; None: nowhere. Where h or w is odd,
-        the last row or column is repeated and the prediction there dropped; more than max_size is a ValueError.
+        padding_mask [B or 1, 1, H, W], of any size: 1 where pixels are padding; None: nowhere. Where h or w is odd,
+        the last row or column is repeated and the prediction there dropped. ValueError for more than max_size.
         """
         t = torch.as_tensor(t, device=z.device)
         self._check(z, text)
@@ -104,10 +104,10 @@ class CosmosDiT(nn.Module):
 
     def predict(self, z: Tensor, modulations: tuple, text: Tensor | None = None, padding_mask: Tensor | None = None,
                 keep: int | None = None) -> Tensor:
-        """`forward` with the timestep's part given, as `modulations` makes it.
+        """`forward`, with what `modulations` computes from the timestep given.
 
-        keep: predict the first `keep` latent frames alone, [B, C, keep, h, w]; all of them are attended to, but the
-        last block asks only for those. The values are the same.
+        keep: predict only the first `keep` latent frames, [B, C, keep, h, w]. They attend to all frames, but the last
+        block has queries for them alone. The values are the same.
         """
         self._check(z, text)
         B, C, n, h, w = z.shape
@@ -120,15 +120,15 @@ class CosmosDiT(nn.Module):
         x = self.patch_embed["proj"](x)                                # [B, F, L, D], L patches to a latent frame
         rotation = rotary_table(grid, self.config.attention_head_dim, self.config.rope_scale, x.device)
 
-        of_blocks, of_output = modulations
-        for block, m in zip(self.transformer_blocks, of_blocks):
+        block_modulations, output_modulation = modulations
+        for block, m in zip(self.transformer_blocks, block_modulations):
             kept = keep if block is self.transformer_blocks[-1] else None
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, m, rotation, text, kept, use_reentrant=False)
             else:
                 x = block(x, m, rotation, text, kept)                  # [B, F, L, D], in the end [B, keep, L, D]
 
-        x = self.proj_out(self.norm_out(x, of_output.first(keep)))
+        x = self.proj_out(self.norm_out(x, output_modulation.first(keep)))
         # Channels last, unlike in the patches that came in.
         x = rearrange(x, "b f (h w) (ph pw c) -> b c f (h ph) (w pw)", h=grid[1], ph=2, pw=2)
         return x[..., :h, :w]
@@ -182,7 +182,7 @@ class CosmosDiT(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """The timestep as waves: normalised, for each norm's own layers; and through two layers that all norms share."""
+    """The timestep as sines and cosines: normalised, for each norm's layers; and after two layers that norms share."""
 
     def __init__(self, D: int):
         super().__init__()
@@ -212,13 +212,15 @@ class Block(nn.Module):
 
     def modulations(self, e: Tensor, temb: Tensor) -> list[Modulation | None]:
         """e [..., D], temb [..., 3D] -> those of the three sub-layers; None where there is no attention to a text."""
-        return [norm and norm.modulation(e, temb) for norm in (self.norm1, self.norm2, self.norm3)]
+        norms = self.norm1, self.norm2, self.norm3
+        return [None if norm is None else norm.modulation(e, temb) for norm in norms]
 
     def forward(self, x: Tensor, m: list[Modulation | None], rotation: Tensor, text: Tensor | None,
                 keep: int | None) -> Tensor:
         """x [B, F, L, D], text [B, L', text_embed_dim] -> [B, F or keep, L, D]"""
         y = self.norm1(x, m[0])                                        # [B, F, L, D]
-        x, m = x[:, :keep], [v and v.first(keep) for v in m]           # [B, F or keep, L, D]
+        x = x[:, :keep]                                                # [B, F or keep, L, D]
+        m = [None if v is None else v.first(keep) for v in m]
         # x ← x + gate · attention(norm(x))
         x = x + m[0].gate * self.attn1(y[:, :keep], y, rotation)
         # x ← x + gate · attention(norm(x), text)
@@ -229,7 +231,7 @@ class Block(nn.Module):
 
 
 class ModulatedNorm(nn.Module):
-    """Layer norm, moved by the timestep; and the layers that say how far, D → rank → `vectors` · D."""
+    """Layer norm, shifted and scaled by the timestep; and the layers that say by how much, D → rank → `vectors` · D."""
 
     def __init__(self, D: int, rank: int, vectors: int = 3):
         super().__init__()
@@ -260,7 +262,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([linear(D, D)])
 
     def forward(self, x: Tensor, context: Tensor, rotation: Tensor | None = None) -> Tensor:
-        """x [B, F, L, D], context [B, F', L', D'] -> like x: all tokens of x ask all of the context."""
+        """x [B, F, L, D], context [B, F', L', D'] -> like x: every token of x attends to the whole context."""
         q, k, v = (rearrange(y, "b f l (heads d) -> b (f l) heads d", heads=self.heads)
                    for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
         q, k = self.norm_q(q), self.norm_k(k)
@@ -284,7 +286,7 @@ class FeedForward(nn.Module):
 
 
 def linear(d_in: int, d_out: int) -> nn.Linear:
-    """A layer without bias: the network has no other."""
+    """A linear layer without bias, as all in this network."""
     return nn.Linear(d_in, d_out, bias=False)
 
 
@@ -292,7 +294,7 @@ def linear(d_in: int, d_out: int) -> nn.Linear:
 def rotary_table(grid: tuple[int, int, int], dim: int, scale: tuple[float, ...], device: torch.device) -> Tensor:
     """Unit complex numbers [f*h*w, dim/2] that turn the channel pairs of a head: by a patch's frame, row and column.
 
-    scale: by how much longer, higher and wider than when it was first trained the network may see (NTK).
+    scale: how many times as long, high and wide as in the first training a clip may be (NTK).
     """
     space = dim // 6 * 2
     turns = []

@@ -4,8 +4,8 @@ Video patches attend to each other, then to the text, then pass a two-layer netw
 frame, row and column of their patch. The timestep becomes six vectors, two triples of shift, scale and gate; each block
 adds its own learned table to them. Norms, shifts and gates are computed in float32.
 
-Wan 2.1's text-to-video 1.3B and 14B and Wan 2.2's TI2V-5B are this one network at three sizes. The last makes videos
-from an image too: its clean latent replaces the first noised one, at a timestep of 0 (flow.py). Checkpoints
+Wan 2.1's text-to-video 1.3B and 14B and Wan 2.2's TI2V-5B are this one network at three sizes. TI2V-5B also makes
+videos from an image: its clean latent replaces the first noised one, at a timestep of 0 (flow.py). Checkpoints
 come in two layouts, the original and that of diffusers; names here are the latter's, and `translate_key` and
 `translate_config` read the former. Left out: Wan 2.1's image-to-video networks. A side branch is in wan_branch.py.
 
@@ -90,7 +90,7 @@ class WanDiT(nn.Module):
         published pipeline has L = 512 and zeros after the prompt.
 
         t      a number, [B], or [B, F] where each latent has its own
-        hints  of a side branch: {layer: what is added after it, [B, patches, D]}
+        hints  from a side branch: {layer: what is added after it, [B, patches, D]}
         """
         h, w = z_t.shape[3:]
         x, text, time, modulation, rotation = self.embed(z_t, t, text)
@@ -236,7 +236,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Tokens [B, L, D] moved by the timestep: shift and scale are [B, f, D], one for each f-th part of the tokens."""
+    """Tokens [B, L, D], shifted and scaled by the timestep: [B, f, D], of all tokens (f = 1) or each latent frame's."""
     parts = rearrange(x, "b (f l) d -> b f l d", f=shift.shape[1])
     # x · (1 + scale) + shift
     moved = torch.addcmul(shift.unsqueeze(2), parts, 1 + scale.unsqueeze(2))
@@ -244,7 +244,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def gated(x: Tensor, gate: Tensor) -> Tensor:
-    """Tokens [B, L, D] times a gate [B, f, D], one for each f-th part of the tokens."""
+    """Tokens [B, L, D] times a gate [B, f, D], of all tokens (f = 1) or each latent frame's."""
     parts = rearrange(x, "b (f l) d -> b f l d", f=gate.shape[1])
     return rearrange(parts * gate.unsqueeze(2), "b f l d -> b (f l) d")
 

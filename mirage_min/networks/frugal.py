@@ -139,7 +139,7 @@ def run_by_frames(layers: list[Callable], x: Tensor, old: Cache | None, new: Cac
     """Layers that keep the frame rate, in turn, x [B, C, T, H, W] -> [B, C', T, H', W'].
 
     On tall frames all of them run on one frame before the next, so no layer's output is held for all frames. `old` and
-    `new` are the caches that are read and written, as of a causal convolution.
+    `new` as in CausalConv3d.forward.
     """
     done: list[Tensor] = []
     frame_new: Cache = {}

@@ -3,8 +3,8 @@
     download("THUDM/CogVideoX1.5-5B", "vae")                      -> the repository's folder in the cache
     download("nvidia/difix@main", None, "model_index.json")       # of a branch, a tag or a commit
 
-Wherever an id is taken, it may end in @REVISION. Without `cache_dir` and `token` the hub's own settings hold: HF_HOME,
-HF_TOKEN, HF_HUB_OFFLINE, and what `hf auth login` has kept.
+Wherever an id is taken, it may end in @REVISION. Without `cache_dir` and `token` the hub's own settings apply: HF_HOME,
+HF_TOKEN, HF_HUB_OFFLINE, and what `hf auth login` has stored.
 
     python -m mirage_min.networks.hub            # which files of a repository are asked for
 """
@@ -42,10 +42,10 @@ def download(repo: str, subfolder: str | None, config: str = CONFIG, revision: s
              cache_dir: str | Path | None = None, token: str | bool | None = None) -> Path:
     """Fetch `patterns` of a hub repository into the cache -> its folder there.
 
-    revision   a branch, a tag or a commit; None: what the id ends in, else main
+    revision   a branch, a tag or a commit; None: the one that the id ends in, else main
     ValueError if two revisions are given, or the hub does not have it or cannot be reached.
     """
-    from huggingface_hub import snapshot_download  # imported here: local folders do without it
+    from huggingface_hub import snapshot_download  # imported here: local folders do not need it
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     name, said = split(repo)

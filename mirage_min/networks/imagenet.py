@@ -4,7 +4,7 @@
     taps = vgg(x)                             # frames [N, 3, H, W] in [-1, 1] -> [N, C_i, H_i, W_i], finest first
 
 The weights are torchvision's, as safetensors, in a folder that the caller names: vgg16_features, alexnet_features,
-squeezenet1_1_features, each with the suffix .safetensors. Where torchvision runs, they are made by
+squeezenet1_1_features, each with the suffix .safetensors. With torchvision, they are made by
 
     from torchvision.models import vgg16
     from safetensors.torch import save_file

@@ -1,10 +1,10 @@
-"""A patch's place and a timestep as angles, for every transformer here (RoPE: Su et al. 2021, §3.4.2, Eq. 34).
+"""A patch's position and a timestep as angles, for every transformer here (RoPE: Su et al. 2021, §3.4.2, Eq. 34).
 
     turn = torch.cat(on_grid(angles(frames, d_t), angles(rows, d_y), angles(columns, d_x)), dim=-1)
     q, k = rotate(q, unit(turn)), rotate(k, unit(turn))
 
-A pair of a head's channels, read as a complex number, is turned by an angle that grows with the patch's place: the
-product of a query and a key then depends on how far apart the two are, not on where. Each transformer has its
+A pair of a head's channels, read as a complex number, is turned by an angle that grows with the patch's position: the
+product of a query and a key then depends on how far apart the two are, not on where they are. Each transformer has its
 own `rotary_table`, which says how it divides the channels among frame, row and column and how fast they turn.
 
     python -m mirage_min.networks.rotary     # a product of two rotated vectors, at three places of the same distance
@@ -49,16 +49,17 @@ def rotate(x: Tensor, rotation: Tensor, halves: bool = False) -> Tensor:
     halves    whether channel i makes a pair with i + d/2 (Cosmos), or channel 2i with 2i + 1 (CogVideoX, Wan)
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    pairs = rearrange(wide, "... (two i) -> ... i two" if halves else "... (i two) -> ... i two", two=2)
+    flat = "... (two i)" if halves else "... (i two)"
+    pairs = rearrange(wide, f"{flat} -> ... i two", two=2)
     # (a + jb) · exp(jθ)
     turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * rotation[:, None])
-    return rearrange(turned, "... i two -> ... (two i)" if halves else "... i two -> ... (i two)").to(x.dtype)
+    return rearrange(turned, f"... i two -> {flat}").to(x.dtype)
 
 
 def cached_table(size: int) -> Callable[[Callable], Callable]:
-    """Decorates a function that makes a table: it keeps the last `size` of them, which may be used in training.
+    """A decorator for a function that computes a table: the last `size` tables are cached.
 
-    Without the guards, one made where inference_mode is on would be cached and never take part in a backward pass.
+    Without the guards, a table first computed under inference_mode would be cached and fail in every later training.
     """
     def decorate(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lru_cache(maxsize=size)(torch.inference_mode(False)(torch.no_grad()(make)))

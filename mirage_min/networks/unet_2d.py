@@ -3,7 +3,7 @@
     z [N, 4, h, w] ──conv_in──> down_blocks ──> mid_block ──> up_blocks ──conv_out──> ε [N, 4, h, w]
                                     └────────── skips ───────────┘
 
-Every layer is a resnet block, which is told the timestep, followed in most stages by a transformer, which is told the
+Every layer is a resnet block, conditioned on the timestep, followed in most stages by a transformer, conditioned on the
 text (unet_attention.py). The way down pushes its tensors on a stack, and the way up pops them. A stage halves the size
 and rounds up, so any size works, and the way up crops to the size of what it pops: 135 x 240 latents, 1080 x 1920
 pixels, become 68 x 120, 34 x 60, 17 x 30.
@@ -34,7 +34,7 @@ ATTENDING, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D
 
 @dataclass
 class UNet2DConfig:
-    """The fields of config.json that shape the network, with the published defaults: a field absent from the file."""
+    """The fields of config.json that shape the network; a field that the file lacks has the published default."""
 
     in_channels: int = 4
     out_channels: int = 4
@@ -43,7 +43,7 @@ class UNet2DConfig:
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: checked.Depth = 2
     cross_attention_dim: int = 1280
-    attention_head_dim: int | tuple[int, ...] = 8  # the number of heads, of all stages or of each: published so
+    attention_head_dim: int | tuple[int, ...] = 8  # despite its name the number of heads, of all stages or each
     use_linear_projection: bool = False
     norm_num_groups: int = 32
 
@@ -74,8 +74,9 @@ class UNet2D(nn.Module):
         "class_embed_type": None, "class_embeddings_concat": False, "num_class_embeds": None,
         "projection_class_embeddings_input_dim": None, "addition_embed_type": None, "addition_time_embed_dim": None,
     }
-    IGNORED = {"sample_size", "addition_embed_type_num_heads", "upcast_attention"}  # the last: torch's own attention
-    from_pretrained = classmethod(weights.from_pretrained)                          # sums in float32 as it is
+    # upcast_attention: PyTorch's attention sums in float32 anyway.
+    IGNORED = {"sample_size", "addition_embed_type_num_heads", "upcast_attention"}
+    from_pretrained = classmethod(weights.from_pretrained)
     save_pretrained = weights.save_pretrained
 
     def __init__(self, config: UNet2DConfig = UNet2DConfig()):
@@ -119,7 +120,7 @@ class UNet2D(nn.Module):
     def forward(self, z: Tensor, t: int | Tensor, text: Tensor, views: int = 1) -> Tensor:
         """z [N, 4, h, w], t in 0 .. 999 as an int or [N], text [N, L, cross_attention_dim] -> ε [N, 4, h, w].
 
-        Any h, w and L. views: so many consecutive images, "(b v)", share their self-attention. In the shapes below,
+        Any h, w and L. views: this many consecutive images, "(b v)", share their self-attention. In the shapes below,
         i counts the stages, C_i is block_out_channels[i], and h/2^i is rounded up.
         ValueError for other shapes, or if N is no multiple of `views`.
         """
@@ -171,9 +172,9 @@ class UNet2D(nn.Module):
 def check(config: UNet2DConfig) -> None:
     """ValueError for a config that names other stages than these, or not one entry for each."""
     n = len(config.block_out_channels)
-    for name in ("down_block_types", "up_block_types"):
+    for i, name in enumerate(("down_block_types", "up_block_types")):
         kinds = getattr(config, name)
-        known = [kind[name == "up_block_types"] for kind in (ATTENDING, PLAIN)]
+        known = [ATTENDING[i], PLAIN[i]]
         if len(kinds) != n or not set(kinds) <= set(known):
             raise ValueError(f"{name} must be {n} of {known}, as block_out_channels has {n} entries, got {list(kinds)}")
     if len(config.heads()) != n:

@@ -22,7 +22,7 @@ class Transformer(nn.Module):
         self.norm = nn.GroupNorm(groups, c, eps=1e-6)                  # all other norms of the UNet have 1e-5
         if linear:
             self.proj_in, self.proj_out = nn.Linear(c, c), nn.Linear(c, c)
-        else:  # the same sums, with weights [c, c, 1, 1]
+        else:  # the same arithmetic, with weights [c, c, 1, 1]
             self.proj_in, self.proj_out = nn.Conv2d(c, c, 1), nn.Conv2d(c, c, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(c, heads, c_text)])
 
@@ -56,7 +56,7 @@ class TransformerBlock(nn.Module):
         x = rearrange(x, "(b v) l c -> b (v l) c", v=views)
         y = self.norm1(x)
         x = x + self.attn1(y, y)
-        x = rearrange(x, "b (v l) c -> (b v) l c", v=views)            # from here on each view by itself
+        x = rearrange(x, "b (v l) c -> (b v) l c", v=views)            # from here on each view alone
         x = x + self.attn2(self.norm2(x), text)
         return x + self.ff(self.norm3(x))
 
@@ -73,7 +73,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(c, c)])
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """x [N, L, C], which asks, y [N, L_y, C_y], which is looked at -> [N, L, C]"""
+        """x [N, L, C], y [N, L_y, C_y] -> [N, L, C]"""
         q, k, v = (rearrange(u, "n l (heads d) -> n heads l d", heads=self.heads)
                    for u in (self.to_q(x), self.to_k(y), self.to_v(y)))
         out = nnf.scaled_dot_product_attention(q, k, v)                # [N, heads, L, d]

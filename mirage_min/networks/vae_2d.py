@@ -30,7 +30,7 @@ from . import checked, weights
 
 @dataclass
 class AutoencoderKLConfig:
-    """The fields of config.json that shape the network, with the published defaults: a field absent from the file."""
+    """The fields of config.json that shape the network; a field that the file lacks has the published default."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -183,7 +183,7 @@ def add_skip(x: Tensor, skip: Tensor | None) -> Tensor:
 
 
 def check_skip(x: Tensor, skip: Tensor) -> None:
-    """ValueError unless x and skip are both [N, C, H, W] of one shape; a batch of one must not be repeated unseen."""
+    """ValueError unless x and skip are both [N, C, H, W] of one shape; broadcasting would hide a mistake."""
     if skip.shape != x.shape:
         raise ValueError(f"a skip must have the shape of what it is added to, {list(x.shape)}, got {list(skip.shape)}")
 
@@ -201,10 +201,10 @@ class Decoder(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, c[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(c[-1], config.out_channels, 3, padding=1)
 
-    add_skip = staticmethod(add_skip)  # frugal.py has another
+    add_skip = staticmethod(add_skip)  # frugal.py replaces it
 
     def forward(self, z: Tensor, skips: Iterable[Tensor] = ()) -> Tensor:
-        """z [N, 4, h, w] after post_quant_conv -> x [N, 3, 8h, 8w]; skips as of AutoencoderKL.decode."""
+        """z [N, 4, h, w] after post_quant_conv -> x [N, 3, 8h, 8w]; skips as in AutoencoderKL.decode."""
         skips = iter(skips)
         x = self.mid_block(self.conv_in(z))
         for stage in self.up_blocks:
@@ -235,7 +235,7 @@ class AutoencoderKL(nn.Module):
 
     @staticmethod
     def translate_key(name: str) -> str:
-        """Older files spell the attention's layers otherwise; nothing else in the network has these names."""
+        """Older files name the attention's layers differently; nothing else in the network has these names."""
         for old, new in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items():
             name = name.replace(f".{old}.", f".{new}.")
         return name
@@ -244,7 +244,7 @@ class AutoencoderKL(nn.Module):
         """The encoder's features just before each downsampling, finest first; each frame is seen alone.
 
         frames [N, 3, H, W] in [-1, 1] -> [N, C0, H, W], [N, C1, H/2, W/2], [N, C2, H/4, W/4]: the first `count` of
-        them, or all. No more of the encoder is run than they need. ValueError if it has fewer than `count`.
+        them, or all. The encoder runs only as far as they need. ValueError for a `count` below 1 or above its stages'.
         """
         stages = self.encoder.down_blocks[:-1]
         if count is not None and not 1 <= count <= len(stages):

@@ -75,7 +75,7 @@ class Conv(nn.Module):
 
 
 class SpatialNorm(nn.Module):
-    """GroupNorm whose gain and bias are read from the latent cell above each pixel: f' = norm(f) · y(z) + b(z)."""
+    """GroupNorm whose gain and bias are read from the latent cell that a pixel is in: f' = norm(f) · y(z) + b(z)."""
 
     def __init__(self, c: int, c_z: int, groups: int):
         super().__init__()
@@ -171,7 +171,7 @@ class Stage(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, n: int, config: CogVideoXVAEConfig, c_z: int | None = None,
                  down: bool | None = None, up: bool | None = None):
-        """`down` and `up` say whether the change of size includes time; None is no change of size."""
+        """`down` and `up` say whether the change of size includes time; None means no change of size."""
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out, config, c_z) for i in range(n))
         self.downsamplers = None if down is None else nn.ModuleList([Downsample(c_out, down)])
@@ -210,7 +210,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to frames; the last two stages, whose input has the output's frames, take in the 2D features."""
+    """Latents to frames; the last two stages, which run at the output's frame rate, take in the 2D features."""
 
     def __init__(self, config: CogVideoXVAEConfig):
         super().__init__()
@@ -226,7 +226,7 @@ class Decoder(nn.Module):
                 inject: list[Tensor] | None = None) -> Tensor:
         """z [B, 16, F, h, w], one group -> [B, 3, T, H, W].
 
-        fusion, inject: the Cross-Modal Fusion Blocks and the features of these frames, of Dec-4 first, then of Dec-3
+        fusion, inject: the Cross-Modal Fusion Blocks and the features of these frames; Dec-4's first, then Dec-3's
         """
         h = self.conv_in(z, old, new)
         for stage, place in zip([self.mid_block, *self.up_blocks], [None, None, None, 1, 0], strict=True):
@@ -265,7 +265,7 @@ class CogVideoXVAE(nn.Module):
         return [self.config.block_out_channels[1], self.config.block_out_channels[2]]
 
     def legal_length(self, T: int) -> int:
-        """The smallest 8k + 1 that is at least T: the lengths that encode and decode to themselves, in full groups."""
+        """The smallest 8k + 1 that is at least T. Clips of these lengths keep their length, and fill their groups."""
         return -(-(T - 1) // FRAMES) * FRAMES + 1
 
     def encode_groups(self, T: int) -> list[slice]:
@@ -304,14 +304,14 @@ class CogVideoXVAE(nn.Module):
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, 3, T, H, W] in [-1, 1] -> mean and log-variance, not scaled, each [B, 16, F, h, w].
 
-        As published, h and w are H/8 and W/8 rounded down, which drops the remaining rows and columns; and for a T
-        that is not 8k or 8k + 1, `decode` gives back another number of frames. Pad to whole cells and `legal_length`.
+        As published, h and w are H/8 and W/8 rounded down, which drops the remaining rows and columns; and unless T is
+        8k or 8k + 1, `decode` returns another number of frames. Pad to whole cells and `legal_length`.
         """
         mean, logvar = in_groups(self.posterior_group, cut(x, self.encode_groups(x.shape[2])))
         return mean, logvar
 
     def encode(self, x: Tensor) -> Tensor:
-        """x [B, 3, T, H, W] in [-1, 1] -> posterior mean x scaling_factor [B, 16, F, h, w]; see `posterior` for sizes
+        """x [B, 3, T, H, W] in [-1, 1] -> posterior mean · scaling_factor [B, 16, F, h, w]; see `posterior` for sizes
         that do not divide."""
         return self.posterior(x)[0] * self.config.scaling_factor
 
@@ -334,10 +334,11 @@ def _groups(n: int, size: int) -> list[slice]:
 if __name__ == "__main__":
     torch.manual_seed(0)
     vae = CogVideoXVAE(CogVideoXVAEConfig(layers_per_block=1))  # Mirage Table 5's channels, fewer layers
-    for name, stage in [(f"Enc-{i + 1}", s) for i, s in enumerate(vae.encoder.down_blocks)] + [
-            (f"Dec-{i + 1}", s) for i, s in enumerate(vae.decoder.up_blocks)]:
+    stages = {f"Enc-{i + 1}": stage for i, stage in enumerate(vae.encoder.down_blocks)}
+    stages |= {f"Dec-{i + 1}": stage for i, stage in enumerate(vae.decoder.up_blocks)}
+    for name, stage in stages.items():
         stage.layers[0].register_forward_pre_hook(
-            lambda m, a, name=name: print(f"  {name} input {list(a[0].shape[1:])}"))
+            lambda layer, inputs, name=name: print(f"  {name} input {list(inputs[0].shape[1:])}"))
     with torch.no_grad():
         x = torch.rand(1, 3, 9, 32, 48) * 2 - 1
         print(f"x {list(x.shape)}")

@@ -30,7 +30,7 @@ class AutoencoderTinyConfig:
 
     in_channels: int = 3
     out_channels: int = 3
-    encoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)  # one number, for every size
+    encoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)  # the same at every size
     decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
     num_encoder_blocks: tuple[Depth, ...] = (1, 3, 3, 3)
     num_decoder_blocks: tuple[Depth, ...] = (3, 3, 3, 1)
@@ -126,7 +126,8 @@ class AutoencoderTiny(nn.Module):
     CLASS_NAME = "AutoencoderTiny"
     Config = AutoencoderTinyConfig
     FIXED = {"act_fn": "relu", "upsample_fn": "nearest", "upsampling_scaling_factor": 2, "shift_factor": 0.0}
-    IGNORED = {"block_out_channels", "force_upcast", "latent_magnitude", "latent_shift"}  # the last two: of 8-bit files
+    # latent_magnitude and latent_shift are for latents in 8-bit files.
+    IGNORED = {"block_out_channels", "force_upcast", "latent_magnitude", "latent_shift"}
     from_pretrained = classmethod(weights.from_pretrained)
     save_pretrained = weights.save_pretrained
 

@@ -1,8 +1,8 @@
 """The Wan 2.1 causal 3D VAE: 8 x 8 pixels and 4 frames to one latent cell of 16 channels (ChopGrad B.4, C.2).
 
 The first frame gets its own latent; after that, each group of four frames shares one. Only the causal convolutions look
-across frames: the norm sees one position, attention one frame. So a video gives the same result in any groups of 4k + 1
-frames, then 4k at a time: all at once, or 1 and then fours. The blocks are in wan_blocks.py.
+across frames: the norm sees one position, attention one frame. So the result does not depend on the groups, as long
+as the first has 4k + 1 frames and every later one a multiple of 4. The blocks are in wan_blocks.py.
 
     Enc-1 [ 96, 9, H, W]                                    Dec-4 [ 96, 9, H, W]
     Enc-2 [192, 9, H/2, W/2]  -> 2D features leave here     Dec-3 [192, 9, H/2, W/2]  <- and enter here
@@ -12,7 +12,7 @@ frames, then 4k at a time: all at once, or 1 and then fours. The blocks are in w
 The 2D features come from this encoder, run on single frames; they leave before its first change of the frame rate and
 enter after the decoder's last. Attribute names are the published keys (diffusers layout). Wan 2.2's VAE: vae_wan22.py.
 
-    python -m mirage_min.networks.vae_wan            # the shapes, and that two ways to cut a video agree
+    python -m mirage_min.networks.vae_wan            # the shapes, and that two groupings of a video agree
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from . import checked, weights
 from .causal_conv import Cache, CausalConv3d, cut, cut_features, in_groups, name_caches
 from .wan_blocks import Downsample, MidBlock, ResnetBlock, RMSNorm, Upsample
 
-FRAMES = 4  # to one latent, except a video's first
+FRAMES = 4  # per latent; a video's first frame has a latent to itself
 Layer = Callable[[Tensor, Cache | None, Cache], Tensor]
 
 
@@ -51,7 +51,7 @@ class WanVAEConfig:
 
 
 class UpBlock(nn.Module):
-    """Resnet blocks, then an Upsample, in time too if `time`; none where `time` is None."""
+    """Resnet blocks and, unless `time` is None, an Upsample, which includes time if `time` is true."""
 
     def __init__(self, c_in: int, c_out: int, n: int, time: bool | None):
         super().__init__()
@@ -60,7 +60,7 @@ class UpBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Frames to what quant_conv makes the mean and log-variance of."""
+    """Frames to the features from which quant_conv makes the mean and log-variance."""
 
     def __init__(self, config: WanVAEConfig):
         super().__init__()
@@ -85,7 +85,7 @@ class Encoder(nn.Module):
         return x
 
     def layers_by_rate(self) -> tuple[list[Layer], list[Layer]]:
-        """The layers in order: those at the video's frame rate, and those from its first change on."""
+        """The layers in order: those before the first change of the frame rate, and the rest."""
         layers = [self.conv_in, *self.down_blocks, self.mid_block, self.output]
         first = next(i for i, layer in enumerate(layers) if getattr(layer, "time_conv", None) is not None)
         return layers[:first], layers[first:]
@@ -104,7 +104,7 @@ class Decoder(nn.Module):
         time = [*reversed(config.temperal_downsample), None]
         self.conv_in = CausalConv3d(config.z_dim, c[0])
         self.mid_block = MidBlock(c[0])
-        # An upsampler halves the channels even where the next block goes back to as many.
+        # An upsampler halves the channels even where the next block doubles them again.
         self.up_blocks = nn.ModuleList(
             UpBlock(c[i - 1] // 2 if i else c[0], c[i], config.num_res_blocks + 1, time[i]) for i in range(len(c)))
         self.norm_out = RMSNorm(c[-1])
@@ -113,7 +113,7 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor, old: Cache | None, new: Cache, fusion: nn.ModuleList | None = None,
                 inject: list[Tensor] | None = None) -> Tensor:
-        """z [B, C, F, h, w], one group -> [B, 3, T, H, W]; fusion and inject: the block, and the features it takes."""
+        """z [B, C, F, h, w], one group -> [B, 3, T, H, W]; fusion, inject: [the fusion block], [its features]."""
         lower, full_rate = self.layers_by_rate()
         h = z
         for layer in lower:
@@ -125,7 +125,7 @@ class Decoder(nn.Module):
         return h
 
     def layers_by_rate(self) -> tuple[list[Layer], list[Layer]]:
-        """The layers in order: those up to the last change of the frame rate, and those at the video's frame rate."""
+        """The layers in order: those up to the last change of the frame rate, and the rest."""
         lower, full_rate = [self.conv_in, self.mid_block], []
         for i, block in enumerate(self.up_blocks):
             rate = lower if i <= self.last_doubling else full_rate
@@ -167,7 +167,7 @@ class WanVAE(nn.Module):
         return [self.config.base_dim * self.config.dim_mult[self.config.temperal_downsample.index(True)]]
 
     def legal_length(self, T: int) -> int:
-        """The smallest 4k + 1 that is at least T: the lengths that encode and decode to themselves."""
+        """The smallest 4k + 1 that is at least T. Clips of these lengths keep their length."""
         return -(-(T - 1) // FRAMES) * FRAMES + 1
 
     def encode_groups(self, T: int) -> list[slice]:
@@ -181,9 +181,10 @@ class WanVAE(nn.Module):
     def posterior_group(self, x_g: Tensor, cache: Cache | None = None) -> tuple[Tensor, Tensor, Cache]:
         """A video's first 4k + 1 frames [B, 3, T, H, W], or its next 4k -> (mean, log-variance, each [B, 16, F, h, w],
         not normalised; the cache for the next group). ValueError for another number of frames."""
-        alone = 0 if cache else 1
-        if x_g.shape[2] % FRAMES != alone:
-            raise ValueError(f"x_g must be [B, 3, T, H, W] with T = {FRAMES}k + {alone} here, got {list(x_g.shape)}")
+        remainder = 0 if cache else 1  # the first group has a frame more
+        if x_g.shape[2] % FRAMES != remainder:
+            raise ValueError(f"x_g must be [B, 3, T, H, W] with T = {FRAMES}k + {remainder} here, "
+                             f"got {list(x_g.shape)}")
         new: Cache = {}
         h = self.encoder(x_g.contiguous(memory_format=torch.channels_last_3d), cache, new)
         mean, logvar = self.quant_conv(h).chunk(2, dim=1)
@@ -218,7 +219,7 @@ class WanVAE(nn.Module):
         return mean, logvar
 
     def encode(self, x: Tensor) -> Tensor:
-        """x [B, 3, T, H, W] in [-1, 1] -> normalised posterior mean [B, 16, F, h, w]; any T, filled up to 4k + 1."""
+        """x [B, 3, T, H, W] in [-1, 1] -> normalised posterior mean [B, 16, F, h, w]; any T, padded to 4k + 1."""
         return self._normalise(self.posterior(x)[0])
 
     def decode(self, z: Tensor, inject: list[Tensor] | None = None) -> Tensor:
@@ -235,7 +236,7 @@ class WanVAE(nn.Module):
         features = []
         for h in x.contiguous(memory_format=torch.channels_last_3d).split(1, dim=2):
             for layer in full_rate:
-                h = layer(h, None, {})  # every frame is a video's first, and no second will ask for the cache
+                h = layer(h, None, {})  # a video of one frame: nobody reads its cache
             features.append(h)
         return [torch.cat(features, dim=2)]
 

@@ -1,6 +1,6 @@
 """The Wan 2.2 causal 3D VAE, TI2V-5B's: 16 x 16 pixels and 4 frames to one latent cell of 48 channels.
 
-It is Wan 2.1's (vae_wan.py), with the same convolutions, caches and ways to cut a video, and three things more:
+It is Wan 2.1's (vae_wan.py), with the same convolutions, caches and groups, and three additions:
   - a frame enters as patches of 2 x 2 pixels, whose order is colour, column, row;
   - each block that halves or doubles has a shortcut without parameters, which takes means, or copies, of its input;
   - the decoder is wider than the encoder.
@@ -13,7 +13,7 @@ It is Wan 2.1's (vae_wan.py), with the same convolutions, caches and ways to cut
 
 Left out: 2D features, which enter Wan 2.1's.
 
-    python -m mirage_min.networks.vae_wan22          # the shapes, and that two ways to cut a video agree
+    python -m mirage_min.networks.vae_wan22          # the shapes, and that two groupings of a video agree
 """
 
 from dataclasses import dataclass
@@ -80,7 +80,7 @@ def copy_up(x: Tensor, c_out: int, time: int, space: int, first: bool) -> Tensor
 
 
 class DownBlock(nn.Module):
-    """Resnet blocks and a Downsample (in time too if `time`; none where it is None), and a shortcut around both."""
+    """Resnet blocks and, unless `time` is None, a Downsample, which includes time if `time` is true; and a shortcut."""
 
     def __init__(self, c_in: int, c_out: int, n: int, time: bool | None, key: str):
         super().__init__()
@@ -89,7 +89,7 @@ class DownBlock(nn.Module):
         self.downsampler = None if time is None else Downsample(c_out, time, f"{key}.downsampler")
 
     def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
-        """x [B, C, T, H, W] -> [B, C', T', H', W']; `old` and `new` as of CausalConv3d."""
+        """x [B, C, T, H, W] -> [B, C', T', H', W']; `old` and `new` as in CausalConv3d.forward."""
         # First, because a frugal resnet block may overwrite its input.
         shortcut = mean_down(x, self.c_out, *self.factors)
         for resnet in self.resnets:
@@ -100,7 +100,7 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Resnet blocks; unless `time` is None, then an Upsample (in time too if `time`), and a shortcut around both."""
+    """Resnet blocks and, unless `time` is None, an Upsample, which includes time if `time` is true, and a shortcut."""
 
     def __init__(self, c_in: int, c_out: int, n: int, time: bool | None):
         super().__init__()
@@ -109,7 +109,7 @@ class UpBlock(nn.Module):
         self.upsampler = None if time is None else Upsample(c_out, c_out, time)
 
     def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
-        """x [B, C, T, H, W] -> [B, C', T', H', W']; `old` and `new` as of CausalConv3d."""
+        """x [B, C, T, H, W] -> [B, C', T', H', W']; `old` and `new` as in CausalConv3d.forward."""
         shortcut = None if self.upsampler is None else copy_up(x, self.c_out, *self.factors, first=not old)
         for resnet in self.resnets:
             x = resnet(x, old, new)
@@ -117,7 +117,7 @@ class UpBlock(nn.Module):
 
 
 class Encoder(vae_wan.Encoder):
-    """Frames to what quant_conv makes the mean and log-variance of."""
+    """Frames to the features from which quant_conv makes the mean and log-variance."""
 
     def __init__(self, config: Wan22VAEConfig):
         nn.Module.__init__(self)
@@ -133,13 +133,13 @@ class Encoder(vae_wan.Encoder):
         self.first_halving = time.index(True)
 
     def layers_by_rate(self) -> tuple[list[Layer], list[Layer]]:
-        """The layers in order: those at the video's frame rate, and those from its first change on."""
+        """The layers in order: those before the first change of the frame rate, and the rest."""
         n = self.first_halving
         return ([self.to_patches, self.conv_in, *self.down_blocks[:n]],
                 [*self.down_blocks[n:], self.mid_block, self.output])
 
     def to_patches(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
-        """[B, 3, T, H, W] -> [B, 12, T, H/2, W/2]: a patch's pixels as channels, of one colour column by column."""
+        """[B, 3, T, H, W] -> [B, 12, T, H/2, W/2]: a patch's pixels become channels: by colour, column, row."""
         patches = rearrange(x, "b c t (h q) (w r) -> b t h w (c r q)", q=PATCH, r=PATCH)
         return patches.movedim(-1, 1)  # channels last in memory
 
@@ -160,7 +160,7 @@ class Decoder(vae_wan.Decoder):
         self.last_doubling = max(i for i in range(len(time)) if time[i])
 
     def layers_by_rate(self) -> tuple[list[Layer], list[Layer]]:
-        """The layers in order: those up to the last change of the frame rate, and those at the video's frame rate."""
+        """The layers in order: those up to the last change of the frame rate, and the rest."""
         n = self.last_doubling + 1
         return ([self.conv_in, self.mid_block, *self.up_blocks[:n]],
                 [*self.up_blocks[n:], self.output, self.to_pixels])
@@ -173,8 +173,8 @@ class Decoder(vae_wan.Decoder):
 class Wan22VAE(WanVAE):
     """Wan 2.2's causal 3D VAE. Videos [B, 3, T, H, W] in [-1, 1]; latents [B, 48, F, ⌈H/16⌉, ⌈W/16⌉], normalised.
 
-    What takes whole videos takes any size, and repeats the last row and column; groups must have a legal one. What is
-    decoded is 16 times the latent's size: decode(z)[..., :H, :W].
+    `encode` and `posterior` take any size: they repeat the last row and column up to a multiple of 16. A group must
+    have such a size. A decoded video is 16 times as large as its latent: crop it, decode(z)[..., :H, :W].
     """
 
     Config = Wan22VAEConfig

@@ -56,7 +56,7 @@ class FrameAttention(nn.Module):
         B, C, T, H, W = x.shape
         frames = rearrange(x, "b c t h w -> (b t) c h w")
         qkv = rearrange(self.to_qkv(self.norm(frames)), "n (three c) h w -> three n 1 (h w) c", three=3)
-        q, k, v = qkv.contiguous()  # channels apart, PyTorch would hold all H*W x H*W products at once
+        q, k, v = qkv.contiguous()  # or PyTorch would hold all H*W x H*W products at once
         y = nnf.scaled_dot_product_attention(q, k, v)                  # [B*T, 1, H*W, C]
         y = self.proj(rearrange(y, "n 1 (h w) c -> n c h w", h=H))
         return x + rearrange(y, "(b t) c h w -> b c t h w", b=B)

@@ -1,8 +1,8 @@
 """A side branch for the Wan transformer: a second latent video steers the first (VACE; the world model called Mirage).
 
-The control video, for the world model what its memory shows and where, is cut into patches and passes a few blocks of
-its own, which see the noised video, the text and the timestep as the transformer's first block does. What each of them
-finds is a hint, which is added after one of the transformer's layers:
+The control video (for the world model: what its memory shows, and where) is cut into patches and passes a few further
+blocks, which see the noised video, the text and the timestep as the transformer's first block does. Each of them gives
+a hint, which is added after one of the transformer's layers:
 
     c_0 = proj_in(patches(control)) + x,   c_k+1 = block_k(c_k),   hint_k = proj_out_k(c_k+1)
     x ← layer_i(x) + hint_k,   i = vace_layers[k]
@@ -11,10 +11,10 @@ finds is a hint, which is added after one of the transformer's layers:
     prediction = dit(z_t, t, text, hints)
 
 proj_out starts at zero, and with it every hint: a new branch changes nothing. Names are diffusers'
-(`WanVACETransformer3DModel`); `translate_key` also reads those of VACE, DiffSynth and Spatia, and passes over the
-transformer's own tensors, which come along in diffusers' files: they are WanDiT's. Left out: reference frames.
+(`WanVACETransformer3DModel`); `translate_key` also reads those of VACE, DiffSynth and Spatia, and skips the
+transformer's own tensors, which are in diffusers' files too: WanDiT reads those. Left out: reference frames.
 
-    python -m mirage_min.networks.wan_branch     # a new branch, one that says something, and how large they are
+    python -m mirage_min.networks.wan_branch     # a new branch, one with other weights, and their sizes
 """
 
 import re
@@ -36,7 +36,7 @@ OF_THE_TRANSFORMER = r"(blocks|patch_embedding|condition_embedder|proj_out)\..*|
 
 @dataclass
 class WanBranchConfig(WanDiTConfig):
-    """The transformer's fields, which must be those of the transformer that it steers, and two more."""
+    """The fields of the transformer that it steers, with the same values, and two more."""
 
     vace_layers: Layers = (0, 5, 10, 15, 20, 25, 30, 35)  # the transformer's layers after which a hint is added
     vace_in_channels: int = 96

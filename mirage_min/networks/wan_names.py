@@ -1,4 +1,4 @@
-"""Wan's original layout: its transformer's names and config.json -> those of diffusers, which dit_wan.py has.
+"""Wan's original layout: its transformer's names and config.json -> those of diffusers, which dit_wan.py uses.
 
     translate_key("blocks.7.self_attn.o.weight")           # blocks.7.attn1.to_out.0.weight
 

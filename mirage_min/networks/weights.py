@@ -5,11 +5,11 @@
     model.save_pretrained("folder")
 
 A folder holds config.json (config.py) and one *.safetensors, or shards with *.safetensors.index.json. Two optional
-attributes of a model class say more of its files:
+attributes of a model class say more about its files:
 
     translate_key     static: a tensor's name in the file -> its name in the model (older or other layouts); None:
                       known, and without effect
-    PUBLISHED         where these weights are as safetensors, for whoever has another file
+    PUBLISHED         where these weights are as safetensors; errors about other files name it
 
 The model is built on the meta device and the tensors of the memory-mapped file are assigned to it, so the weights are
 in memory once. A tensor that is not in the file has no values then, so a model computes its tables when they are first
@@ -44,11 +44,11 @@ def from_pretrained(cls, path: str | Path, subfolder: str | None = None, dtype: 
                     cache_dir: str | Path | None = None, token: str | bool | None = None) -> nn.Module:
     """Build a `cls` from a local folder or a hub id ("org/name"), strictly: every tensor is used and none is missing.
 
-    `revision`, `cache_dir` and `token` are the hub's, as in diffusers: a branch, tag or commit; where files are kept;
-    who asks. "org/name@revision" is understood wherever an id is taken.
+    `revision` (a branch, tag or commit), `cache_dir` and `token` are passed to the hub, as in diffusers.
+    "org/name@revision" is understood wherever an id is taken.
 
-    `dtype` defaults to the file's own, and to float32 where that is float16: a way to store weights, in which sums
-    overflow. `device` defaults to the CPU; with both defaults the parameters are the memory-mapped file itself
+    `dtype` defaults to the file's own, except that float16 becomes float32: it stores weights well, but sums overflow
+    in it. `device` defaults to the CPU; with both defaults the parameters are the memory-mapped file itself
     (training changes them, not the file). The model is in eval mode and its parameters require gradients.
     ValueError for any fault of the files, naming the file and the fault.
     """
@@ -67,7 +67,7 @@ def from_pretrained(cls, path: str | Path, subfolder: str | None = None, dtype: 
         if wanted[key].is_floating_point():
             check_kind(source[key][1], tensor, where, cast=dtype is not None)
     floats = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
-    if dtype is None and floats:  # of several types the one that holds them all: a network computes in one
+    if dtype is None and floats:  # of several types, the one that holds them all: a network computes in one
         dtype = functools.reduce(torch.promote_types, floats)
         dtype = torch.float32 if dtype == torch.float16 else dtype
     for key, tensor in state.items():
@@ -89,7 +89,7 @@ def without_weights(cls, config: dict, where: Path) -> nn.Module:
 
 
 def save_pretrained(self: nn.Module, folder: str | Path) -> None:
-    """Write config.json and the weights as diffusers lays them out and reads them: each file whole or not at all.
+    """Write config.json and the weights in diffusers' layout, each file atomically.
 
     The tensors are exactly those that from_pretrained wants; adapters and fusion blocks are saved elsewhere. ValueError
     if the folder holds other weights.
@@ -130,9 +130,9 @@ def locate(cls, path: str | Path, subfolder: str | None, config: str = CONFIG, *
 
 
 def weight_files(cls, folder: Path) -> list[Path]:
-    """The safetensors files of a folder: the shards that its index names, the file of the usual name, or the only.
+    """The safetensors files of a folder: the shards that its index names, the file of the usual name, or the only one.
 
-    Of several indices the one of the usual name counts: the others name the shards of variants, such as fp16.
+    Of several indices, the one of the usual name is read: the others list the shards of variants, such as fp16.
     ValueError if shards are missing, the choice is ambiguous, or the folder has no safetensors.
     """
     if indices := sorted(folder.glob(INDEX), key=lambda path: (path.name != f"{WEIGHTS}.index.json", path)):
@@ -193,15 +193,17 @@ def find_tensors(cls, files: list[Path]) -> dict[str, tuple[safe_open, str]]:
 
 
 def check_match(wanted: Named, given: Named, source: str, target: str) -> None:
-    """ValueError of one line unless tensors fit: `given`, from `source`, has just the names and shapes of `wanted`,
-    which are those of `target`."""
+    """ValueError of one line unless `given` has exactly the names and shapes of `wanted`.
+
+    source, target  what has the one and what wants the other, in words for the error
+    """
     if found := mismatches(wanted, given):
         raise ValueError(f"{source} ({len(given)} tensors) does not fit {target} ({len(wanted)} tensors): "
                          f"{'; '.join(found)}")
 
 
 def mismatches(wanted: Named, given: Named) -> list[str]:
-    """What differs in names and shapes: how many are missing, unexpected, wrongly shaped; of each the first five."""
+    """What differs in names and shapes: how many are missing, unexpected or misshapen, and the first five of each."""
     wanted, given = shapes(wanted), shapes(given)
     found = {"missing": [key for key in wanted if key not in given],
              "unexpected": [key for key in given if key not in wanted],
@@ -212,7 +214,7 @@ def mismatches(wanted: Named, given: Named) -> list[str]:
 
 
 def check_kind(name: str, tensor: Tensor, file: str | Path, cast: bool = False) -> None:
-    """ValueError unless a tensor holds numbers that networks compute with: of 8 bits only if they are `cast` first."""
+    """ValueError unless a tensor holds numbers that networks compute with; 8-bit ones only if they are `cast` first."""
     if not tensor.is_floating_point() or tensor.element_size() < 2 and not cast:
         raise ValueError(f"{file}: {name}: wanted floating-point numbers of 16 bits or more, got {tensor.dtype}")
 
@@ -230,9 +232,9 @@ def shapes(named: Named) -> dict[str, list[int]]:
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write named tensors and a {str: str} note to one safetensors file, whole or not at all.
+    """Write named tensors and a {str: str} note to one safetensors file, atomically.
 
-    Equal contents make equal files: the note is sorted, which safetensors itself writes in another order every time.
+    Equal contents make equal files: the note is sorted, while safetensors itself writes it in a random order.
     """
     data = memoryview(save({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, metadata))
     length = int.from_bytes(data[:8], "little")
@@ -263,7 +265,7 @@ def read_json(path: Path) -> dict:
 
 @contextmanager
 def whole_file(path: Path):
-    """Lend a temporary path next to `path`, which replaces `path` at the end if nothing was raised until then.
+    """Lend a temporary path next to `path`; it replaces `path` at the end, unless something was raised.
 
     The bytes are on the disk before the name is, so a power cut leaves the old file or the new one. An OSError that
     names no file (a full disk) gets the name of this one.
