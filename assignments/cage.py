@@ -1,6 +1,6 @@
 """Shut this process in, for good: what it may do, what it may read, how much it may use. Linux; the standard library.
 
-    python assignments/cage.py          what holds on this machine
+    python assignments/cage.py          # what holds on this machine
 
     seccomp     a filter of system calls: no process is started, signalled or looked into, no socket is opened, nothing
                 is written, created, renamed, removed or changed in its rights. What is open already stays so.
