@@ -109,9 +109,8 @@ class World(nn.Module):
             raise ValueError(f"frame must be [3, {camera.height}, {camera.width}], the camera's size, "
                              f"got {list(frame.shape)}")
         past = pad(frame[None, :, None])                               # [1, 3, 1, H', W']
-        z = self.vae.encode(past)
-        memory = Memory.empty(z.shape[1], z.dtype, z.device) if memory is None else memory
-        return State(self.remember(memory, z[0], geometry, [camera]), past, [camera])
+        memory = self.blank(frame) if memory is None else memory
+        return State(self.update(memory, past, [0], geometry, [camera]), past, [camera])
 
     @torch.no_grad()
     def step(self, state: State, cameras: list[Camera], observe: Observe, draws: Generator) -> tuple[State, Tensor]:
@@ -127,9 +126,7 @@ class World(nn.Module):
             raise ValueError(f"all cameras must be of {H} x {W} pixels, as the first")
         cameras = state.cameras + cameras
         given = self.vae.encode(state.past)                            # [1, C, k, h, w]
-        # Where cameras end, the last one stays.
-        views = [cameras[min(pixel_frame(f), len(cameras) - 1)] for f in range(self.settings.latents)]
-        control = self.look(state.memory, views, given)
+        control = self.control(state.memory, cameras, given)
         z = self.denoise(given, control, draws)
         decoded = self.vae.decode(z)[:, :, known : known + n, : state.past.shape[3], : state.past.shape[4]]
         # What is known stays as it is: it has been decoded once.
@@ -141,8 +138,7 @@ class World(nn.Module):
         if new:
             at = [pixel_frame(f) for f in new]
             seen_by = [cameras[i] for i in at]
-            again = self.vae.encode(x)[0]                              # [C, F, h, w]
-            memory = self.remember(memory, again[:, new], observe(frames[0, :, at], seen_by), seen_by)
+            memory = self.update(memory, x, new, observe(frames[0, :, at], seen_by), seen_by)
         keep, seen = self.kept(x.shape[2]), float(control[:, -1, given.shape[2] :].mean())
         return State(memory, x[:, :, -keep:], cameras[-keep:], seen), frames[:, :, known:]
 
@@ -167,6 +163,18 @@ class World(nn.Module):
 
     # ---- the parts of a step -----------------------------------------------------------------------------------------
 
+    def blank(self, like: Tensor) -> Memory:
+        """A memory without points, in the dtype and on the device of `like`."""
+        return Memory.empty(self.dit.config.in_channels, like.dtype, like.device)
+
+    def control(self, memory: Memory, cameras: list[Camera], like: Tensor) -> Tensor:
+        """What the branch is shown for a chunk that begins with these frames' cameras: as `look` at each latent's.
+
+        Where cameras end, the last one stays.
+        """
+        views = [cameras[min(pixel_frame(f), len(cameras) - 1)] for f in range(self.settings.latents)]
+        return self.look(memory, views, like)
+
     def look(self, memory: Memory, views: list[Camera], like: Tensor) -> Tensor:
         """What the memory shows at each latent's camera, and the mask -> [1, C + 1, F, h, w]; h and w are those of
         `like`."""
@@ -180,6 +188,11 @@ class World(nn.Module):
         def predict(z: Tensor, t: Tensor) -> Tensor:
             return self.dit(z, t, self.text, self.branch(self.dit, z, t, self.text, control))
         return flow.sample(predict, noise.to(given), self.settings.steps, self.settings.shift, given)
+
+    def update(self, memory: Memory, x: Tensor, new: list[int], geometry: Geometry, cameras: list[Camera]) -> Memory:
+        """The memory and the latents `new` of frames x [1, 3, T, H', W'], with the geometry and cameras of each."""
+        z = self.vae.encode(x)[0]                                      # [C, F, h, w]
+        return self.remember(memory, z[:, new], geometry, cameras)
 
     def remember(self, memory: Memory, z: Tensor, geometry: Geometry, cameras: list[Camera]) -> Memory:
         """The memory and the cells of latents z [C, n, h, w], with the geometry and the cameras of their n frames."""

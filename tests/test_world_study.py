@@ -1,0 +1,234 @@
+"""The world model's study: each memory shows what it should, each measure sees its fault, and the whole runs."""
+
+import argparse
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Generator
+
+from experiments import world_memories, world_report, world_study
+from experiments.world_memories import Known, NoMemory, PixelLift, Release, RgbCloud, TrueLatents, Unmasked, as_kind
+from mirage_min.method.latent_memory import Memory
+from mirage_min.networks import imagenet, weights
+from mirage_min.systems.world import pad
+from tests import small, test_world
+
+SIZE = 32, 48
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_scenes():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world_study, "SIZE", SIZE)
+        world_study.make.cache_clear()
+        yield
+    world_study.make.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def scene(small_scenes):
+    """A clip out and back, and its cameras."""
+    return world_study.make(3, 17, "out_and_back", True)
+
+
+def cell_image(image):
+    """[C, H, W] -> [C * 256, h, w], as the foreseeable VAE encodes it."""
+    return test_world.Cells().encode(image[None, :, None])[0, :, 0]
+
+
+# ---- the memories ----------------------------------------------------------------------------------------------------
+
+def test_without_a_memory_nothing_is_shown_and_true_latents_are_those_of_the_clip(scene):
+    clip, path = scene
+    nothing = world_study.rollout(as_kind(NoMemory, test_world.world()), *scene, Known(*scene), 0)
+    assert torch.equal(nothing[:, 0], clip.x_gt[:, 0]) and (nothing[:, 1:] - 0.5).abs().max() < 1e-6
+    true = world_study.rollout(as_kind(TrueLatents, test_world.world()), *scene, Known(*scene), 0)
+    assert true.shape == clip.x_gt.shape and (true[:, ::4] - clip.x_gt[:, ::4]).abs().max() < 1e-6
+
+
+def test_the_measures_find_that_what_was_seen_comes_back(scene):
+    """With networks that do what the memory says, and grey elsewhere."""
+    clip, path = scene
+    found = {}
+    for name, kind in world_study.LOOPS.items():
+        world = as_kind(kind, test_world.world())
+        x = world_study.rollout(world, clip, path, Known(clip, path), 0)
+        found[name] = world_study.judge(x, clip, world_study.seen_first(world, clip, path), mean_difference)
+    none, latent, rgb, true = (row["PSNR_C, seen"] for row in found.values())
+    assert latent > 100, "the very latents that were given"
+    assert none + 3 < rgb < true < latent and true > 40, "up to the grain of the sensor"
+
+
+def mean_difference(x, y):
+    return (x - y).abs().mean(dim=(1, 2, 3))
+
+
+def test_the_cloud_shows_a_remembered_frame_as_it_was_and_is_encoded_whole(scene):
+    clip, path = scene
+    cloud = as_kind(RgbCloud, test_world.world())
+    x = pad(clip.x_gt[None, :, [0]])
+    memory = cloud.update(cloud.blank(x), x, [0], Known(clip, path)(x[0], path[:1]), path[:1])
+    near = clip.depth[0, 0].isfinite()
+    assert len(memory) == near.sum() and memory.features.shape[1] == 3
+    picture, seen = world_memories.render(memory, path[0])
+    assert torch.equal(picture[:, near], clip.x_gt[:, 0, near]) and seen[0, near].all() and not seen.all()
+    z, mask = cloud.control(memory, [path[0]], torch.zeros(1, 768, 1, 2, 3))[0].split([768, 1])
+    assert torch.equal(z, torch.stack([cell_image(picture)] * 3, dim=1))
+    assert mask.shape == (1, 3, 2, 3) and mask[0, 0, 1].all(), "the road"
+
+
+def test_gaps_of_the_cloud_are_closed_by_larger_points():
+    """A wall seen from a third of the way: every third pixel has a point, and all are shown."""
+    cloud, near = as_kind(RgbCloud, test_world.world()), test_world.camera(0)
+    x = torch.rand(1, 3, 1, test_world.H, test_world.W, generator=Generator().manual_seed(0))
+    memory = cloud.update(cloud.blank(x), x, [0], test_world.wall(x[0], [near]), [near])
+    pose = torch.eye(4, dtype=torch.float64)
+    pose[2, 3] = test_world.DEPTH * 2 / 3
+    closer = test_world.Camera.from_pose(near.K, pose, test_world.W, test_world.H)
+    H, W = test_world.H, test_world.W
+    assert world_memories.latent_memory.read(memory, closer, H, W)[1].mean() < 0.2
+    picture, seen = world_memories.render(memory, closer)
+    assert seen.all() and picture.min() > 0
+
+
+def test_pixels_are_lifted_each_by_its_own_depth_and_hold_their_cells_latent(scene):
+    clip, path = scene
+    world = as_kind(PixelLift, test_world.world())
+    x = torch.full((1, 3, 1, *SIZE), 0.25)
+    memory = world.update(world.blank(x), x, [0], Known(clip, path)(x[0], path[:1]), path[:1])
+    assert len(memory) == clip.depth[0, 0].isfinite().sum() and (memory.features == 0.25).all()
+
+
+def test_the_mask_says_1_everywhere_and_nothing_else_is_changed(scene):
+    clip, path = scene
+    world = test_world.world()
+    state = world.start(clip.x_gt[:, 0], Known(clip, path)(clip.x_gt[:, [0]], path[:1]), path[0])
+    like = world.vae.encode(state.past)
+    before, after = (kind.control(state.memory, path[:9], like) for kind in (world, as_kind(Unmasked, world)))
+    assert torch.equal(before[:, :-1], after[:, :-1]) and (after[:, -1] == 1).all() and not (before[:, -1] == 1).all()
+
+
+# ---- the release -----------------------------------------------------------------------------------------------------
+
+def test_the_releases_readout_is_a_loop_that_writes_from_far_to_near_or_in_any_order():
+    draws = Generator().manual_seed(0)
+    camera = test_world.camera(0)
+    points = torch.rand(300, 3, generator=draws) * torch.tensor([4.0, 2, 5]) - torch.tensor([2.0, 1, 1])
+    memory = Memory(points, torch.arange(1.0, 301)[:, None])
+    K = camera.resized(6, 4).K.float()
+    wanted, cells = torch.zeros(4, 6), {}
+    for z, i in sorted(((float(p[2]), i) for i, p in enumerate(points) if p[2] > 0), reverse=True):
+        u, v, _ = K @ points[i] / z
+        if 0 <= round(float(u)) < 6 and 0 <= round(float(v)) < 4:
+            wanted[round(float(v)), round(float(u))] = i + 1
+            cells.setdefault((round(float(v)), round(float(u))), set()).add(i + 1)
+    camera.width, camera.height = 66, 32
+    camera.K = camera.K.clone()
+    camera.K[0] *= 66 / 64
+    z, mask = world_memories.release_read(memory, camera, 4, 6, None)
+    assert torch.equal(z[0], wanted) and torch.equal(mask[0] > 0, wanted > 0)
+    other, _ = world_memories.release_read(memory, camera, 4, 6, draws)
+    assert not torch.equal(other, z) and all(int(other[0, i, j]) in cells[i, j] for i, j in cells)
+
+
+def test_the_release_puts_a_cell_at_its_corner_and_averages_its_depth_over_the_middle(scene):
+    camera = test_world.camera(0)
+    depth = torch.full((test_world.H, test_world.W), 4.0)
+    depth[7, 7], depth[0, 0], depth[23, 23] = 8.0, 100.0, torch.inf  # in the middle of a cell, at its edge, and sky
+    memory = world_memories.release_add(Memory.empty(1), torch.ones(1, 2, 4), depth, camera)
+    q = memory.points @ camera.resized(4, 2).K.float().T
+    corners = [[j, i] for i in range(2) for j in range(4)]
+    assert torch.allclose(q[:, :2] / q[:, 2:], torch.tensor(corners).float(), atol=1e-5)
+    assert q[0, 2] == 5 and q[1, 2] == 4 and q[5, 2] == 3, "means of four pixels, sky being 0"
+    assert isinstance(as_kind(Release, test_world.world()).order, type(None))
+
+
+# ---- what is observed, and how it is judged --------------------------------------------------------------------------
+
+def test_depth_is_wrong_by_as_much_as_is_said_the_same_at_each_call_and_smoothly(scene):
+    clip, path = scene
+    exact, wrong = Known(clip, path), Known(clip, path, noise=0.05)
+    true, found = (known(clip.x_gt, path[14:16]).depth for known in (exact, wrong))
+    assert torch.equal(true, clip.depth[0, 14:16]), "by the camera itself, not its pose"
+    assert torch.equal(found, wrong(clip.x_gt, path[14:16]).depth)
+    near = true.isfinite()
+    error = (found / true - 1)[near]
+    assert 0.03 < error.std() < 0.07 and error.diff().abs().mean() < 0.02
+    assert not torch.equal(found, Known(clip, path, noise=0.05, seed=1)(clip.x_gt, path[14:16]).depth)
+    assert exact(clip.x_gt, path[:1]).dynamic.shape == (1, *SIZE)
+    assert Known(clip, path, moving=False)(clip.x_gt, path[:1]).dynamic is None
+
+
+def test_what_frame_0_did_not_show_counts_in_the_whole_and_not_in_what_was_seen():
+    y = torch.rand(3, 5, *SIZE, generator=Generator().manual_seed(0))
+    seen = torch.zeros(1, 5, *SIZE, dtype=torch.bool)
+    seen[..., :16] = True
+    y[:, 4] = y[:, 0]
+    x = y + 0.2 * ~seen
+    found = world_study.judge(x, SimpleNamespace(x_gt=y), seen, mean_difference)
+    assert found["PSNR_C, seen"] == found["way back, seen"] == float("inf") and found["LPIPS_C, seen"] == 0
+    assert found["PSNR_C"] == pytest.approx(10 * torch.tensor(4 / (0.04 * 2 / 3)).log10().item(), abs=1e-4)
+    assert found["LPIPS_C"] == pytest.approx(0.2 * 2 / 3, abs=1e-5)
+    late = y.clone()
+    late[:, 3] += 0.5
+    found = world_study.judge(late, SimpleNamespace(x_gt=y), seen, mean_difference)
+    assert found["frame 3"] == pytest.approx(10 * torch.tensor(4 / 0.25).log10().item(), abs=1e-4)
+    assert found["PSNR_C"] == found["frame 2"] == float("inf") and found["way back"] == float("inf")
+
+
+def test_cells_become_the_pixels_that_they_are():
+    cells = torch.tensor([[[[1.0, 0], [0, 1]]]])
+    got = world_study.pixels(cells, (30, 25))
+    wanted = torch.zeros(1, 1, 32, 32)
+    wanted[..., :16, :16], wanted[..., 16:, 16:] = 1, 1
+    assert torch.equal(got, wanted[..., :30, :25])
+
+
+def test_figures_are_means_over_the_scenes_of_a_seed_without_those_that_could_not_be_measured():
+    rows = [[{"a": 1.0, "b": 2.0}, {"a": 3.0, "b": float("nan")}], [{"a": 5.0, "b": 4.0}]]
+    assert world_study.by_seed(rows) == {"a": [2.0, 5.0], "b": [2.0, 4.0]}
+
+
+# ---- the whole -------------------------------------------------------------------------------------------------------
+
+def test_the_study_runs_part_by_part_and_says_what_is_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(world_study, "DISTANCES", (0, 2))
+    monkeypatch.setattr(world_study, "CHUNKS", 2)
+    small.world(latents=2).save_pretrained(tmp_path / "model")
+    weights.save_tensors(tmp_path / "alexnet_features.safetensors", imagenet.alexnet().state_dict())
+
+    def study(*parts, **changes):
+        given = dict(out=tmp_path / "out", model=tmp_path / "model", vae=None, single_stage=None, unmasked=None,
+                     perceptual=tmp_path, scenes=1, seeds=2, frames=9, steps=1, threads=torch.get_num_threads())
+        world_study.main(argparse.Namespace(**given | changes, part=parts))
+        return (tmp_path / "out" / "world_study.md").read_text()
+    text = study("readout", "cost", vae=tmp_path / "model" / "vae")
+    assert "Not run yet: loop, ablations, moving." in text and "## A readout" in text and "## Out and back" not in text
+    text = study("loop", "ablations", "moving", single_stage=tmp_path / "model")
+    record = json.loads((tmp_path / "out" / "world_study.json").read_text())
+    assert list(record) == list(world_study.PARTS) and "Not run yet" not in text
+
+    same = record["readout"]["distances"]["0"]
+    assert same["latent"] == [0, 0] and same["PSNR latent"] == same["PSNR true"]
+    for row in record["cost"]["rows"]:
+        assert row["bytes, latent"] == row["points, latent"] * 4 * (3 + 4)
+        assert row["bytes, RGB"] == row["points, RGB"] * 4 * (3 + 3)
+    assert [row["frames"] for row in record["cost"]["rows"]] == [9, 17]
+    assert set(record["loop"]["methods"]) == set(world_study.LOOPS)
+    for methods in (record["loop"]["methods"], record["ablations"]["methods"]):
+        for name, found in methods.items():
+            assert f"| {name} |" in text and all(len(found[key]) == 2 for key in world_report.SCORES)
+    single, latent = record["ablations"]["methods"]["single stage"], record["loop"]["methods"]["latent memory"]
+    assert single == latent, "the same model under another name"
+    assert "for want of a model that is trained so: mask always 1, in training too." in text
+    assert sum(record["moving"]["cells"]) > 0
+    for name in ("world_study.png", "world_study_strip.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 1000
+    assert str(tmp_path) not in text and "loop --scenes 1 --seeds 2 --frames 9 --steps 1" in text
+
+    with pytest.raises(ValueError, match="wanted --perceptual DIR"):
+        study("loop", perceptual=None)
+    with pytest.raises(ValueError, match=r"--frames: wanted 1 \+ a multiple of 8, whole chunks out and back, got 5"):
+        study("moving", frames=5)
