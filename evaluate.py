@@ -6,7 +6,7 @@
 
 Each folder holds videos of the same names: files that PyAV decodes, folders of images, or NAME.safetensors clips, from
 which x_dr, x_ni or x_gt is taken. Sizes and lengths must agree; nothing is resized or cut to fit. How each metric is
-computed is said in mirage_min/method/metrics.py. A video's figure is the mean over its frames, the table's the mean
+computed, mirage_min/method/metrics.py says. A video's figure is the mean over its frames, the table's the mean
 over videos. In memory are two frames of each video, and for vFID one clip. E*warp is lower for what is blurred: compare
 it with the truth's own, which has a row.
 
@@ -15,9 +15,9 @@ it with the truth's own, which has a row.
               frames are warped, and the pixels inside the crop count
     flow      of the truth: OpenCV's DIS, or a folder of NAME.safetensors with exact `flow` and `visible`
     vFID      of clips of 16 frames one after another, the rest of a video being a clip, too (below 10 frames it is
-              played to and fro); the network is I3D (auto), or TorchScript: videos [B, 3, T, H, W] in [-1, 1] ->
-              features [B, d]. TorchScript is code that runs here: take it from whom you trust
-    frames/s  as infer.py printed them, where a *.log next to the results has kept that
+              played forwards and backwards); the network is I3D (auto), or TorchScript: videos [B, 3, T, H, W] in
+              [-1, 1] -> features [B, d]. TorchScript is code that runs here: use files that you trust
+    frames/s  as infer.py printed them, if a *.log next to the results holds its output
 
 A metric that lacks its weights is left out and the reason given. --out also gets scores.html: each method next to the
 truth under a slider, the first PAGE videos. Status 2: one line says what is wrong.
@@ -69,7 +69,7 @@ def frames(path: Path, method: str) -> Iterator[Tensor]:
 def check(methods: dict[str, dict[str, Path]]) -> dict[str, tuple[int, int, int]]:
     """{name: (T, H, W)}; ValueError naming what is missing or differs in size or length from the truth.
 
-    Every frame is decoded for it: containers err about their length, and an error after hours of scoring is a pity.
+    Every frame is decoded: containers can be wrong about their length, which hours of scoring should not end in.
     """
     truth, shapes = methods[TRUTH], {}
     for method, found in methods.items():
@@ -150,7 +150,7 @@ def dis(y: Tensor, t: int) -> tuple[Tensor, Tensor]:
 
 
 def exact(path: Path, T: int, H: int, W: int) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
-    """The same from a file, for frames t and t + 1."""
+    """As `dis`, for frames t and t + 1 of a video, but with the flow that a file holds."""
     w, seen = results.exact_flow(path, T, H, W)
     return lambda y, t: (w[:, :, t : t + 1].to(y.device), seen[:, :, t : t + 1].to(y.device))
 
@@ -172,9 +172,11 @@ def score(paths: dict[str, Path], views: list[dict], flow, distances: dict, netw
         for region, (rows, columns) in views[t].items():
             for method, x in now.items():
                 x, y = x[..., rows, columns], now[TRUTH][..., rows, columns]
-                for metric, distance in distances.items() if method != TRUTH else ():
-                    values[region, method][metric].append(distance(x, y).item())
-                clips[region, method] += [x] if network else []
+                if method != TRUTH:
+                    for metric, distance in distances.items():
+                        values[region, method][metric].append(distance(x, y).item())
+                if network:
+                    clips[region, method].append(x)
         if before and flow:
             pairs = {method: torch.cat([before[method], now[method]], dim=2) for method in paths}    # [1, 3, 2, H, W]
             w, seen = flow(pairs[TRUTH], t - 1)

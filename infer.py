@@ -18,7 +18,7 @@ Of a folder of videos each becomes NAME.mp4 in the output, whole. Existing ones 
 continues; one that cannot be done is reported, and the others are done.
 
 Exit status: 0 done; 1 a video of a folder could not be done; 2 the input, the model or a flag is wrong, and one line
-says how; 128 and its number: a signal.
+says how; 128 + its number after a signal.
 """
 
 if __name__ == "__main__":
@@ -58,7 +58,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass
 class Settings:
-    """What is rarely changed, by --set key=value; what the system takes is added to it."""
+    """What --set key=value changes; the options of the system are added to it."""
 
     crf: Annotated[int, Within(0, 51)] = 16  # quality of the mp4: 0 is lossless, 51 the worst
     preset: str = "fast"                     # of x264: slower ones make smaller files
@@ -135,14 +135,7 @@ def harmonise(source: Path, target: Path, load: Callable, args: argparse.Namespa
                                "shows")
         for note in video.notes:
             desk.say_error(f"note: {note}")
-        boxes = read_boxes(settings.keep, source.stem) if settings.keep else None
-        stream = system.stream
-        if args.mask is not None:
-            stream = partial(stream, masks=read_mask(args.mask, video.format.height, video.format.width))
-        if settings.at_height:
-            stream = partial(at_height, settings.at_height, stream)
-        if boxes is not None:
-            stream = partial(keep, stream, boxes=boxes, edge=settings.edge)
+        stream = adjusted(system.stream, video, source, args, settings)
 
         start, count = time.time(), 0
         with (writing(target, output, settings.crf, settings.preset, source, args.overwrite) as out,
@@ -172,6 +165,18 @@ def harmonise(source: Path, target: Path, load: Callable, args: argparse.Namespa
         desk.say_error(f"note: {len(video.broken)} frames did not decode and repeat the one before: "
                        f"{', '.join(map(str, video.broken[:8]))}{', ...' * (len(video.broken) > 8)}")
     desk.say(f"{target}: {count} frames, {count / (time.time() - start):.2f} frames/s, {desk.peak_memory()}")
+
+
+def adjusted(stream: Callable, video: Video, source: Path, args: argparse.Namespace, settings: Settings) -> Callable:
+    """A system's stream with what was asked for: a mask, another height, and boxes outside of which nothing changes."""
+    boxes = read_boxes(settings.keep, source.stem) if settings.keep else None
+    if args.mask is not None:
+        stream = partial(stream, masks=read_mask(args.mask, video.format.height, video.format.width))
+    if settings.at_height:
+        stream = partial(at_height, settings.at_height, stream)
+    if boxes is not None:
+        stream = partial(keep, stream, boxes=boxes, edge=settings.edge)
+    return stream
 
 
 def choose(System: type, args: argparse.Namespace) -> tuple[Settings, dict]:

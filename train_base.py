@@ -64,7 +64,7 @@ SCHEDULERS = {  # scheduler_config.json, by family
 
 @dataclass
 class Recipe(run.Optimisation):
-    """What a stage costs and how it goes about it."""
+    """How a stage is trained."""
 
     lr: float = 2e-3
     beta2: float = 0.99
@@ -221,8 +221,9 @@ class Stage:
 def build(args, recipe: Recipe) -> Stage:
     """The stage of --stage and --family."""
     wan = args.family == "wan"
+    suffix = "_wan" if wan else ""
     VAE, DiT = NETWORKS[args.family]
-    base = args.out / f"base{'_wan' * wan}"
+    base = args.out / f"base{suffix}"
     pairs = Pairs(args.data, recipe.frames)
     if args.stage in ("vae_2d", "vae"):
         real = RealClips(args.real, 9) if args.real else None
@@ -247,7 +248,7 @@ def build(args, recipe: Recipe) -> Stage:
     else:
         model, loss = DiT.from_pretrained(recipe.init or out), one_step_loss
     vae = VAE.from_pretrained(base, "vae", device=args.device)
-    data = Latents(pairs, vae, recipe, args.run.parent / f"latents{'_wan' * wan}.safetensors")
+    data = Latents(pairs, vae, recipe, args.run.parent / f"latents{suffix}.safetensors")
     return Stage(model, data, partial(loss, alpha_bars=alpha_bars), out, pairs.paths())
 
 
@@ -336,8 +337,9 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="default: cuda if there is one, else cpu")
     args = parser.parse_args()
-    own = f"{args.stage}_wan" if args.family == "wan" and not args.stage.endswith("_2d") else args.stage
-    args.run = args.runs / own
-    args.recipe = own if own in RECIPES else args.stage
+    is_wan = args.family == "wan" and not args.stage.endswith("_2d")
+    name = f"{args.stage}_wan" if is_wan else args.stage
+    args.run = args.runs / name
+    args.recipe = name if name in RECIPES else args.stage
     del args.runs  # only where things lie
     run.launch(main, args, RECIPES)

@@ -54,7 +54,7 @@ class Recipe(run.Recipe):
     dit_rank: int = 128
     dit_alpha: float = 64.0
     d_trunc: int = 1
-    tiles: int = 1          # the decoder's gradient in tiles x tiles pieces of the frame, of which each has its Gram
+    tiles: int = 1          # the decoder's gradient in tiles x tiles pieces of the frame, each with its own Gram
     checkpoint_decoder: bool = run.may_change(False)
     checkpoint_dit: bool = run.may_change(False)
     shard: bool = run.may_change(False)  # the frozen transformer's weights divided among the processes (FSDP2)
@@ -91,8 +91,13 @@ def build(args, recipe: Recipe) -> tuple[nn.ModuleList, dict[str, nn.Parameter]]
 
 def forward_and_backward(models: nn.ModuleList, recipe: Recipe, x_ni: Tensor, x_gt: Tensor,
                          terms: dict[str, Tensor], step: float = math.inf) -> None:
-    """Some of a step's clips [n, 3, T, H, W]: their share is added to the gradients, and that of the loss's terms,
-    unweighted, to `terms`. step: which one it is, for gram_from."""
+    """Forward and backward for some of a step's clips x_ni, x_gt [n, 3, T, H, W] in [-1, 1].
+
+    Their share of the batch's gradient is added to .grad, and their share of each term of the loss, unweighted, to
+    `terms`.
+
+    step    which one it is: from gram_from on, the Gram loss counts
+    """
     mirage, lpips_distance, texture = models
     mirage.dit.activation_checkpointing = recipe.checkpoint_dit
     x_ni, x_gt = mirage.pad(x_ni), mirage.pad(x_gt)
@@ -172,7 +177,7 @@ def main(args, recipe: Recipe) -> None:
 
 
 def save(args, recipe: Recipe, mirage: Mirage) -> None:
-    """Write stage H; in another folder than --mirage stage A and the prompt too, so that the folder is whole."""
+    """Write stage H and, if --out is another folder than --mirage, stage A and the prompt, so that it is complete."""
     _, about_a = weights.load_tensors(args.mirage / "stage_a.safetensors")
     bases = {}
     for name in ("base", "vae2d"):
@@ -186,7 +191,7 @@ def save(args, recipe: Recipe, mirage: Mirage) -> None:
         mirage.save_stage(args.out / "stage_a.safetensors", [RECONSTRUCTION], about_a | bases, fusion=True)
         write_prompt(args.out, *read_prompt(args.mirage / PROMPT))
     latents = (mirage.vae.legal_length(recipe.frames) - 1) // 4 + 1
-    # streaming shows as many latents as were trained on, if it can
+    # streams show the transformer as many latents as it was trained on, where possible
     window = min(max(latents, 2 * mirage.temporal_patch + 1), 9)
     about = bases | run.about(recipe) | {"t": str(mirage.t), "window": str(window)}
     mirage.save_stage(args.out / "stage_h.safetensors", [TRANSFORMER, HARMONISATION], about)

@@ -156,8 +156,10 @@ def see_past(harmonizer: Harmonizer, recipe: Recipe, frames: Sequence[Tensor], t
 def forward_and_backward(models: nn.ModuleList, recipe: Recipe, x_ni: Tensor, x_gt: Tensor, terms: dict[str, Tensor],
                          batch: Batch | None = None, moved: tuple[Tensor, Tensor] | None = None,
                          draws: Generator | None = None) -> None:
-    """Some of a step's clips [n, 3, T, H, W]: their share is added to the gradients, and that of the loss's terms,
-    unweighted, to `terms`.
+    """Forward and backward for some of a step's clips x_ni, x_gt [n, 3, T, H, W] in [-1, 1].
+
+    Their share of the batch's gradient is added to .grad, and their share of each term of the loss, unweighted, to
+    `terms`.
 
     batch   None: the kind that takes the most memory
     moved   flow and visible between the two frames of a temporal batch (`motion`); None: nothing moved

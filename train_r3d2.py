@@ -107,11 +107,15 @@ def build(args, recipe: Recipe) -> tuple[nn.ModuleList, dict[str, nn.Parameter]]
     return nn.ModuleList([r3d2, *lpips_and_texture(recipe.lpips, recipe.gram, args.perceptual)]), params
 
 
-
 def forward_and_backward(models: nn.ModuleList, recipe: Recipe, x_ni: Tensor, x_gt: Tensor,
                          terms: dict[str, Tensor], step: float = math.inf) -> None:
-    """Some of a step's clips [n, 3, T, H, W]: their share is added to the gradients, and that of the loss's terms,
-    unweighted, to `terms`. step: which one it is, for gram_from."""
+    """Forward and backward for some of a step's clips x_ni, x_gt [n, 3, T, H, W] in [-1, 1].
+
+    Their share of the batch's gradient is added to .grad, and their share of each term of the loss, unweighted, to
+    `terms`.
+
+    step    which one it is: from gram_from on, the Gram loss counts
+    """
     r3d2, lpips_distance, texture = models
     r3d2.unet.activation_checkpointing = recipe.checkpoint_unet
     with run.autocast(recipe, x_gt.device):

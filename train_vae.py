@@ -81,7 +81,7 @@ def build(args, recipe: Recipe) -> tuple[nn.ModuleList, dict[str, nn.Parameter],
         processes.print_once(f"stage A continues from {recipe.init}, with the rank of its LoRA")
     else:
         mirage.add_lora(RECONSTRUCTION, recipe.rank, recipe.alpha)
-    mirage.dit = None  # its memory is better used
+    mirage.dit = None  # frees its memory
     params = {f"fusion.{name}": p for name, p in mirage.vae.fusion.named_parameters()}
     params |= lora.named_parameters(mirage.vae.decoder, RECONSTRUCTION)
     for p in params.values():
@@ -102,8 +102,11 @@ def reconstruct(mirage: Mirage, recipe: Recipe, x_ni: Tensor, x_gt: Tensor) -> T
 
 def forward_and_backward(models: nn.ModuleList, recipe: Recipe, x_ni: Tensor, x_gt: Tensor,
                          terms: dict[str, Tensor]) -> None:
-    """Some of a step's clips [n, 3, T, H, W]: their share is added to the gradients, and that of the loss's terms,
-    unweighted, to `terms`."""
+    """Forward and backward for some of a step's clips x_ni, x_gt [n, 3, T, H, W] in [-1, 1].
+
+    Their share of the batch's gradient is added to .grad, and their share of each term of the loss, unweighted, to
+    `terms`.
+    """
     mirage, lpips_distance = models
     x_ni, x_gt = mirage.pad(x_ni), mirage.pad(x_gt)
 

@@ -16,8 +16,8 @@ in two ways, `wiring` in the folder's model_index.json:
 
 A cache of keys and values, as language models have one, would *not* give the same numbers. There a token never sees
 what comes after it; here the past attends to the current frame, so from the second block on its keys and values are
-others at each step. (In the first they are not, but are a thousandth of the work. In the release even the latent of the
-past is new at each step, for it is encoded after the current frame.)
+others at each step. (In the first block they are the same, but a thousandth of the work. In the release even the latent
+of the past is new at each step, for it is encoded after the current frame.)
 
     python -m mirage_min.systems.harmonizer            # both wirings: shapes, and that nothing that counts is left out
 """
@@ -94,7 +94,7 @@ class Harmonizer(nn.Module):
     # ---- the method ----------------------------------------------------------------------------------------------
 
     def enhance_whole(self, frame: Tensor, outputs: list[Tensor]) -> Tensor:
-        """I_t [B, 3, H, W] and the outputs before it, newest first, each alike -> Î_t, nothing left out."""
+        """I_t [B, 3, H, W] and the outputs before it, newest first, of its shape -> Î_t, nothing left out."""
         now, *outputs = (self.pad(y).unsqueeze(2) for y in (frame, *outputs[: self.settings.past]))
         if self.settings.wiring == "release":
             outputs = outputs if len(outputs) == self.settings.past else []
@@ -114,8 +114,8 @@ class Harmonizer(nn.Module):
     def enhance(self, frame: Tensor, past: list[Tensor], constants: tuple | None = None) -> Tensor:
         """I_t [B, 3, H, W] and `past` -> Î_t, equal to `enhance_whole` up to rounding.
 
-        Left out are attention to the null text, which adds nothing; in the last block, what the past asks; the decoding
-        of the past. `constants`, as the method of that name makes them, are made here if they are not given.
+        Left out: attention to the null text, which adds nothing; the past's queries in the last block; and decoding the
+        past. `constants` are what the method of that name returns; None: they are computed here.
         """
         z_hat = self.denoise(frame, past, constants)
         return self.vae.decode(z_hat)[:, :, 0, : frame.shape[-2], : frame.shape[-1]]

@@ -37,7 +37,7 @@ SYSTEMS = {  # a class: whether the content of a model_index.json is that of its
 def system_in(path: str | Path) -> type[nn.Module]:
     """The class whose from_pretrained reads this folder, or this hub id.
 
-    ValueError that says what was found, if it is of none; for pickles, how they are converted.
+    ValueError that says what was found, if it is none of these; for pickles, how to convert them.
     """
     if (Path(path) / STAGE_A).is_file():
         return Mirage

@@ -4,7 +4,7 @@
       └──2D encoder, each frame alone──> features ──fusion blocks──┘ (last two decoder stages)
 
 `Mirage.forward` is that figure, for a clip that fits in memory. stream.py does the same to a video of any length, and
-mirage_folder.py has what is on disk.
+mirage_folder.py reads and writes a Mirage's folder.
 
     python -m mirage_min.systems.mirage [VIDEO [MODEL]]     # walks Figure 2 once: shapes, ranges, seconds
 """
@@ -39,7 +39,7 @@ class Mirage(nn.Module):
         vae2d      AutoencoderKL; None: the 3D encoder itself, run frame by frame, supplies the features (ChopGrad B.4)
         text       [1, L, D], the embedding of the one prompt
         alpha_bar  [1000], of a transformer that predicts v; None for one that predicts a flow
-        window, tiles, margin    of its streams, where `stream` is not given others
+        window, tiles, margin    what `stream` uses by default
         """
         super().__init__()
         self.vae, self.dit, self.vae2d = vae, dit, vae2d
@@ -122,7 +122,7 @@ def explain(mirage: Mirage, x_ni: Tensor) -> Tensor:
 
 
 def run_stage(name: str, method: Callable, *args, **kwargs) -> Tensor | list[Tensor]:
-    """What a method returns, described on the way: a tensor of any shape, or several."""
+    """Call a method and return its result; print each tensor of the result, and the seconds that it took."""
     start = time.time()
     out = method(*args, **kwargs)
     seconds = time.time() - start

@@ -178,7 +178,7 @@ def adapters(mirage: "Mirage", name: str) -> nn.Module:
 
 
 def save_stage(mirage: "Mirage", path: Path, names: list[str], about: dict[str, str], fusion: bool = False) -> None:
-    """Write adapters (and the fusion blocks) with what is needed to load them; whole or not at all."""
+    """Write adapters (and the fusion blocks) with what is needed to load them, atomically."""
     tensors = injection.state_dict(mirage.vae) if fusion else {}
     about = {"system": "Mirage"} | about
     for name in names:
@@ -216,7 +216,8 @@ def load_stage(mirage: "Mirage", tensors: dict[str, Tensor], about: dict[str, st
             if state and name == "fusion":
                 injection.load(mirage.vae, {f"fusion.{key}": tensor for key, tensor in state.items()})
             elif state:
-                rank = min((len(A) for key, A in state.items() if key.endswith(".lora_A.weight") and A.ndim), default=1)
+                ranks = [len(A) for key, A in state.items() if key.endswith(".lora_A.weight") and A.ndim]
+                rank = min(ranks, default=1)  # where they differ, lora.load refuses the others by name
                 targets = peft.target_modules if name == TRANSFORMER else None
                 mirage.add_lora(name, rank, alphas.get(name) or rank, targets)
                 lora.load(mirage.adapters(name), name, state)

@@ -41,7 +41,7 @@ def choose_prompt(file: str | Path | None, base: str | Path | None) -> Tensor | 
 
 
 def write_prompt(folder: Path, text: Tensor, about: dict[str, str] | None = None) -> None:
-    """Write `text` [1, L, D] and metadata to the prompt file of a folder, whole or not at all."""
+    """Write `text` [1, L, D] and metadata to the prompt file of a folder, atomically."""
     weights.save_tensors(folder / PROMPT, {"text": text}, about)
 
 

@@ -4,16 +4,16 @@
       └───── features of the encoder ──skip convolutions──────────────┘
 
 Every frame of a video is alone: nothing passes from one to the next, which is why R3D2 flickers (its B.2). Three
-systems are wired like this. The folder says which it is: its VAE has these features, and its file these convolutions.
+systems are wired like this. A folder's VAE, and the skip convolutions in its file, say which of them it holds.
 
-    R3D2        AutoencoderTiny (TAESD), three skips, from just before each downsampling. An inference: its supplement
+    R3D2        AutoencoderTiny (TAESD), three skips, from just before each downsampling. Inferred: R3D2's supplement
                 names no VAE, but three places, which TAESD has, and a speed that only TAESD's operations explain
     R3D2-BIG    AutoencoderKL, four skips, from the inputs of the down blocks, as img2img-turbo has them
     Difix       the same; its decoder's weights are stored as a base and a LoRA, which are merged when they are read
 
 A folder is in diffusers' layout: model_index.json, unet/, scheduler/, vae/ with `decoder.skip_conv_1` and so on among
 its weights, as nvidia/difix has them; and prompt.safetensors, the text embedding of the fixed prompt, which published
-folders lack (encode_prompt.py makes it of their text_encoder/). R3D2's own folder on the hub could not be looked at,
+folders lack (encode_prompt.py makes it with their text_encoder/). R3D2's own folder on the hub could not be looked at,
 and its timestep and prompt are not known: whatever differs from the above is refused with the file and what was wanted.
 
     system = R3D2.from_pretrained("nvidia/difix", prompt="prompt.safetensors")
@@ -91,7 +91,7 @@ class R3D2(nn.Module):
     def __init__(self, unet: UNet2D, vae: nn.Module, skips: Skips, text: Tensor, alpha_bar: Tensor, t: int = T_MIRAGE):
         """text [1, L, D]; alpha_bar [1000], without zero terminal SNR. ValueError unless UNet, VAE and text fit.
 
-        A stream that is told nothing else takes `batch` frames at once, and shows `reference` [3, H, W] with each.
+        By default a stream takes `batch` frames at once, and shows `reference` [3, H, W] with each.
         """
         super().__init__()
         latents, config = vae.config.latent_channels, unet.config
@@ -127,7 +127,7 @@ class R3D2(nn.Module):
         # DEVIATION: the mean of the posterior; Difix and img2img-turbo draw from it
         z_ni, features = self.vae.encode_with_features(pad(frames))
         skips = self.skips(features)
-        del features  # the finest is as large as anything in the decoder: it goes as soon as its skip is made
+        del features  # the finest is as large as anything in the decoder: it is freed once its skip is made
         z_dr = self.denoise(z_ni, z_ref)
         # x_DR = D[z_DR, skips]                                                             R3D2 A.1
         return self.vae.decode(z_dr, skips)[:, :, :H, :W]

@@ -2,7 +2,7 @@
 
     stream_windows     a VAE takes groups of frames, a transformer overlapping windows of latents   Mirage.stream
     stream_images      every frame by itself, a few at once                                         R3D2.stream
-    alike, finished    what every stream refuses, on the way in and on the way out                  Harmonizer.stream
+    alike, finished    the checks of every stream, on the way in and on the way out                  Harmonizer.stream
 
 Each takes frames [3, H, W] in [-1, 1] one after another and yields as many, clamped, float32, on the CPU. What it has
 to remember is in local variables, nothing on the system: two streams of one system may be read in turn.
@@ -25,7 +25,7 @@ CELL = 8     # pixels of a latent cell, along each side
 LEAST = 16   # pixels along the shorter side of a frame: a transformer's patch is 2 x 2 cells
 
 
-# ---- what every stream refuses ---------------------------------------------------------------------------------------
+# ---- the checks of every stream --------------------------------------------------------------------------------------
 
 def alike(frames: Iterable[Tensor], least: int = LEAST) -> Iterator[Tensor]:
     """Frames as they are; ValueError naming the first that is not [3, H, W], is too small, or is unlike frame 0."""
@@ -87,7 +87,7 @@ def stream_windows(frames: Iterable[Tensor], mirage: nn.Module, window: int, til
     """
     windows = Windows(mirage.denoise, window, mirage.temporal_patch)
     waiting: deque[tuple[Group, int]] = deque()  # encoded groups, each with the number of its latents
-    z_dr: Tensor | None = None                   # denoised latents of theirs, the first few
+    z_dr: Tensor | None = None                   # their denoised latents, as far as they are final
     plan, encoding, decoding = [], [], []        # the tiles of a frame, and two caches for each
     done = 0                                     # frames
 
@@ -194,7 +194,7 @@ def overlap(window: int, patch: int) -> int:
 def blend(tail: Tensor | None, z: Tensor) -> Tensor:
     """A window's latents z [B, C, F, h, w], the first n mixed with the n of the window before it, None for the first.
 
-    Its weights rise linearly, k / (n + 1) for k = 1 to n; the other's are 1 less them.
+    Its weights rise linearly, k / (n + 1) for k = 1 to n; the tail's are 1 minus these.
     """
     if tail is None:
         return z

@@ -2,7 +2,7 @@
 
 A checkpoint holds the trained tensors, the optimiser's moments and the step. Clip k of step s is drawn by a generator
 that is seeded with (seed, s, k) and nothing else (`run.draws`), so the place in the data and the state of every random
-number are one integer, the step. Killed at any moment and started again, by as many processes as there are then, a run
+number are one integer, the step. Killed at any moment and started again, by any number of processes, a run
 continues as if nothing had happened, and on a CPU ends bit-equal.
 
     checkpoint.safetensors      the newest; it carries a digest of its contents, which `resume` compares
@@ -133,7 +133,7 @@ def digest_of_file(path: Path, start: int = 0) -> int:
 
 def save(folder: Path, step: int, trained: dict[str, Tensor], optimizer: torch.optim.Optimizer,
          identity: dict) -> None:
-    """Write the checkpoint after `step` steps of the run of that identity, whole or not at all.
+    """Write the checkpoint after `step` steps of the run of that identity, atomically.
 
     Only the first process writes. trained: {name: a tensor of any shape that is trained, or measured once and kept}.
     The checkpoint before this one stays, as PREVIOUS.
@@ -230,13 +230,13 @@ def read(path: Path) -> tuple[dict[str, Tensor], int, dict]:
 def way_out(damaged: Path) -> str:
     """The end of an error: what the user can do about a damaged checkpoint, with the command."""
     before = damaged.with_name(PREVIOUS)
-    try:
-        if damaged == before:
-            raise ValueError
-        _, step, _ = read(before)
-        return f"the one before it, of step {step}, is whole: to resume there, mv {before} {damaged}"
-    except ValueError:
-        return f"no other is whole: to start again, rm {damaged}"
+    if damaged != before:
+        try:
+            _, step, _ = read(before)
+            return f"the one before it, of step {step}, is whole: to resume there, mv {before} {damaged}"
+        except ValueError:
+            pass
+    return f"no other is whole: to start again, rm {damaged}"
 
 
 def way_on(folder: Path) -> str:

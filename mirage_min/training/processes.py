@@ -1,4 +1,4 @@
-"""One training run in several processes: whose clips are whose, and how their gradients become one.
+"""One training run in several processes: which clips each of them has, and how their gradients are summed.
 
     python train_harmonize.py ...                               # one process
     torchrun --nproc-per-node=8 train_harmonize.py ...          # the same batch, shared by eight
@@ -48,7 +48,7 @@ def world() -> int:
 
 
 def wait() -> None:
-    """Wait until every process has come here."""
+    """Wait until every process has made this call."""
     if dist.is_initialized():
         dist.barrier()
 

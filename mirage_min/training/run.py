@@ -89,7 +89,7 @@ def flags(doc: str | None, stage: str, recipes: dict) -> argparse.ArgumentParser
     parser = argparse.ArgumentParser(description=desk.first_line(doc))
     parser.add_argument("--data", type=Path, default=Path("data/toy"), help="folder of pairs (default data/toy)")
     parser.add_argument("--val", type=Path, help="folder of held-out pairs, scored with every checkpoint")
-    parser.add_argument("--real", type=Path, help="a real video, its own truth, mixed into the batches")
+    parser.add_argument("--real", type=Path, help="a real video, mixed into the batches as its own truth")
     parser.add_argument("--perceptual", type=Path, default=Path("data/perceptual"),
                         help="folder with the weights of the losses' backbones, or auto, which fetches them "
                              "(default data/perceptual)")
@@ -109,7 +109,7 @@ def flags(doc: str | None, stage: str, recipes: dict) -> argparse.ArgumentParser
 def launch(main: Callable, args: argparse.Namespace, recipes: dict) -> None:
     """main(args, recipe), alone or as one of torchrun's processes.
 
-    Exit status: 0 done; 2 something is wrong, and one line on stderr says what; 128 and its number after a signal, and
+    Exit status: 0 done; 2 something is wrong, and one line on stderr says what; 128 + its number after a signal, and
     one line says at which step it came and where the same command continues.
     """
     name = Path(sys.argv[0]).name
@@ -169,7 +169,7 @@ class Steps(tqdm):
 
     def __init__(self, args: argparse.Namespace, recipe: Optimisation, start: int):
         self.args = args
-        hidden = True if processes.rank() > 0 else desk.no_bar()
+        hidden = processes.rank() > 0 or desk.no_bar()
         super().__init__(range(start, recipe.steps), initial=start, total=recipe.steps, unit="step", disable=hidden)
 
     def __iter__(self) -> Iterator[int]:
@@ -207,7 +207,7 @@ def due(step: int, recipe: Optimisation) -> bool:
     return (step + 1) % recipe.every == 0 or step + 1 == recipe.steps
 
 
-# ---- what a run says of itself ---------------------------------------------------------------------------------------
+# ---- what a run says about itself --------------------------------------------------------------------------------
 
 def count(params: dict[str, nn.Parameter]) -> str:
     """How many numbers each adapter trains, as text; a parameter's name is its adapter's, a dot and the rest."""

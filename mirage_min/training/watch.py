@@ -36,7 +36,7 @@ class Log:
     def __init__(self, folder: Path, recipe, start: int):
         """A run that resumes at step `start` forgets the lines that were written after its checkpoint.
 
-        ValueError if the log that it finds there is none.
+        ValueError if the log of that run cannot be read.
         """
         self.folder, self.file = folder, folder / "log.jsonl"
         self.start = time.time()
