@@ -137,8 +137,8 @@ def main(args, recipe: Recipe) -> None:
     mirage, lpips, _ = models
     identity = checkpoint.identify(args, recipe, data.paths(), models, params, t=mirage.t)
     processes.print_once(f"stage H: {recipe}\ntrained: {run.count(params)}")
-    processes.print_once(memory.plan(models, forward_and_backward, recipe, args.device, processes.world(),
-                                     sharded=mirage.dit))
+    frozen = [p for p in mirage.dit.parameters() if not p.requires_grad]
+    processes.print_once(memory.plan(models, forward_and_backward, recipe, args.device, processes.world(), frozen))
     if recipe.shard:
         processes.shard(mirage.dit, args.device)
     models.to(args.device)

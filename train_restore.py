@@ -43,6 +43,7 @@ from mirage_min.method.one_step import T_WAN
 from mirage_min.method.perceptual import Dists, Lpips
 from mirage_min.method.schedules import WAN
 from mirage_min.networks import checked, frugal, small_base
+from mirage_min.networks.dit_wan import wide
 from mirage_min.networks.imagenet import Features
 from mirage_min.networks.vae_wan import WanVAE
 from mirage_min.systems.harmonizer import subfolder
@@ -87,6 +88,7 @@ class Recipe(run.Recipe):
     heads: int = 2              # of a new small transformer, 64 numbers each
     checkpoint_decoder: bool = run.may_change(False)
     checkpoint_dit: bool = run.may_change(False)
+    shard: bool = run.may_change(False)  # the transformer with its gradients and moments among the processes (FSDP2)
     half: bool = run.may_change(False)   # the result is written as float16
     seed: int = 4
 
@@ -126,12 +128,17 @@ def build(args, recipe: Recipe) -> tuple[nn.ModuleList, dict[str, nn.Parameter]]
         text = torch.zeros(1, 1, dit.config.text_dim) if text is None else text
         restorer = Restorer(vae, dit, text, WAN, settings).requires_grad_(False).eval()
     restorer.dit.activation_checkpointing = recipe.checkpoint_dit
-    params = {f"transformer.{name}": p.requires_grad_() for name, p in restorer.dit.named_parameters()}
+    restorer.dit.requires_grad_()
     judges = [Lpips(Features(recipe.lpips, args.perceptual))]
     if recipe.lambda_dists:
         vgg = judges[0].features if recipe.lpips == "vgg" else Features("vgg", args.perceptual)
         judges.append(Dists(vgg))
-    return nn.ModuleList([restorer, *judges]), params
+    return nn.ModuleList([restorer, *judges]), trained(restorer)
+
+
+def trained(restorer: Restorer) -> dict[str, nn.Parameter]:
+    """All of the transformer's parameters, by name."""
+    return {f"transformer.{name}": p for name, p in restorer.dit.named_parameters()}
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -180,7 +187,7 @@ def latent_loss(restorer: Restorer, recipe: Recipe, z_in: Tensor, z_gt: Tensor, 
     """z_in, z_gt [n, C, F, h, w] -> (z_out, λ_latent times its share of the batch's mean square)."""
     z_out = restorer.denoise(z_in)
     # L_latent = ‖z_out − z_gt‖²                                                        ChopGrad C.2
-    mse = nnf.mse_loss(z_out.float(), z_gt.float())
+    mse = nnf.mse_loss(wide(z_out), wide(z_gt))
     terms["latent"] += share * mse.detach()
     return z_out, share * recipe.lambda_latent * mse
 
@@ -249,7 +256,11 @@ def main(args, recipe: Recipe) -> None:
     val = val and Degraded(val, restorer, recipe)
     identity = checkpoint.identify(args, recipe, data.paths(), models, params)
     processes.print_once(f"restorer: {recipe}\ntrained: {run.count(params)}")
-    processes.print_once(memory.plan(models, forward_and_backward, recipe, args.device, processes.world()))
+    processes.print_once(memory.plan(models, forward_and_backward, recipe, args.device, processes.world(),
+                                     params.values()))
+    if recipe.shard:
+        processes.shard(restorer.dit, args.device, trained=True)
+        params = trained(restorer)
     models.to(args.device)
     optimizer = run.optimizer(params, recipe)
     start = checkpoint.resume(args.run, params, optimizer, identity, recipe.steps)
@@ -272,15 +283,16 @@ def main(args, recipe: Recipe) -> None:
         if step < recipe.latent_until:
             z_in, z_gt = cached.batch(recipe.latent_batch, run.draws(recipe.seed, step))
             with run.autocast(recipe, args.device):
-                _, loss = latent_loss(restorer, recipe, z_in.to(args.device), z_gt.to(args.device), 1.0, terms)
+                share = 1 / processes.world()  # each computes the same
+                _, loss = latent_loss(restorer, recipe, z_in.to(args.device), z_gt.to(args.device), share, terms)
             loss.backward()
         else:
             for clips in processes.pieces(recipe):
                 x_in, x_gt, drawn = draw(step, clips)
                 forward_and_backward(models, recipe, x_in.to(args.device), x_gt.to(args.device), terms)
                 names += drawn
-            processes.reduce(params, terms)
-        norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
+        processes.reduce(params, terms)
+        norm = processes.whole(torch.nn.utils.clip_grad_norm_(params.values(), 1.0))
         processes.check_finite(step, terms, norm, names)
         run.set_rate(optimizer, recipe, step)
         optimizer.step()
@@ -295,9 +307,9 @@ def main(args, recipe: Recipe) -> None:
 
 def save(args, recipe: Recipe, restorer: Restorer) -> None:
     """Write the folder for infer.py; a VAE that was given stays where it is."""
+    dit = processes.whole_network(restorer.dit)
     if processes.rank() == 0:
-        if recipe.half:
-            restorer.dit.half()
+        restorer.dit = dit.half() if recipe.half else dit
         restorer.save_pretrained(args.out, args.vae and run.seen_from(args.out, args.vae), run.about(recipe))
         desk.say(f"restorer: {recipe.steps} steps -> {args.out}")
 

@@ -15,9 +15,11 @@ import torch.multiprocessing as mp
 from mirage_min.data.pairs import Pairs
 from mirage_min.networks import weights
 from mirage_min.training import memory, watch
+from mirage_min.training.latents import DrawnLatents
 from tests import scripts, small
 from tests.test_train import save_inputs, stage_a, stage_h
 from tests.test_train_r3d2 import train as train_r3d2
+from tests.test_train_restore import train as train_restore
 
 TOLERANCE = 1e-9  # relative to the largest gradient of a tensor; float64's own is 1e-16
 
@@ -36,9 +38,13 @@ def float64():
     def batch(pairs, *given, batch=Pairs.batch):
         x_ni, x_gt, names = batch(pairs, *given)
         return x_ni.double(), x_gt.double(), names
+
+    def latent_batch(latents, *given, batch=DrawnLatents.batch):
+        return [z.double() for z in batch(latents, *given)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "plan", plan)
         patch.setattr(Pairs, "batch", batch)
+        patch.setattr(DrawnLatents, "batch", latent_batch)
         patch.setattr(watch.Log, "report", lambda *args: None)
         yield
 
@@ -55,11 +61,21 @@ def train(case: str, work: Path, out: Path) -> None:
                 checkpoint_dit=True, checkpoint_decoder=True, **common)
     elif case == "R3D2":
         train_r3d2(work / "wan", out, base="r3d2", height=48, width=64, frames=2, checkpoint_unet=True, **common)
+    elif case == "restorer, all of it sharded":
+        restorer(work, out, checkpoint_dit=True, checkpoint_decoder=True, **common)
     elif case == "two steps":
         stage_h(work / "wan", out, mirage=work / "trained", gram_from=0, steps=2, batch=2)
+    elif case == "two steps of a restorer":
+        restorer(work, out, steps=2, batch=2, latent_until=1)
 
 
-CASES = ("stage A", "stage H", "stage H, sharded and recomputed", "R3D2")
+def restorer(work: Path, out: Path, **settings) -> None:
+    settings = dict(frames=9, height=32, width=32, tiles=1, latent_until=0, shard=dist.is_initialized()) | settings
+    train_restore(work / "wan", out, "inpaint", prompt=work / "trained" / "prompt.safetensors", **settings)
+
+
+CASES = ("stage A", "stage H", "stage H, sharded and recomputed", "R3D2", "restorer, all of it sharded")
+CHANGED = {"one then two": "two steps", "one then two of a restorer": "two steps of a restorer"}  # begun by one process
 
 
 def worker(rank: int, work: Path) -> None:
@@ -69,13 +85,14 @@ def worker(rank: int, work: Path) -> None:
         for case in CASES:
             train(case, work, work / "two" / case)
             dist.barrier()
-        train("two steps", work, work / "one then two")  # one process began it: see `runs`
+        for changed, case in CHANGED.items():
+            train(case, work, work / changed)  # one process began it: see `runs`
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """work/one and work/two: every case by one process and by two; and a run that changed from one to two."""
+    """work/one and work/two: every case by one process and by two; and runs that changed from one to two."""
     work = tmp_path_factory.mktemp("distributed")
     (work / "wan").mkdir()
     save_inputs(work / "wan", small.save_wan)
@@ -90,9 +107,10 @@ def runs(tmp_path_factory):
     text = torch.randn(1, 512, 8, generator=torch.Generator().manual_seed(3))  # of equal tokens, keys have no gradient
     weights.save_tensors(work / "trained" / "prompt.safetensors", {"text": text})
     with float64():
-        for case in (*CASES, "two steps"):
+        for case in (*CASES, *CHANGED.values()):
             train(case, work, work / "one" / case)
         stage_h(work / "wan", work / "one then two", mirage=work / "trained", gram_from=0, batch=2, steps=1)
+        restorer(work, work / "one then two of a restorer", batch=2, steps=1, latent_until=1)
     mp.start_processes(worker, (work,), nprocs=2, start_method=scripts.warm.get_start_method())
     return work
 
@@ -114,9 +132,19 @@ def test_two_processes_have_the_loss_and_the_gradients_of_one(runs, case):
         assert difference <= TOLERANCE, f"{key}: {difference:.1e} of the largest gradient"
 
 
-def test_a_run_resumes_alike_in_another_number_of_processes(runs):
-    (one, _), (changed, _) = checkpoint(runs / "one" / "two steps"), checkpoint(runs / "one then two")
+@pytest.mark.parametrize("folder", CHANGED)
+def test_a_run_resumes_alike_in_another_number_of_processes(runs, folder):
+    (one, _), (changed, _) = checkpoint(runs / "one" / CHANGED[folder]), checkpoint(runs / folder)
     assert one.keys() == changed.keys()
     for key in one:
         difference = (one[key] - changed[key]).abs().max() / one[key].abs().max().clamp(min=1e-30)
+        assert difference <= TOLERANCE, f"{key}: {difference:.1e} of the largest"
+
+
+def test_what_was_sharded_is_written_whole(runs):
+    one, two = (weights.load_tensors(folder / "transformer" / weights.WEIGHTS)[0] for folder in (
+        runs / "one" / "two steps of a restorer", runs / "one then two of a restorer"))
+    assert one.keys() == two.keys() and len(one) > 20
+    for key in one:
+        difference = (one[key] - two[key]).abs().max() / one[key].abs().max()
         assert difference <= TOLERANCE, f"{key}: {difference:.1e} of the largest"

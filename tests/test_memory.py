@@ -83,13 +83,28 @@ def test_what_autograd_holds_for_backward_is_counted_once_at_its_worst_moment_an
     assert parts["backward"] / MIB == max(sizes) == 1.5, f"{parts['backward']:,} bytes, {max(sizes)} MiB by hand"
 
 
+@pytest.mark.parametrize("processes", [1, 4])
+def test_of_what_is_divided_a_process_keeps_its_part_with_its_gradient_and_moments(processes):
+    """Two parameters of 1 MiB, of which one is divided; their gradients stay, whole or in part, and 2 MiB follow."""
+    models = nn.ModuleList([nn.Linear(MIB // 4, 1, bias=False) for _ in range(2)])
+
+    def step(models, x, y):
+        sum(model.weight.sum() for model in models).backward()
+        return x.new_empty(2 * MIB // 4)
+    found = memory.expected(models, step, (1, 3, 1, 8, 8), "cpu", models[0].parameters(), processes)
+    kept = 1 + 1 / processes
+    wanted = {"parameters": kept, "moments": 2 * kept, "passing": kept + 2}
+    assert {name: found[name] / MIB for name in wanted} == pytest.approx(wanted, abs=0.01)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_ways_out_are_named_in_order_with_their_values_what_they_need_and_whether_it_fits(monkeypatch, processes):
     free = 85.0
     monkeypatch.setattr(memory, "available", lambda device: int(free * MIB))
     recipe = Recipe()
     model = Model()
-    first, *lines = memory.plan(nn.ModuleList([model]), step, recipe, "cpu", processes, model.dit).splitlines()
+    frozen = model.dit.parameters()
+    first, *lines = memory.plan(nn.ModuleList([model]), step, recipe, "cpu", processes, frozen).splitlines()
     B, n = 8 // 2 // processes, processes
     wanted = {f"accumulate={8 // n}": by_hand(1), "checkpoint_decoder=True": by_hand(B, decoder=True),
               "checkpoint_dit=True": by_hand(B, dit=True)}

@@ -40,8 +40,8 @@ def quick(monkeypatch):
     monkeypatch.setattr(watch.Log, "report", lambda *given: None)
 
 
-def train(work, out, recipe="small-inpaint", base="base", vae=None, val=None, **settings):
-    args = argparse.Namespace(data=work / "pairs", base=base and str(work / base), vae=vae, val=val, prompt=None,
+def train(work, out, recipe="small-inpaint", base="base", vae=None, val=None, prompt=None, **settings):
+    args = argparse.Namespace(data=work / "pairs", base=base and str(work / base), vae=vae, val=val, prompt=prompt,
                               perceptual=work, real=None, out=out, run=out / "run", device="cpu", stage="restore",
                               recipe=recipe)
     small_numbers = dict(steps=2, batch=2, frames=5, height=32, width=40, lr=1e-2, warmup=1, every=1, latent_until=1,

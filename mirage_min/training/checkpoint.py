@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..networks import weights
-from .processes import print_once, rank
+from .processes import like_part, print_once, rank, to_first
 
 NEWEST, PREVIOUS = "checkpoint.safetensors", "previous.safetensors"
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # AdamW's
@@ -135,14 +135,14 @@ def save(folder: Path, step: int, trained: dict[str, Tensor], optimizer: torch.o
          identity: dict) -> None:
     """Write the checkpoint after `step` steps of the run of that identity, atomically.
 
-    Only the first process writes. trained: {name: a tensor of any shape that is trained, or measured once and kept}.
-    The checkpoint before this one stays, as PREVIOUS.
+    Every process calls it, the first one writes. trained: {name: a tensor of any shape that is trained, or measured
+    once and kept}. The checkpoint before this one stays, as PREVIOUS.
     """
+    tensors = {f"param/{name}": to_first(tensor) for name, tensor in trained.items()}
+    for name, tensor in trained.items():
+        tensors |= {f"{key}/{name}": to_first(value) for key, value in optimizer.state.get(tensor, {}).items()}
     if rank() > 0:
         return
-    tensors = {f"param/{name}": tensor for name, tensor in trained.items()}
-    for name, tensor in trained.items():
-        tensors |= {f"{key}/{name}": value for key, value in optimizer.state.get(tensor, {}).items()}
     about = {"step": str(step), "settings": json.dumps(identity)}
     about["digest"] = digest_of_run(tensors, about["step"], about["settings"])
     written = folder / "next.safetensors"
@@ -179,9 +179,9 @@ def resume(folder: Path, trained: dict[str, Tensor], optimizer: torch.optim.Opti
     for key, value in tensors.items():
         kind, _, name = key.partition("/")
         if kind == "param":
-            trained[name].copy_(value)
+            trained[name].copy_(like_part(value, trained[name]))
         else:
-            optimizer.state[trained[name]][kind] = value if kind == "step" else value.to(trained[name].device)
+            optimizer.state[trained[name]][kind] = value if kind == "step" else like_part(value, trained[name])
     print_once(f"resumes at step {step}, from {path}")
     return step
 

@@ -15,7 +15,7 @@ import os
 import sys
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -107,16 +107,43 @@ class SavedTensor:
             self.saved.count -= self.bytes
 
 
-def expected(models: nn.ModuleList, step: Callable, size: tuple[int, ...], device: str) -> dict[str, int]:
+def expected(models: nn.ModuleList, step: Callable, size: tuple[int, ...], device: str,
+             divided: Iterable[nn.Parameter] = (), processes: int = 1) -> dict[str, int]:
     """Bytes of step(models, x_ni, x_gt) at its peak, for clips of size (B, 3, T, H, W), by what they hold.
 
     The keys are parameters (with buffers), moments (AdamW's), backward (what autograd holds at most) and passing (the
-    rest). Their sum is the estimate.
+    rest, with gradients). Their sum is the estimate.
+
+    divided   parameters of which one of so many processes keeps a part, as of their gradients and moments (FSDP2)
     """
-    peak, saved = rehearse(models, lambda fakes: step(fakes, *torch.empty(2, *size, device=device)), device)
+    own = {id(p) for p in divided}
+    names = [name for name, p in models.named_parameters() if id(p) in own]
+
+    def call(fakes: nn.Module) -> None:
+        for name in names:
+            divide_gradient(fakes.get_parameter(name), processes)
+        step(fakes, *torch.empty(2, *size, device=device))
+
+    peak, saved = rehearse(models, call, device)
     parts = {"parameters": sum(t.nbytes for t in (*models.parameters(), *models.buffers())),
              "moments": sum(2 * p.nbytes for p in models.parameters() if p.requires_grad), "backward": saved}
-    return parts | {"passing": peak + parts["moments"] - sum(parts.values())}
+    parts["passing"] = peak + parts["moments"] - sum(parts.values())
+    for p in map(models.get_parameter, names):
+        elsewhere = p.nbytes - p.nbytes // processes
+        parts["parameters"] -= elsewhere
+        parts["moments"] -= 2 * elsewhere if p.requires_grad else 0
+    return parts
+
+
+def divide_gradient(p: nn.Parameter, processes: int) -> None:
+    """Let p keep no more of its gradient, once it is there, than one of so many processes does."""
+    kept = []
+
+    def keep_part(p: nn.Parameter) -> None:
+        kept[:] = [p.new_empty(-(-p.numel() // processes))]
+        p.grad = None
+    if p.requires_grad and processes > 1:
+        p.register_post_accumulate_grad_hook(keep_part)
 
 
 def rehearse(models: nn.Module, call: Callable[[nn.Module], None], device: str) -> tuple[int, int]:
@@ -161,22 +188,20 @@ def available(device: str) -> int:
 
 
 def plan(models: nn.ModuleList, step: Callable, recipe, device: str, processes: int = 1,
-         sharded: nn.Module | None = None) -> str:
+         divided: Iterable[nn.Parameter] = ()) -> str:
     """A text: what step(models, recipe, x_ni, x_gt, terms) needs in one of the processes, in GiB, and what there is.
 
     If it needs more than there is, a line follows for each setting that takes less.
 
-    sharded: the network whose frozen weights are divided among the processes where the recipe has shard=True.
+    divided: parameters that are divided among the processes where the recipe has shard=True.
     """
-    frozen = 0 if sharded is None else sum(p.nbytes for p in sharded.parameters() if not p.requires_grad)
+    divided = list(divided)
 
     def needs(r) -> dict[str, int]:
         clips = max(1, r.batch // (processes * r.accumulate))
         once = partial(one_step, step=step, recipe=r)
-        parts = expected(models, once, (clips, 3, r.frames, r.height, r.width), device)
-        if getattr(r, "shard", False):
-            parts["parameters"] -= frozen - frozen // processes
-        return parts
+        size = clips, 3, r.frames, r.height, r.width
+        return expected(models, once, size, device, divided if getattr(r, "shard", False) else (), processes)
 
     parts, there = needs(recipe), available(device)
     need = sum(parts.values())

@@ -81,11 +81,13 @@ def deal(batch: int, accumulate: int, process: int, processes: int) -> list[rang
 def reduce(params: dict[str, nn.Parameter], terms: dict[str, Tensor | float]) -> None:
     """Add up, over all processes and in place, the gradients and the terms of the loss: one all_reduce.
 
-    A parameter without a gradient counts as zeros. Every process must have the same parameters and terms.
+    A parameter without a gradient counts as zeros. Every process must have the same parameters and terms. The gradients
+    of what `shard` divided are sums already.
     """
     if world() == 1:
         return
     like = next(iter(params.values()))
+    params = {name: p for name, p in params.items() if not is_divided(p)}
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params.values()]
     values = torch.stack([torch.as_tensor(v, device=like.device, dtype=torch.float64) for v in terms.values()])
     flat = torch.cat([g.flatten() for g in grads] + [values.to(like.dtype)])
@@ -112,19 +114,66 @@ def check_finite(step: int, terms: dict[str, Tensor | float], norm: Tensor, clip
                      + f"; clips: {', '.join(sum(named, []))}; the last checkpoint is as it was")
 
 
-def shard(network: nn.Module, device: str) -> None:
-    """FSDP2: every process keeps its part of the frozen weights and fetches a block's while that block runs.
+# ---- FSDP2 -----------------------------------------------------------------------------------------------------------
 
-    Blocks are what the network's own ModuleLists hold. What is trained stays whole in every process, so `reduce`,
-    checkpoints and files know nothing of sharding.
+def shard(network: nn.Module, device: str, trained: bool = False) -> None:
+    """FSDP2: every process keeps its part of the weights and fetches a block's while that block runs.
+
+    Blocks are what the network's own ModuleLists hold. What is trained stays whole in every process, so that `reduce`,
+    checkpoints and files know nothing of sharding; unless `trained`: then it is divided, too, with its gradients and
+    moments. The network has other parameters afterwards, of the same names. A process that is alone does nothing.
     """
+    if world() == 1:
+        return
     from torch.distributed.fsdp import fully_shard
     mesh = dist.init_device_mesh(torch.device(device).type, (world(),))
-    trained = {p for p in network.parameters() if p.requires_grad}
+    whole = set() if trained else {p for p in network.parameters() if p.requires_grad}
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of in-place changes of its output: none here
     blocks = [block for child in network.children() if isinstance(child, nn.ModuleList) for block in child]
     for module in (*blocks, network):
-        fully_shard(module, mesh=mesh, ignored_params=trained)
+        fully_shard(module, mesh=mesh, ignored_params=whole)
+        module.set_gradient_divide_factor(1.0)  # the sum over processes, as of everything else; its own is the mean
+
+
+def is_divided(tensor: Tensor) -> bool:
+    """Whether `shard` has divided this tensor among the processes: a DTensor, whose class takes long to import."""
+    return hasattr(tensor, "full_tensor")
+
+
+@torch.no_grad()
+def whole(tensor: Tensor) -> Tensor:
+    """A divided tensor put together, any other as it is. Every process must ask."""
+    return tensor.full_tensor() if is_divided(tensor) else tensor
+
+
+def to_first(tensor: Tensor) -> Tensor | None:
+    """The same in the first process, on the CPU if it was divided; None in the others. Every process must ask."""
+    found = whole(tensor)
+    if rank() > 0:
+        return None
+    return found.cpu() if is_divided(tensor) else found
+
+
+def like_part(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor on the device of `like` and, where that is divided, this process's part of it."""
+    tensor = tensor.to(like.device)
+    if not is_divided(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)  # each has it: none is sent
+
+
+def whole_network(network: nn.Module) -> nn.Module | None:
+    """The network without sharding, in the first process; None in the others. Every process must ask."""
+    if not any(map(is_divided, network.parameters())):
+        return network if rank() == 0 else None
+    state = {name: to_first(tensor) for name, tensor in network.state_dict().items()}
+    if rank() > 0:
+        return None
+    with torch.device("meta"):
+        found = type(network)(network.config)  # of the class as it was: FSDP2 sees to it
+    found.load_state_dict(state, assign=True)
+    return found
 
 
 if __name__ == "__main__":
