@@ -13,17 +13,26 @@ import torch
 from torch import Tensor, nn
 
 from mirage_min.method.one_step import alpha_bar
+from mirage_min.method.schedules import WAN
 from mirage_min.method.skips import Skips
 from mirage_min.networks import frugal
 from mirage_min.networks.dit_cogvideox import CogVideoXDiT, CogVideoXDiTConfig
+from mirage_min.networks.dit_cosmos import CosmosDiT
 from mirage_min.networks.dit_wan import WanDiT, WanDiTConfig
 from mirage_min.networks.unet_2d import UNet2D, UNet2DConfig
 from mirage_min.networks.vae_2d import AutoencoderKL, AutoencoderKLConfig
 from mirage_min.networks.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
 from mirage_min.networks.vae_tiny import AutoencoderTiny
 from mirage_min.networks.vae_wan import WanVAE
+from mirage_min.networks.vae_wan22 import Wan22VAE, Wan22VAEConfig
+from mirage_min.networks.wan_branch import WanBranch, WanBranchConfig
+from mirage_min.systems.harmonizer import Harmonizer
 from mirage_min.systems.mirage import Mirage
 from mirage_min.systems.r3d2 import R3D2
+from mirage_min.systems.restore import Restorer
+from mirage_min.systems.restore_folder import DOVE
+from mirage_min.systems.restore_folder import Settings as RestorerSettings
+from mirage_min.systems.world import World
 
 COG_BLOCKS = {"down_block_types": ["CogVideoXDownBlock3D"] * 4, "up_block_types": ["CogVideoXUpBlock3D"] * 4}
 COG_1_5_VAE = {"block_out_channels": (128, 256, 256, 512), "layers_per_block": 3, "scaling_factor": 0.7}
@@ -31,6 +40,9 @@ COG_1_5_DIT = {"num_attention_heads": 48, "num_layers": 42, "sample_width": 300,
                "patch_size_t": 2, "patch_bias": False, "use_rotary_positional_embeddings": True}
 SD_TURBO = {"attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True}
 SD_VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
+COG_1_5_SCHEDULE = {"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_prediction",
+                    "rescale_betas_zero_snr": True, "snr_shift_scale": 1.0}
+WAN_2_2_DIT = {"num_attention_heads": 24, "num_layers": 30, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48}
 WAN_DIT = {"1.3B": {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
            "14B": {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824}}
 
@@ -132,6 +144,39 @@ def diffusers_5b(device: str) -> Callable[[Tensor], Tensor]:
         a = float(alpha_bar()[199])
         return their_decode(vae, (a**0.5 * z - (1 - a) ** 0.5 * v) / scale)
     return forward
+
+
+# ---- the other systems of video, ours alone --------------------------------------------------------------------------
+
+def dove(device: str, dtype: torch.dtype = torch.bfloat16) -> Restorer:
+    """DOVE: CogVideoX1.5-5B as a Restorer that enlarges four times."""
+    def make() -> Restorer:
+        return Restorer(frugal.apply(CogVideoXVAE(CogVideoXVAEConfig(**COG_1_5_VAE))),
+                        CogVideoXDiT(CogVideoXDiTConfig(**COG_1_5_DIT)), torch.zeros(1, 226, 4096), COG_1_5_SCHEDULE,
+                        DOVE)
+    return random_model(make, device, dtype)
+
+
+def artifact_remover(device: str, dtype: torch.dtype = torch.bfloat16) -> Restorer:
+    """ChopGrad's removal of artifacts: Wan 2.1 1.3B as a Restorer."""
+    def make() -> Restorer:
+        return Restorer(frugal.apply(WanVAE()), WanDiT(WanDiTConfig(**WAN_DIT["1.3B"])), torch.zeros(1, 512, 4096), WAN,
+                        RestorerSettings("artifacts"))
+    return random_model(make, device, dtype)
+
+
+def harmonizer(device: str, dtype: torch.dtype = torch.bfloat16) -> Harmonizer:
+    """DiffusionHarmonizer on Cosmos-Predict2 0.6B, wired as its release."""
+    return random_model(lambda: Harmonizer(frugal.apply(WanVAE()), CosmosDiT()), device, dtype)
+
+
+def world(device: str, dtype: torch.dtype = torch.bfloat16) -> World:
+    """The world model called Mirage on Wan 2.2 TI2V-5B, with the side branch of Spatia's release."""
+    def make() -> World:
+        branch = WanBranch(WanBranchConfig(**WAN_2_2_DIT, vace_layers=tuple(range(0, 30, 4)), vace_in_channels=49))
+        vae = frugal.apply(Wan22VAE(Wan22VAEConfig()))
+        return World(vae, WanDiT(WanDiTConfig(**WAN_2_2_DIT)), branch, torch.zeros(1, 512, 4096))
+    return random_model(make, device, dtype)
 
 
 # ---- the whole of R3D2 -----------------------------------------------------------------------------------------------

@@ -96,8 +96,8 @@ def step(mirage: Mirage, judge: Judge, recipe: Recipe, x_ni: Tensor, x_gt: Tenso
         z_dr.backward(grad_z)
 
 
-def operations(recipe: Recipe, device: str = "meta") -> int:
-    """Floating-point operations of a clip's step."""
+def prepared(recipe: Recipe, device: str) -> Callable[[], None]:
+    """A call that takes a clip's step, its models being on a device, with random weights in bfloat16."""
     mirage = recipe.make(device)
     with torch.device(device):
         judge = Judge(gram=recipe.stage == "H")
@@ -109,8 +109,14 @@ def operations(recipe: Recipe, device: str = "meta") -> int:
         x_ni, x_gt = (torch.zeros(1, 3, *recipe.size, dtype=torch.bfloat16) for _ in range(2))
     for module in (mirage, judge):
         module.to(torch.bfloat16)
+    return partial(step, mirage, judge, recipe, mirage.pad(x_ni), mirage.pad(x_gt))
+
+
+def operations(recipe: Recipe, device: str = "meta") -> int:
+    """Floating-point operations of a clip's step."""
+    take_step = prepared(recipe, device)
     with FlopCounterMode(display=False) as count:
-        step(mirage, judge, recipe, mirage.pad(x_ni), mirage.pad(x_gt))
+        take_step()
     return count.get_total_flops()
 
 

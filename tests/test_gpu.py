@@ -1,9 +1,16 @@
 """On a GPU everything comes out as on the CPU: `pytest -m gpu` on a machine that has one; skipped by name elsewhere."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.tensor import DTensor
 
-from mirage_min.method import chopgrad
+from mirage_min.method import chopgrad, lora
+from mirage_min.networks.weights import load_tensors, save_tensors
+from mirage_min.training import processes
 from tests import small
 
 pytestmark = [pytest.mark.gpu,
@@ -52,3 +59,59 @@ def test_chopgrads_gradient_is_that_of_a_cpu():
     wanted, got = gradient("cpu"), gradient("cuda")
     difference = ((got - wanted).abs().max() / wanted.abs().max()).item()
     assert difference <= 1e-9, f"largest difference {difference:.1e} of the largest gradient"
+
+
+# ---- two processes of one card ---------------------------------------------------------------------------------------
+
+def trained_a_little(device: str) -> tuple[torch.nn.Module, dict[str, torch.nn.Parameter]]:
+    """A small transformer in float64 and its adapters, which alone are trained and change something already."""
+    dit = small.parts()[1].double().requires_grad_(False)
+    lora.add(dit, "harmonisation", 2, 2)
+    trained = {name: p for name, p in dit.named_parameters() if p.requires_grad}
+    draws = torch.Generator().manual_seed(7)
+    for p in trained.values():
+        p.data = torch.randn(p.shape, generator=draws, dtype=torch.float64) / 10
+    return dit.to(device), trained
+
+
+def gradients(dit: torch.nn.Module, trained: dict[str, torch.nn.Parameter], clips: range, device: str) -> dict:
+    """Of the mean of a loss over two clips, what these clips add to it."""
+    z = torch.randn(2, 4, 3, 4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(device)
+    text = torch.randn(1, 2, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(device)
+    for k in clips:
+        (dit(z[k : k + 1], 199, text).square().mean() / 2).backward()
+    return {name: p.grad for name, p in trained.items()}
+
+
+def worker(rank: int, folder: Path, device: str) -> None:
+    """One of two processes: the frozen weights are shared out, one clip is this process's."""
+    # not nccl, which refuses two processes of one card
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dit, trained = trained_a_little(device)
+    whole = sum(p.numel() for p in dit.parameters())
+    processes.shard(dit, device)
+    own = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in dit.parameters())
+    terms = {"loss": 0.0}
+    gradients(dit, trained, processes.deal(2, 1, rank, 2)[0], device)
+    processes.reduce(trained, terms)
+    found = {name: p.grad.cpu() for name, p in trained.items()}
+    save_tensors(folder / f"{rank}.safetensors", found, {"share": str(own / whole)})
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def check_two_processes(folder: Path, device: str) -> None:
+    """Each has the gradients that one process has of both clips, and about half of the frozen weights."""
+    mp.start_processes(worker, (folder, device), nprocs=2, start_method="spawn")
+    wanted = gradients(*trained_a_little("cpu"), range(2), "cpu")
+    for rank in range(2):
+        found, about = load_tensors(folder / f"{rank}.safetensors")
+        assert found.keys() == wanted.keys() and len(found) > 4
+        for name, grad in wanted.items():
+            difference = ((found[name] - grad).abs().max() / grad.abs().max()).item()
+            assert difference <= 1e-9, f"process {rank}, {name}: {difference:.1e} of the largest gradient"
+        assert float(about["share"]) < 0.75, "the frozen weights are shared out"
+
+
+def test_fsdp2_in_two_processes_of_one_card_gives_the_gradients_of_one_on_a_cpu(tmp_path):
+    check_two_processes(tmp_path, "cuda")
