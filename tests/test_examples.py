@@ -1,18 +1,15 @@
 """examples/ work as commands, next to a torchvision that cannot be imported too."""
 
-import subprocess
-import sys
-from pathlib import Path
+from importlib.util import find_spec
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests import scripts
 
 
+@pytest.mark.skipif(find_spec("transformers") is None, reason="needs what diffusers does: pip install transformers")
 def test_chopgrad_on_diffusers_vaes_runs_as_a_command():
-    pytest.importorskip("transformers", reason="needs transformers, as diffusers does: pip install transformers")
-    command = [sys.executable, "-m", "examples.chopgrad_diffusers"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = scripts.run("-m", "examples.chopgrad_diffusers")
     assert done.returncode == 0, done.stderr[-2000:]
     said = done.stdout.splitlines()
     assert [line.split(":")[0] for line in said] == ["AutoencoderKLCogVideoX", "AutoencoderKLWan"], done.stdout

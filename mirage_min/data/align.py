@@ -100,9 +100,9 @@ def upright(angle: float) -> Tensor:
 
 
 def surface_normals(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the surface that points x [N, 3] sample, at each: the normal [N, 3], of either sign, and how flat it is [N].
+    """The surface that points x [N, 3] sample: at each, its normal [N, 3], of either sign, and its flatness [N].
 
-    Around each point lie the 12 that are nearest to it, itself among them. Along the normal they spread least; with
+    Both come from the 12 nearest points, itself among them. Along the normal they spread least; with
     λ1 <= λ2 <= λ3 the eigenvalues of their scatter, flatness is 1 - λ1 / λ2: 1 on a plane, small at edges.
     """
     around = x[torch.cdist(x, x).topk(12, largest=False).indices]              # [N, 12, 3]
@@ -151,10 +151,10 @@ def refine(src: Tensor, dst: Tensor, w: Tensor, start: Similarity, steps: int = 
 
 
 def misfit(src: Tensor, dst: Tensor, w: Tensor, similarity: Similarity) -> Tensor:
-    """The robust chamfer distance [] of dst, weights w, and the moved src: by it starts are compared.
+    """The robust chamfer distance [] of dst, weights w, and the moved src, by which starts are compared.
 
-    Distances are told in 3 % of the object's diagonal. Of those from src the smaller half count: the other half of the
-    asset may lie where the object was never seen.
+    The unit of distance is 3 % of the object's diagonal. Of the distances from src only the smaller half count: the
+    rest of the asset may lie where the object was never seen.
     """
     s, R, t = similarity
     d = torch.cdist(dst, s * src @ R.T + t) / 0.03 / middle(dst)[1].norm()

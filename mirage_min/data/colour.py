@@ -20,7 +20,7 @@ EXACTLY = 0x4 | 0x40000 | 0x2000
 
 
 def matrix_of(frame: av.VideoFrame) -> int:
-    """The matrix between the frame's YUV and RGB; of an RGB frame the one that it shall be written with."""
+    """The matrix between the frame's YUV and RGB; for an RGB frame, the one to write it with."""
     if frame.colorspace in (BT709, FCC, BT470BG, BT601, SMPTE240M, BT2020):
         return frame.colorspace
     return BT601 if frame.height <= 576 and not frame.format.is_rgb else BT709

@@ -22,7 +22,7 @@ class Crops:
     def __init__(self, pairs: Pairs, real: RealClips | None, share: float, sizes: str):
         """share: that of real clips among crops that fit into the toy clips; larger ones are all real.
 
-        ValueError for sizes that are none, or that fit into no clip.
+        ValueError for sizes that cannot be read, or that fit into no clip.
         """
         self.pairs, self.real, self.share = pairs, real, share
         self.toy = pairs.read(0, lambda n: 0)[0].shape[1:]

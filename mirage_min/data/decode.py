@@ -1,4 +1,4 @@
-"""The frames of a video file, upright and in RGB: each with its time, and none lost without being missed.
+"""The frames of a video file, upright and in RGB: each with its time, and none lost in silence.
 
 Decoders conceal damage, and what they cannot conceal they may drop without a word. Here a frame that does not decode is
 a None in its place, so that video.py can refuse the file or repair it, and say which frame it is. A frame is lost where

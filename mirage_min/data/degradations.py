@@ -6,7 +6,7 @@
 
 A video is degraded twice over, as Real-ESRGAN degrades images (second order): each time blurred, resized, given noise
 and stored as JPEG; at last it is resized to its final size and stored as H.264. One draw serves all frames of a clip,
-but for the noise. RANGES are Real-ESRGAN's; MILD are for clips of 96 x 144, of which the others leave nothing to see.
+but for the noise. RANGES are Real-ESRGAN's; MILD are for clips of 96 x 144, where the others leave nothing to see.
 Left out: sinc filters, Poisson noise, generalised Gaussians. Artifacts of splats are in streams.py.
 
     python -m mirage_min.data.degradations --out data/boxes --count 400     # pairs with half of their vehicles hidden
@@ -182,7 +182,7 @@ def half_of_vehicles(boxes: list[Tensor], T: int, H: int, W: int, draws: Generat
 
 
 def vehicle_boxes(scene: toy_render.Scene, config: WorldConfig) -> list[Tensor]:
-    """Of each vehicle of a made-up scene its boxes [T, 4] in pixels, NaN where a corner is behind the camera."""
+    """The boxes [T, 4] in pixels of each vehicle of a made-up scene, NaN where a corner is behind the camera."""
     K, found = toy_render.intrinsics(config), []
     for body in scene.bodies:
         if body.size is None:

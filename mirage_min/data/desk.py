@@ -7,7 +7,7 @@
     def cli(argv=None) -> int:
         return desk.serve("infer.py", lambda: main(parse(argv)))
 
-    status    0 done; 2 the input, the model or a flag is wrong, and one line on stderr says how; 128 and its number
+    status    0 done; 2 the input, the model or a flag is wrong, and one line on stderr says how; 128 + its number
               after a signal. Anything else is a bug, and its traceback is shown.
     done      what is said after the output has its name cannot undo it: a full disk, a closed pipe, a console that
               lacks a letter
@@ -38,7 +38,7 @@ NOTHING = "; nothing was written"
 # ---- the process -----------------------------------------------------------------------------------------------------
 
 def open_up() -> None:
-    """To be called by a command before its other imports: streams and signals as the whole run needs them."""
+    """Prepare streams and signals for the whole run; a command calls this before its other imports."""
     for name in ("stdin", "stdout", "stderr"):  # in this order, for a file takes the lowest number that is free
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
@@ -71,7 +71,7 @@ def ignore_signals() -> None:
 
 
 def steady_heap() -> None:
-    """Memory that does not grow with the video, for less time; to be called before the first large tensor is made.
+    """Keep memory from growing with the video, for less time; to be called before the first large tensor is made.
 
     glibc hands back every block of 256 KiB or more: kept, they would fragment its heap, which grows for the first 100
     frames. Pages of 2 MiB then make asking for them again cheap (Linux; PyTorch looks for this variable).
@@ -125,7 +125,7 @@ def known(module: str, name: str) -> tuple[type, ...]:
 
 
 def say(text: str, end: str = "\n") -> bool:
-    """Print to stdout, now -> whether it was taken; if not, stdout is closed to all that follows."""
+    """Print to stdout and flush -> whether that succeeded; if not, stdout is silent from then on."""
     try:
         print(text, end=end, flush=True)
         return True
@@ -143,7 +143,7 @@ def say_error(text: str) -> None:
 
 
 def silence(stream) -> None:
-    """Let what a stream still holds go nowhere: at the end Python would try once more, and end with status 120."""
+    """Point a stream at the null device: at exit Python would flush it once more, fail, and end with status 120."""
     try:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
@@ -153,7 +153,7 @@ def silence(stream) -> None:
 
 
 def share(work: Callable, calls: Iterable[tuple], workers: int, unit: str) -> None:
-    """work(*call) for each of `calls`, in so many processes, with a bar that counts in `unit`.
+    """work(*call) for each of `calls`, in `workers` processes, with a bar that counts in `unit`.
 
     The first error ends it, and so does a signal: what has begun is finished, nothing else begins. OSError if one of
     the processes was killed.
@@ -172,7 +172,7 @@ def share(work: Callable, calls: Iterable[tuple], workers: int, unit: str) -> No
 
 
 def leave_signals() -> None:
-    """Leave those of a terminal, which every process of a command gets, to its first process."""
+    """In a worker: leave a terminal's signals, which every process of a command gets, to the first process."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
 
@@ -221,8 +221,8 @@ def choose_device(name: str) -> str:
     import torch
 
     if name == "auto":
-        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        return next(device for device in there if there[device])
+        usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        return next(device for device in usable if usable[device])
     try:
         if torch.empty(1, device=name).is_meta:
             raise RuntimeError("it holds no numbers")

@@ -63,7 +63,7 @@ def covered(frame: Tensor, path: Path, H: int, W: int) -> Tensor:
 
 
 def hide(x: Tensor, mask: Tensor) -> Tensor:
-    """x [..., H, W] in which grey stands where the mask, which broadcasts to x, is true."""
+    """x [..., H, W] with grey where the mask, which broadcasts to x, is true."""
     # DEVIATION: the paper says neither what its network sees there, nor whether it sees the mask; here it does not
     return torch.where(mask, torch.full_like(x, GREY), x)
 

@@ -34,7 +34,7 @@ class Pairs:
         """size: of the samples; None: whole frames. ValueError if no pair is usable, or `real` is too short.
 
         real         videos that are their own truth: one that PyAV decodes, or a folder of clips (real_clips.py)
-        real_frames  of the one video only its first so many frames; 0: all
+        real_frames  how many of that one video's frames are used; 0: all
         """
         self.folder, self.frames, self.size = Path(folder), frames, size
         ni, gt = ({p.name for p in (self.folder / side).glob("[!.]*")} for side in ("ni", "gt"))
@@ -145,7 +145,7 @@ class Pairs:
         return found + unknown_motion(found[0]) if moving else found
 
     def _read_tensors(self, name: str, integer, moving: bool) -> list[Tensor]:
-        """`_read` for a pair in one file, of which only the crop is read."""
+        """`_read` for a pair in one file: only the crop is read."""
         with safe_open(self.folder / name, framework="pt") as file:
             t, h, w = self._cut(file.get_slice("x_ni").get_shape(), integer)
             found = [from_bytes(file.get_slice(key)[:, t, h, w]) for key in ("x_ni", "x_gt")]
@@ -236,7 +236,7 @@ class Pairs:
 
 
 def unknown_motion(x: Tensor) -> list[Tensor]:
-    """Flow and visible of a clip [3, T, H, W] of which they are not known: nan, and 0."""
+    """Flow and visible of a clip [3, T, H, W] whose motion is not known: nan and 0."""
     C, T, H, W = x.shape
     return [torch.full((2, T - 1, H, W), torch.nan), torch.zeros(1, T - 1, H, W)]
 

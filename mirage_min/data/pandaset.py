@@ -163,7 +163,7 @@ def read_cuboids(path: Path) -> list[list[Cuboid]]:
 
 
 def tracks_of(frames: list[list[Cuboid]], cameras: list[Camera]) -> dict:
-    """What tracks.json says of the annotated objects, each frame of which a camera sees. Text ids become numbers."""
+    """The content of tracks.json for the annotated objects, with their boxes in the camera. Text ids become numbers."""
     objects: dict[int | str, dict] = {}
     for t, (cuboids, camera) in enumerate(zip(frames, cameras)):
         for cuboid in cuboids:

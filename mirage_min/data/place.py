@@ -1,4 +1,4 @@
-"""An output takes its place whole or never, and replaces only what it may.
+"""An output appears complete or not at all, and replaces only what it may.
 
 While it is made it lies in the folder NAME.RANDOM.part next to its place. A run that was killed leaves that folder; the
 next run to the same place removes it, because nobody holds the lock in it any more.
@@ -78,10 +78,10 @@ def first_other(folder: Path) -> str | None:
 
 @contextmanager
 def taking_place(target: Path, overwrite: bool) -> Iterator[Path]:
-    """Lend the path of a file or folder to be made, which takes the place of `target` (absolute, no link) at the end.
+    """Lend a path for a file or folder, which becomes `target` (absolute, not a link) at the end.
 
-    If anything is raised until then, nothing is left of it. Without `overwrite` it takes no place but a free one, or
-    an empty folder's; a folder gives way if it holds nothing but our PNGs: ValueError otherwise.
+    If anything is raised before, nothing is left of it. Without `overwrite` the place must be free or an empty folder;
+    and a folder is replaced only if it holds nothing but our PNGs. ValueError otherwise.
     """
     name = target.name[:60] + "."  # a longer one would leave no room for the ending
     remove_stale(target, name)

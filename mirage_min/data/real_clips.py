@@ -4,7 +4,7 @@
     python -m mirage_min.data.real_clips --out data/real --folder DIR       # takes the files from a folder instead
 
 Both write data/real/train and data/real/val, a file a clip: uint8 [3, T, H, W] under the key x, at most 960 columns
-wide, which `RealClips` reads in crops. Training never sees the frames in val: what is chosen is chosen by them.
+wide, which `RealClips` reads in crops. Training never sees the frames in val, by which models are chosen.
 
     recordings of Udacity's self-driving-car courses       MIT         motorways and a country road, by day
     PandaSet, sequence 002 (Hesai and Scale AI)            CC BY 4.0   San Francisco by day, six cameras

@@ -6,7 +6,7 @@
 
 The loss is the L1 distance of a random window of a random frame; the optimiser is Adam, with a rate for each kind of
 number as in 3D Gaussian Splatting (Kerbl et al. 2023). DEVIATION: that takes 30,000 steps and adds and removes
-Gaussians on the way; here there are a few dozen steps with rates as much larger, and their number stays.
+Gaussians on the way; here a few dozen steps have accordingly larger rates, and the number stays.
 
     python -m mirage_min.data.reconstruct          # the error of a frame that was seen and of one that was not
 """

@@ -107,7 +107,7 @@ def picture(x: Tensor) -> str:
 # ---- the page --------------------------------------------------------------------------------------------------------
 
 def write(path: str | Path, title: str, comparisons: dict[str, Comparison], preface: str = "") -> None:
-    """Write the page to a file, whole or not at all. comparisons: by heading; preface: text, shown as it is."""
+    """Write the page to a file, atomically. comparisons: by heading; preface: text, shown as it is."""
     images: dict[str, int] = {}  # by content: the truth next to several methods is there once
     sections = "".join(section(heading, comparison, images) for heading, comparison in comparisons.items())
     text = PAGE.substitute(title=html.escape(title), preface=f"<pre>{html.escape(preface)}</pre>" if preface else "",

@@ -43,7 +43,7 @@ Scale = Annotated[float, Within(2**-40, 2**40)]
 
 
 def scene_cameras(folder: Path, width: int, height: int, pictures: list[Path] = []) -> list[Camera]:
-    """The cameras of a scene folder whose video has this size, in its frames' order. ValueError as of read_cameras."""
+    """The cameras of a scene folder whose video has this size, in its frames' order. ValueError as in read_cameras."""
     inria = folder / INRIA
     if inria.exists() and not (folder / TRANSFORMS).exists():
         return read_inria(inria, width, height, pictures)
@@ -83,7 +83,7 @@ def read_cameras(path: Path, width: int, height: int, pictures: list[Path] = [])
 
 
 def read_views(path: Path) -> list[View]:
-    """The frames of transforms.json, in the file's order; ValueError as of read_cameras."""
+    """The frames of transforms.json, in the file's order; ValueError as in read_cameras."""
     views = []
     for i, fields in enumerate(read_frames(path)):
         refuse_lenses(fields, path, f"frames[{i}]")
@@ -183,7 +183,7 @@ class Shot:
 
 
 def read_inria(path: Path, width: int, height: int, pictures: list[Path] = []) -> list[Camera]:
-    """cameras.json -> the camera of every frame of a video of this size; arguments and errors as of read_cameras."""
+    """cameras.json -> the camera of every frame of a video of this size; arguments and errors as in read_cameras."""
     with one_line(path):
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     shots = checked.value(tuple[Shot, ...], content, path, "cameras")

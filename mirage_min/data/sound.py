@@ -28,7 +28,8 @@ def copy_sound(path: Path, out: av.container.OutputContainer) -> Iterator[float]
         for packet in packets(container, streams):
             if packet is None:
                 continue
-            end, second = packet.dts is None, float((packet.dts or 0) * packet.stream.time_base)
+            end = packet.dts is None
+            second = None if end else float(packet.dts * packet.stream.time_base)
             tracks[packet.stream.index].add(packet, end)
             if not end:  # the ends of all streams come together, and all of them must be written
                 yield second
@@ -46,17 +47,24 @@ class Track:
 
     def add(self, packet: av.Packet, end: bool) -> None:
         """Take over the next packet, or at the end what the coders still hold."""
-        if self.copied and not end:
-            late = max(0, self.latest + 1 - packet.dts)  # in an mp4 times rise
-            packet.pts, packet.dts, packet.stream = packet.pts + late, packet.dts + late, self.track
-            self.latest = packet.dts
-            self.out.mux(packet)
-        for frame in [] if self.copied else decode_packet(self.decoder, packet)[0] + [None] * end:
+        if self.copied:
+            if not end:
+                self._copy(packet)
+            return
+        for frame in decode_packet(self.decoder, packet)[0] + [None] * end:
             kind = frame and (frame.format.name, frame.layout.name, frame.sample_rate)
             if kind != self.kind:  # broadcasts change from stereo to 5.1 and back: each has its own resampler
                 self._encode(self.resampler.resample(None) if self.kind else [])
                 self.kind, self.resampler = kind, av.AudioResampler("fltp", self.track.layout, self.track.rate)
             self._encode(self.resampler.resample(frame) if frame else [None])
+
+    def _copy(self, packet: av.Packet) -> None:
+        late = max(0, self.latest + 1 - packet.dts)  # in an mp4 times rise
+        packet.pts += late
+        packet.dts += late
+        packet.stream = self.track
+        self.latest = packet.dts
+        self.out.mux(packet)
 
     def _encode(self, frames: list[av.AudioFrame | None]) -> None:
         for frame in frames:

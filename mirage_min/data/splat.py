@@ -35,8 +35,8 @@ class Gaussians:
     """N Gaussians as PLY files store them; ValueError if the shapes do not fit together."""
 
     means: Tensor              # [N, 3]
-    log_scales: Tensor         # [N, 3] logarithms of the standard deviations along the own axes
-    quats: Tensor              # [N, 4] w x y z of any length > 0: own axes to world
+    log_scales: Tensor         # [N, 3] logarithms of the standard deviations along a Gaussian's axes
+    quats: Tensor              # [N, 4] w x y z of any length > 0: a Gaussian's axes to world
     logit_opacities: Tensor    # [N] before the sigmoid
     sh: Tensor                 # [N, (degree + 1)², 3], degree 0 to 3; colour in [0, 1] = ½ + Σ_k sh_k Y_k(direction)
     ids: Tensor | None = None  # [N] int64, the object that each belongs to
@@ -115,6 +115,8 @@ def sh_basis(d: Tensor, K: int) -> Tensor:
 
 KINDS = dict(char="i1", uchar="u1", short="<i2", ushort="<u2", int="<i4", uint="<u4", float="<f4", double="<f8")
 KINDS |= {np.dtype(kind).name: kind for kind in KINDS.values()}  # int8, uint8, ..., float64
+
+
 def columns(K: int) -> list[str]:
     """The names of INRIA's PLY properties in order, without the normals, for K spherical harmonics."""
     return [*"xyz", *(f"f_dc_{i}" for i in range(3)), *(f"f_rest_{i}" for i in range(3 * K - 3)), "opacity",
@@ -183,9 +185,12 @@ def load_ply(path: str | Path) -> Gaussians:
         values = table[str(names.index(name))]
         with np.errstate(over="ignore", invalid="ignore"):
             as_kept = values.astype(np.int64 if name == "object_id" else np.float32)
-        # an opacity of 1 or 0 has no finite logit
-        good = as_kept == values if name == "object_id" else np.isfinite(as_kept)
-        good = ~np.isnan(values) if name == "opacity" else good
+        if name == "object_id":
+            good = as_kept == values
+        elif name == "opacity":
+            good = ~np.isnan(values)  # an opacity of 1 or 0 has no finite logit
+        else:
+            good = np.isfinite(as_kept)
         if not good.all():
             what = "no integer" if name == "object_id" else "not finite"
             raise ValueError(f"{path}: property {name} is {what} at vertex {good.argmin()}: {values[good.argmin()]}")
@@ -204,7 +209,7 @@ def load_ply(path: str | Path) -> Gaussians:
 
 
 def save_ply(path: str | Path, g: Gaussians) -> None:
-    """Write Gaussians as a PLY in INRIA's layout, whole or not at all; load_ply reads float32 back bit for bit.
+    """Write Gaussians as a PLY in INRIA's layout, atomically; load_ply reads float32 back bit for bit.
 
     ids become int32.
     """

@@ -1,6 +1,6 @@
 """A rendered car on a real street: pairs whose street is a recording and whose shadow is known (Mirage §3.3).
 
-Truth is the recording with a toy car composited in, lit by that street's sun and sky, with its cast and its contact
+The truth is the recording with a toy car composited in, lit by that street's sun and sky, with its cast and its contact
 shadow. The naive insertion is the same car under another light, without either. What the renderer must know of the
 recording are a few numbers that a person can write down from one frame, a `Street` (street_camera.py).
 

@@ -1,4 +1,4 @@
-"""The ways of the camera through a toy scene: a drive, out and back, a loop.
+"""The camera's paths through a toy scene: a drive, out and back, a loop.
 
 A path is poses [T, 4, 4], camera to world with OpenCV's axes. Training clips are drives. The other paths come back to
 where they began, to try what remembers (a world model): in a scene that does not move, the last frame shows what the
@@ -78,7 +78,8 @@ def loop(path: Tensor, way: float, width: float = 1.2, swing: float = 0.25) -> T
     found[:, :3, :3] = turned(swing * phase.sin()) @ start[:3, :3]
     found[:, 0, 3] = start[0, 3] + width * phase.sin()
     found[:, 2, 3] = start[2, 3] + way * (1 - phase.cos()) / 2
-    found[-1] = start if T > 1 else found[-1]  # exactly
+    if T > 1:
+        found[-1] = start  # exactly
     return found
 
 

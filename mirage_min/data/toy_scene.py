@@ -164,7 +164,7 @@ def write_folder(folder: Path, scene: Scene, config: toy_world.WorldConfig) -> N
 
 
 def write_json(path: Path, content: dict) -> None:
-    """One line of JSON, written whole or not at all."""
+    """One line of JSON, written atomically."""
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(content) + "\n")
 

@@ -1,7 +1,7 @@
 """Procedural driving scenes: pairs of a naive insertion and the truth, with everything that is known about them.
 
 A scene is a street with vehicles (toy_street), seen along a path (toy_paths) and lit by a sun and a sky (toy_light).
-One of the vehicles is the actor. Of each seed there are, from the same primary hits (toy_render),
+One of the vehicles is the actor. Each seed gives, from the same primary hits (toy_render),
 
     x_gt   the scene as it is: the actor lit by the scene's light, with its cast and its contact shadow
     x_ni   the naive insertion: the same actor, same shape and paint, lit by another light, and no shadow of it anywhere

@@ -190,7 +190,7 @@ def undistort_scene(scene: Path, out: Path) -> list[Straight]:
 
 
 def straight_tracks(path: Path, done: list[Straight], width: int, height: int) -> dict:
-    """tracks.json with every box where the straight image has it; ValueError as of read_tracks."""
+    """tracks.json with every box where the straight image has it; ValueError as in read_tracks."""
     read_tracks(path, len(done))
     tracks = read_json(path)
     for item in tracks["objects"]:

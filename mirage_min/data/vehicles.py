@@ -188,7 +188,6 @@ def turn(a: list[float], b: list[float], c: list[float]) -> float:
     return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
 
 
-
 # ---- PandaSet --------------------------------------------------------------------------------------------------------
 
 def project_box(box: dict, pose: dict, K: dict) -> tuple[Tensor, float]:

@@ -193,7 +193,7 @@ def read_image(path: str | Path) -> Tensor:
 
 
 def read_clip(path: str | Path, frames: int | None = None) -> Tensor:
-    """A whole video in memory, or its first `frames`: [3, T, H, W] in [-1, 1]. ValueError as of Video."""
+    """A whole video in memory, or its first `frames`: [3, T, H, W] in [-1, 1]. ValueError as in Video."""
     with Video(path) as video:
         return torch.stack(list(islice(video, frames)), dim=1)
 
@@ -206,7 +206,7 @@ def writing(path: str | Path, format: Format, crf: int = 16, preset: str = "medi
             overwrite: bool = True):
     """Lend a writer, `write(x [3, H, W] in [-1, 1], pts, duration)`, of an mp4, a clip or a folder of PNGs.
 
-    What is written takes its place at the end (place.py); if anything is raised until then, nothing is left of it.
+    The output appears under its name at the end (place.py); if anything is raised before, nothing is left of it.
     A path that is no folder and ends in .mp4 becomes H.264: `crf` is its quality, from 0 (lossless but for the
     conversion to YUV) to 51, and `sound` the file whose sound is taken over. NAME.safetensors gets x_dr. PNGs are
     lossless, and silent. ValueError if the place is taken, x264 refuses the settings, or writing fails.
