@@ -72,6 +72,8 @@ def main(args: argparse.Namespace) -> None:
     cameras = choose_cameras(scene, args, settings, world)
     observe = choose_observer(scene, args, device)
 
+    if settings.views > len(scene.known):
+        raise ValueError(f"{args.scene}: depth of {len(scene.known)} frames, wanted views={settings.views}")
     first, *others = scene.known[: settings.views or None]
     H, W = first.frame.shape[1:]
     output = Format(W, H, rational(settings.fps), 1 / rational(settings.fps))

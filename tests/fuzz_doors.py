@@ -1,7 +1,9 @@
 """The doors of fuzz.py: each prepares valid inputs in a folder of its own and returns what tries a changed one."""
 
+import contextlib
 import dataclasses
 import io
+import json
 import re
 import shutil
 from fractions import Fraction
@@ -16,6 +18,7 @@ from safetensors.torch import save
 import build_pairs
 import convert
 import evaluate
+import generate
 import infer
 import train_base
 import train_harmonize
@@ -29,6 +32,7 @@ from mirage_min.data.scene import read_tracks
 from mirage_min.data.scene_cameras import read_cameras
 from mirage_min.data.splat import Gaussians, load_ply, save_ply
 from mirage_min.data.video import Video, to_bytes, writing
+from mirage_min.data.world_scene import Toy, write_toy
 from mirage_min.method.camera import Camera
 from mirage_min.networks import checked, weights
 from mirage_min.networks.dit_cosmos import CosmosDiT, CosmosDiTConfig
@@ -198,6 +202,48 @@ def world(folder: Path) -> Door:
     return any_file(folder, read)
 
 
+class Deep(torch.nn.Module):
+    """Depth by the row, for a network in a file."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return (torch.ones_like(images[:, 0]).cumsum(1) + 1).flip(1)
+
+
+def generation(folder: Path) -> Door:
+    """Scenes for generate.py: a made-up one, one whose depth and masks are in all kinds of files, a geometry.npz."""
+    small.world().save_pretrained(folder / "model")
+    T, H, W = 5, 16, 32
+    for name in ("toy", "plain"):
+        write_toy(folder / name, Toy(3, T, H, W, "loop"))
+    plain = folder / "plain"
+    torch.jit.script(Deep()).save(plain / "depth.pt")
+    content = json.loads((plain / "transforms.json").read_text())
+    del content["toy_world"]
+    depths = [np.load(plain / "depth" / f"{t:06d}.npy") for t in range(T)]
+    Image.fromarray((np.where(np.isfinite(depths[0]), depths[0], 0) * 1000).astype(np.uint16)).save(plain / "a.png")
+    np.savez(plain / "b.npz", depth=depths[1])
+    Image.fromarray(np.eye(H, W, dtype=np.uint8) * 255).save(plain / "mask.png")
+    content["frames"][0] |= {"depth_file_path": "a.png", "mask_path": "mask.png"}
+    content["frames"][1] |= {"depth_file_path": "b.npz"}
+    (plain / "transforms.json").write_text(json.dumps(content))
+    poses = np.stack([frame["transform_matrix"] for frame in content["frames"]]) @ np.diag([1.0, -1, -1, 1])
+    K = np.array([[content["fl_x"], 0, W / 2 - 0.5], [0, content["fl_y"], H / 2 - 0.5], [0, 0, 1]])
+    frames = np.stack([np.asarray(Image.open(plain / "images" / f"{t:06d}.png")) for t in range(T)])
+    (folder / "npz").mkdir()
+    np.savez(folder / "npz" / "geometry.npz", depths=np.stack(depths), intrinsics=np.stack([K] * T), poses_c2w=poses,
+             frames=frames, masks=np.ones((T, H, W), np.uint8))
+
+    def read(path: Path, *flags: str) -> None:
+        argv = [path, folder / "out.safetensors", "--overwrite", "--model", folder / "model", "--device", "cpu", *flags]
+        with contextlib.redirect_stdout(io.StringIO()):
+            generate.main(generate.parse([str(word) for word in argv]))
+    network = "--depth", str(plain / "depth.pt")
+    doors = [any_file(folder / "toy", read),
+             any_file(plain, lambda path: read(path, *network, "--path", "out_and_back", "--frames", "5")),
+             any_file(folder / "npz", lambda path: read(path, *network))]
+    return lambda draws: draws.choice(doors)(draws)
+
+
 def restorer(folder: Path) -> Door:
     """A restorer's folder."""
     parts = small.world()
@@ -340,4 +386,5 @@ def paths(folder: Path) -> Door:
 
 
 DOORS = {door.__name__: door for door in (video, animation, picture_folder, networks, mirage, harmonizer, r3d2, world,
-                                          restorer, pickles, scene, ply, scores, settings, paths, *fuzz_training.DOORS)}
+                                          generation, restorer, pickles, scene, ply, scores, settings, paths,
+                                          *fuzz_training.DOORS)}

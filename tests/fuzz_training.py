@@ -1,22 +1,29 @@
 """More doors of fuzz.py: what training reads."""
 
 import contextlib
+import dataclasses
 import io
 import json
 from argparse import Namespace
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import save
 
 import encode_prompt
 import train_online
 import train_r3d2
+import train_restore
 from mirage_min.data import street, vehicles
+from mirage_min.data.masks import read_mask
 from mirage_min.data.pairs import Pairs
 from mirage_min.data.real_clips import RealClips
 from mirage_min.data.street_camera import clips_of_known_streets
+from mirage_min.systems.restore import Restorer
+from mirage_min.systems.restore_folder import Settings
 from mirage_min.training import checkpoint, watch
 from tests import small
 from tests.fuzz_changes import Door, any_file, change_file, change_json
@@ -77,6 +84,34 @@ def online(folder: Path) -> Door:
         data = Pairs(folder, 4)
         _, x_gt, flow, visible, names = data.moving_batch([torch.Generator().manual_seed(0)])
         train_online.motion(recipe, x_gt, flow, visible, names)
+    return door
+
+
+def restoring(folder: Path) -> Door:
+    """Pairs as train_restore.py reads and degrades them, and masks as an inpainting system does."""
+    parts, x = small.world(), torch.zeros(3, 5, 32, 32, dtype=torch.uint8)
+    flow = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "flow_shift": 3.0}
+    system = Restorer(parts.vae, parts.dit, torch.ones(1, 2, 8), flow, Settings("upscale", scale=4))
+    small_numbers = dict(batch=1, frames=5, height=32, width=32, real=0.0)
+    recipes = [dataclasses.replace(train_restore.RECIPES[name], **small_numbers)
+               for name in ("small-upscale", "small-inpaint", "artifacts")]
+    whole = save({"x_ni": x, "x_gt": x + 9, "boxes": torch.tensor([[2.0, 2, 9, 9]] * 5)}, {"seed": "1"})
+    masks = {}
+    for kind in ("png", "jpg", "gif", "tif"):
+        Image.fromarray(np.eye(32, dtype=np.uint8) * 255).save(folder / f"mask.{kind}")
+        masks[f"mask.{kind}"] = (folder / f"mask.{kind}").read_bytes()
+
+    def door(draws: Random) -> None:
+        if draws.random() < 0.3:
+            name = draws.choice(list(masks))
+            change_file(folder / name, masks[name], draws)
+            list(read_mask(folder / name, 32, 32))
+            return
+        change_file(folder / "a.safetensors", whole, draws)
+        x_in, x_gt, _ = train_restore.read(Pairs(folder, 5, (32, 32)), system, draws.choice(recipes),
+                                           draws.randrange(9), range(1))
+        if not x_in.shape == x_gt.shape == (1, 3, 5, 32, 32):
+            raise AssertionError(f"{list(x_in.shape)}, {list(x_gt.shape)}")
     return door
 
 
@@ -144,4 +179,4 @@ def prompt(folder: Path) -> Door:
     return any_file(folder, read)
 
 
-DOORS = pairs, training, online, street_pairs, start_r3d2, prompt
+DOORS = pairs, training, online, restoring, street_pairs, start_r3d2, prompt

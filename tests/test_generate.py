@@ -82,6 +82,7 @@ def test_a_path_out_of_all_that_is_known_is_allowed_and_said(work, tmp_path, cap
     ("toy", ["--set", "latents=4"], "a path of 9 cameras, wanted 13 at least, one chunk of 4 latents"),
     ("toy", ["--depth", "gone.pt"], "gone.pt: no such file"),
     ("toy", ["--set", "speed=3"], "unknown key 'speed', there are .*steps.*seed"),
+    ("toy", ["--set", "views=10"], "toy: depth of 9 frames, wanted views=10"),
     ("toy", ["--set", "steps=0"], "steps: wanted an integer from 1"),
     ("gone", [], "gone: no such folder"), ("model", [], "wanted a folder with transforms.json")])
 def test_what_is_wrong_is_one_line_and_leaves_nothing(work, tmp_path, capsys, scene, more, message):

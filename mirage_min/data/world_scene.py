@@ -122,8 +122,7 @@ def from_transforms(folder: Path) -> WorldScene:
 
 def from_npz(file: Path) -> WorldScene:
     """geometry.npz of the release, not yet checked for its fit."""
-    with one_line(file), np.load(file, allow_pickle=False) as arrays:
-        given = {name: arrays[name] for name in arrays.files}
+    given = read_arrays(file)
     if missing := {"depths", "intrinsics", "poses_c2w"} - given.keys():
         raise ValueError(f"{file}: wanted {', '.join(sorted(missing))} too, got {', '.join(sorted(given))}")
     T, H, W = given["depths"].shape if given["depths"].ndim == 3 else (0, 0, 0)
@@ -146,8 +145,9 @@ def from_npz(file: Path) -> WorldScene:
         frames = [of_size(frame, H, W, clip) for frame in read_clip(clip, T).unbind(dim=1)]
     else:
         raise ValueError(f"{file}: wanted frames, uint8 [{T}, {H}, {W}, 3], or first_frame.png or clip.mp4 next to it")
-    known = [Known(frame, known_depth(torch.from_numpy(given["depths"][t]), f"{file}: depths[{t}]"),
-                   torch.from_numpy(given["masks"][t]) == 0 if "masks" in given else None, cameras[t])
+    depths = torch.from_numpy(given["depths"].astype(np.float32))
+    out = torch.from_numpy(given["masks"] == 0) if "masks" in given else [None] * T
+    known = [Known(frame, known_depth(depths[t], f"{file}: depths[{t}]"), out[t], cameras[t])
              for t, frame in enumerate(frames)]
     return WorldScene(file, cameras, known, None)
 
@@ -160,24 +160,40 @@ def find_picture(folder: Path, name: str) -> Path | None:
 
 def read_depth(file: Path) -> Tensor:
     """A depth file -> [H, W] in metres, float32, 0 where it is unknown. ValueError that names it."""
+    kind = file.suffix.lower()
+    if kind == ".png":
+        with one_line(file), Image.open(file) as image:
+            mode, array = image.mode, np.asarray(image).astype(np.float32) * 1e-3
+        if not mode.startswith("I"):
+            raise ValueError(f"{file}: wanted 16 bits a pixel, depth in mm, got a picture of mode {mode}")
+    elif kind in (".npy", ".npz"):
+        arrays = read_arrays(file)
+        if not arrays:
+            raise ValueError(f"{file}: wanted an array of depth, got none")
+        array = arrays.get("depth", next(iter(arrays.values())))
+    else:
+        raise ValueError(f"{file}: wanted a 16-bit PNG in mm, or .npy or .npz in metres")
+    array = array.squeeze()
+    if array.ndim != 2 or array.dtype.kind != "f":
+        raise ValueError(f"{file}: wanted depth [H, W] of floating-point numbers, got {array.dtype} "
+                         f"{list(array.shape)}")
+    return known_depth(torch.from_numpy(array.astype(np.float32)), file)
+
+
+def read_arrays(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of NAME.npz by name, or the one of NAME.npy under "". Nothing is unpickled; ValueError that names the
+    file."""
     with one_line(file):
-        if file.suffix.lower() == ".png":
-            with Image.open(file) as image:
-                if not image.mode.startswith("I"):
-                    raise ValueError(f"wanted 16 bits a pixel, depth in mm, got a picture of mode {image.mode}")
-                array = np.asarray(image).astype(np.float32) * 1e-3
-        elif file.suffix.lower() in (".npy", ".npz"):
-            array = np.load(file, allow_pickle=False)
-            if isinstance(array, np.lib.npyio.NpzFile):
-                with array as arrays:
-                    name = "depth" if "depth" in arrays.files else arrays.files[0]
-                    array = arrays[name]
-        else:
-            raise ValueError("wanted a 16-bit PNG in mm, or .npy or .npz in metres")
-        array = array.squeeze()
-        if array.ndim != 2 or array.dtype.kind != "f":
-            raise ValueError(f"wanted depth [H, W] of floating-point numbers, got {array.dtype} {list(array.shape)}")
-    return known_depth(torch.from_numpy(array), file)
+        try:
+            found = np.load(file, allow_pickle=False)
+            if isinstance(found, np.lib.npyio.NpzFile):
+                with found as arrays:
+                    return {name: arrays[name] for name in arrays.files}
+        except OSError:
+            raise
+        except Exception as error:  # what numpy raises on a broken file has no class in common
+            raise ValueError(" ".join(str(error).split())) from error
+    return {"": found}
 
 
 def known_depth(depth: Tensor, where) -> Tensor:
