@@ -55,7 +55,7 @@ TESTS = {  # {file or folder: its tests}, where they are not tests/test_NAME.py;
     "mirage_min/networks/bands.py": "frugal", "mirage_min/networks/vae_cogvideox.py": "vae_cogvideox frugal",
     "mirage_min/networks/wan_names.py": "vae_wan dit_wan",
     "mirage_min/networks/wan_blocks.py": "vae_wan vae_wan22", "mirage_min/networks/config.py": "weights",
-    "mirage_min/networks/hub.py": "weights", "mirage_min/networks/i3d.py": "backbones",
+    "mirage_min/networks/hub.py": "hub weights", "mirage_min/networks/i3d.py": "backbones",
     "experiments/real_card.py": "real_card",
     "mirage_min/networks/rotary.py": "dit_wan dit_cogvideox dit_cosmos",
     "mirage_min/networks/small_base.py": "train_base", "mirage_min/training/latents.py": "train_base",

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from ..data.video import in_eight_bits
-from ..networks import checked, frugal, weights
+from ..networks import checked, frugal, hub, weights
 from ..networks.card import write_card
 from ..networks.dit_cosmos import CosmosDiT
 from ..networks.vae_wan import WanVAE
@@ -195,6 +195,7 @@ class Harmonizer(nn.Module):
         return cls(frugal.apply(vae), dit, Settings(**settings)).requires_grad_(False).eval()
 
     @classmethod
+    @hub.reads_hub
     def from_pretrained(cls, path: str | Path, device=None, dtype=None, wiring: str = "", **settings) -> "Harmonizer":
         """A trained Harmonizer from its folder or hub id; `wiring`, if given, and `settings` replace what it says.
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..method import injection, lora
 from ..method.one_step import STEPS, T_MIRAGE, T_WAN
 from ..method.schedules import schedule_from_config
-from ..networks import checked, frugal, weights
+from ..networks import checked, frugal, hub, weights
 from ..networks.checked import COUNT, Within
 from ..networks.dit_cogvideox import CogVideoXDiT
 from ..networks.dit_wan import WanDiT
@@ -131,11 +131,13 @@ def read_base(base: str | Path, device=None, dtype=None, vae: str | Path | None 
     return vae, dit, schedule
 
 
+@hub.reads_hub
 def from_pretrained(cls: type["Mirage"], path: str | Path, base: str | Path | None = None,
                     vae2d: str | Path | None = None, device=None, dtype=None, window: int = 0, tiles: int = 1,
                     margin: int = 8) -> "Mirage":
     """A trained Mirage from its folder, with stage H if there is one; the other arguments are Options.
 
+    What it was trained on may come from the hub; a base="org/name@revision" says at which revision.
     ValueError of one line that names the file, if one is missing, damaged, or does not fit the base.
     """
     path = Path(path)

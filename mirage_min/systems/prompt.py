@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ..networks import weights
-
-PROMPT = "prompt.safetensors"
+from ..networks.hub import PROMPT
 
 
 def read_prompt(file: str | Path) -> tuple[Tensor, dict[str, str]]:

@@ -41,7 +41,7 @@ from ..method import lora
 from ..method.one_step import STEPS, T_MIRAGE, denoise_epsilon
 from ..method.schedules import STABLE_DIFFUSION, Epsilon, config_from_schedule, schedule_from_config
 from ..method.skips import Skips
-from ..networks import checked, frugal, weights
+from ..networks import checked, frugal, hub, weights
 from ..networks.card import write_card
 from ..networks.unet_2d import UNet2D
 from ..networks.vae_2d import AutoencoderKL
@@ -194,6 +194,7 @@ class R3D2(nn.Module):
         return cls(unet, network, skips, text, alpha_bar, t=t).eval()
 
     @classmethod
+    @hub.reads_hub
     def from_pretrained(cls, path: str | Path, prompt: str | Path | None = None, t: int = -1, device=None, dtype=None,
                         batch: int = 1, reference: str | Path | None = None) -> "R3D2":
         """A trained system from its folder or hub id.

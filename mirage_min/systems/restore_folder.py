@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..method.one_step import STEPS, T_WAN
-from ..networks import checked, frugal, weights
+from ..networks import checked, frugal, hub, weights
 from ..networks.checked import COUNT, Within
 from .mirage_folder import SCHEDULER, read_base
 from .prompt import PROMPT, read_prompt, write_prompt
@@ -82,6 +82,7 @@ def from_base(cls: type["Restorer"], base: str | Path, settings: Settings, text:
     return restorer.requires_grad_(False).eval()
 
 
+@hub.reads_hub
 def from_pretrained(cls: type["Restorer"], path: str | Path, device=None, dtype=None, task: str = "", t: int = -1,
                     scale: int = 0, prompt: str | Path = "", window: int = 0, tiles: int = 1, margin: int = 8
                     ) -> "Restorer":

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..networks import checked, frugal, weights
+from ..networks import checked, frugal, hub, weights
 from ..networks.card import write_card
 from ..networks.dit_wan import WanDiT
 from ..networks.vae_wan import WanVAE
@@ -38,6 +38,7 @@ def describes(index: dict) -> bool:
     return index.get("_class_name") == CLASS_NAME
 
 
+@hub.reads_hub
 def from_pretrained(cls, path: str | Path, device=None, dtype=None, **settings) -> nn.Module:
     """A trained world model from its folder or hub id; `settings` of cls.Options replace what it says.
 
