@@ -1,16 +1,19 @@
 """How little the past matters to a decoder: temporal locality, truncation, tiles (ChopGrad §3.2, Figs. 3 to 5, 7).
 
-    python -m experiments.chopgrad_locality --vae weights/base/vae clip.mp4 ...  # trained weights, real or toy clips
-    python -m experiments.chopgrad_locality                                      # random weights: the control
+    python -m experiments.chopgrad_locality --vae VAE --backbone RESTORER               # small Wan, made-up clips
+    python -m experiments.chopgrad_locality --vae weights/base/vae --backbone weights/base --label trained clip.mp4 ...
+    python -m experiments.chopgrad_locality --random                                    # random weights: the control
 
-Three measurements on latents z = encode(clip), written as chopgrad/locality_LABEL.md, .json and .png: minutes a clip.
+Measurements on latents z = encode(clip), written as chopgrad/locality_LABEL.md, .json and .png: minutes a clip.
 
 1. Influence of latent group j on the pixels of group i (Eq. 2), as the Frobenius norm of the Jacobian dx_i / dz_j,
    from random probes v: E |J^T v|^2 = |J|_F^2. By distance i - j, with the mean and the fit C exp(-alpha D) (Eq. 3),
    least squares on the logarithm of the mean. Locality is learned: random weights are for comparison only.
 2. Gradient of a pixel loss by d_trunc against full backpropagation (Eq. 6): of z, absolute and relative (Frobenius),
-   and of the decoder's parameters, normalised mean absolute error and cosine (Fig. 4 has the backbone's).
-3. Tiles against the whole frame, by margin: pixels (difference / standard deviation), gradient of z at d_trunc 1.
+   and of the decoder's parameters, normalised mean absolute error and cosine.
+3. The same of all parameters of a --backbone under MSE, averaged over the clips, which it sees without detail: at a
+   fourth of their size and enlarged again (Fig. 4).
+4. Tiles against the whole frame, by margin: pixels (difference / standard deviation), gradient of z at d_trunc 1.
    What remains at large margins is no border effect: CogVideoX's GroupNorm and Wan's attention see less of the frame.
 """
 
@@ -26,6 +29,8 @@ from torch.nn import functional as nnf
 
 from experiments import common
 from experiments.chopgrad_memory import small_decoder
+from experiments.model_card import FIRST_SEED
+from mirage_min.data.toy_world import WorldConfig, make_clip
 from mirage_min.data.video import read_clip
 from mirage_min.method import chopgrad
 from mirage_min.method.perceptual import Lpips
@@ -33,6 +38,8 @@ from mirage_min.networks.imagenet import Features
 from mirage_min.networks.vae_cogvideox import CogVideoXVAE
 from mirage_min.networks.vae_wan import WanVAE
 from mirage_min.networks.weights import read_json
+from mirage_min.systems.restore import Restorer
+from mirage_min.systems.restore_folder import Settings
 
 VAES = {cls.CLASS_NAME: cls for cls in (CogVideoXVAE, WanVAE)}
 
@@ -50,6 +57,12 @@ def load_clip(path: Path, vae: nn.Module, T: int, H: int, W: int) -> Tensor:
     x = read_clip(path)[:, :T]
     legal = [n for n in range(1, x.shape[1] + 1) if vae.legal_length(n) == n]
     return nnf.interpolate(x[:, : legal[-1]].movedim(0, 1), (H, W), mode="area").movedim(0, 1)[None]
+
+
+def made_up_clips(vae: nn.Module, count: int, T: int, H: int, W: int) -> list[Tensor]:
+    """So many held-out toy clips [1, 3, T', H, W], T' as the VAE takes it."""
+    config = WorldConfig(frames=vae.legal_length(T), height=H, width=W)
+    return [make_clip(FIRST_SEED + i, config, extras=False).x_gt[None] for i in range(count)]
 
 
 # ---- 1. influence ----------------------------------------------------------------------------------------------------
@@ -99,16 +112,26 @@ def cosine(a: Tensor, b: Tensor) -> float:
 def truncation(vae: nn.Module, z: Tensor, loss_fn: Callable) -> list[dict[str, float]]:
     """How gradients at each d_trunc differ from those of full backpropagation."""
     full_z, full_p = gradients(vae, z, loss_fn, d_trunc=None)
-    N, rows = len(vae.decode_groups(z.shape[2])), []
-    for d in sorted({*range(min(4, N)), *range(5, N, 3), N - 1}):
+    rows = []
+    for d in distances(vae, z.shape[2]):
         grad_z, grad_p = gradients(vae, z, loss_fn, d_trunc=d, delayed=True)
         # |dL/dz - dL_trunc/dz|                                                         ChopGrad Eq. 6
         error = (grad_z - full_z).norm().item()
         rows.append({"d_trunc": d, "z_absolute": error, "z_relative": error / full_z.norm().item(),
                      "z_cosine": cosine(grad_z, full_z),
-                     "parameters_nmae": ((grad_p - full_p).abs().mean() / full_p.abs().mean()).item(),
-                     "parameters_cosine": cosine(grad_p, full_p)})
+                     "parameters_nmae": nmae(grad_p, full_p), "parameters_cosine": cosine(grad_p, full_p)})
     return rows
+
+
+def distances(vae: nn.Module, F: int) -> list[int]:
+    """The first d_trunc, every third and the last that F latents have."""
+    N = len(vae.decode_groups(F))
+    return sorted({*range(min(4, N)), *range(5, N, 3), N - 1})
+
+
+def nmae(a: Tensor, b: Tensor) -> float:
+    """Normalised mean absolute error: that of a against b, over the mean absolute b."""
+    return ((a - b).abs().mean() / b.abs().mean()).item()
 
 
 def mse_to(x_gt: Tensor) -> Callable[[Tensor, object], Tensor]:
@@ -126,7 +149,33 @@ def lpips_to(x_gt: Tensor, perceptual: Path) -> Callable[[Tensor, object], Tenso
     return loss_fn
 
 
-# ---- 3. tiles --------------------------------------------------------------------------------------------------------
+# ---- 3. the backbone -------------------------------------------------------------------------------------------------
+
+def backbone(restorer: Restorer, clips: list[Tensor]) -> list[dict[str, float]]:
+    """How the gradients of all of the transformer's parameters differ, averaged over clips [1, 3, T, H, W]."""
+    vae, params = restorer.vae, list(restorer.dit.requires_grad_().parameters())
+    F = min((x.shape[2] - 1) // 4 + 1 for x in clips)
+    found = {d: 0.0 for d in (None, *distances(vae, F))}
+    for x in clips:
+        with torch.no_grad():
+            z_in = vae.encode(without_detail(x))
+        z_out = restorer.denoise(z_in)
+        for d in found:
+            _, grad_z = chopgrad.backward(vae, z_out, mse_to(x), d_trunc=d, delayed=d is not None)
+            grads = torch.autograd.grad(z_out, params, grad_z, retain_graph=True, materialize_grads=True)
+            found[d] = found[d] + torch.cat([g.flatten() for g in grads]) / len(clips)
+    full = found.pop(None)
+    return [{"d_trunc": d, "backbone_nmae": nmae(g, full), "backbone_cosine": cosine(g, full)}
+            for d, g in found.items()]
+
+
+def without_detail(x: Tensor) -> Tensor:
+    """x [1, 3, T, H, W] at a fourth of its size, and enlarged again."""
+    frames = nnf.interpolate(x[0].transpose(0, 1), scale_factor=0.25, mode="area")
+    return nnf.interpolate(frames, x.shape[-2:], mode="bilinear").transpose(0, 1)[None]
+
+
+# ---- 4. tiles --------------------------------------------------------------------------------------------------------
 
 def decoded_and_gradient(vae: nn.Module, z: Tensor, x_gt: Tensor, **settings) -> tuple[Tensor, Tensor]:
     """The pixels x_dr, like x_gt, that ChopGrad's step at d_trunc 1 sees, and its grad z."""
@@ -155,10 +204,10 @@ def tiling(vae: nn.Module, z: Tensor, x_gt: Tensor, tiles: tuple[int, int]) -> l
     return rows
 
 
-# ---- all three -------------------------------------------------------------------------------------------------------
+# ---- all of them -----------------------------------------------------------------------------------------------------
 
 def measure(vae: nn.Module, clips: list[Tensor], probes: int, tiles: tuple[int, int], perceptual: Path | None) -> dict:
-    """All three on every clip [1, 3, T, H, W]; the clips' rows are averaged, their influences pooled."""
+    """All but the backbone's on every clip [1, 3, T, H, W]; the clips' rows are averaged, their influences pooled."""
     samples, rows, tile_rows = [], {}, []
     for n, x in enumerate(clips):
         with torch.no_grad():
@@ -190,9 +239,10 @@ def average(tables: list[list[dict[str, float]]]) -> list[dict[str, float]]:
 
 
 def draw(result: dict, title: str) -> Figure:
-    """Influence by distance, gradient errors by d_trunc, tiles by margin."""
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    """Influence by distance, gradient errors by d_trunc, the backbone's if there is one, tiles by margin."""
+    panels = 4 if "backbone" in result else 3
+    figure = Figure(figsize=(4.3 * panels, 3.8), layout="constrained")
+    left, middle, *more, right = figure.subplots(1, panels)
     left.semilogy(*zip(*result["samples"]), ".", color="0.7", label="samples")
     left.semilogy(result["mean"], "o-", label="mean")
     if result["fit"]:
@@ -204,10 +254,15 @@ def draw(result: dict, title: str) -> Figure:
         for key in ("z_relative", "parameters_nmae"):
             middle.plot([row["d_trunc"] for row in rows], [row[key] for row in rows], "o-", label=f"{name}: {key}")
     middle.set(xlabel="d_trunc", ylabel="error against full backpropagation", ylim=(0, None))
+    for axis in more:
+        rows = result["backbone"]
+        for key in ("backbone_nmae", "backbone_cosine"):
+            axis.plot([row["d_trunc"] for row in rows], [row[key] for row in rows], "o-", label=key)
+        axis.set(xlabel="d_trunc", ylabel="gradients of the backbone's parameters", ylim=(0, None))
     for key in ("pixels_rms", "z_relative"):
         right.plot([row["margin"] for row in result["tiles"]], [row[key] for row in result["tiles"]], "o-", label=key)
     right.set(xlabel="margin in cells", ylabel="tiles against the whole frame", ylim=(0, None))
-    for axis in (left, middle, right):
+    for axis in (left, middle, *more, right):
         axis.legend(fontsize=8)
     return figure
 
@@ -225,6 +280,8 @@ def report(result: dict, label: str) -> str:
         fit = ", ".join(f"{name} {value:.4g}" for name, value in result["fit"].items())
         parts.append(f"Fit C exp(-alpha D): {fit}")
     tables = result["truncation"] | {"tiles": result["tiles"]}
+    if "backbone" in result:
+        tables["backbone, mse"] = result["backbone"]
     for name, rows in tables.items():
         first, *header = rows[0]
         cells = [[f"{value:.4g}" for value in row.values()] for row in rows]
@@ -233,20 +290,26 @@ def report(result: dict, label: str) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    """All three measurements on each VAE: JSON, tables and a picture."""
+    """Every measurement on each VAE: JSON, tables and a picture."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    if args.vae:
-        vaes = {args.label: load_vae(args.vae)}
-    else:
+    if args.random and args.backbone:
+        raise ValueError("--backbone wants the VAE that it was trained with: leave out --random")
+    if args.random:
         vaes = {f"random_{name.lower()}": small_decoder(name) for name in ("CogVideoX", "Wan")}
-    H, W = args.size
+    else:
+        vaes = {args.label: load_vae(args.vae)}
+    size = args.frames, *args.size
     for label, vae in vaes.items():
-        clips = [load_clip(path, vae, args.frames, H, W) for path in args.clips]
-        if not clips:
-            clips = [torch.rand(1, 3, vae.legal_length(args.frames), H, W) * 2 - 1]
+        clips = [load_clip(path, vae, *size) for path in args.clips]
+        if args.random:
+            clips = clips or [torch.rand(1, 3, vae.legal_length(args.frames), *args.size) * 2 - 1]
+        clips = clips or made_up_clips(vae, 2, *size)
         result = {"clips": [list(x.shape) for x in clips], "probes": args.probes, "tiles_of": args.tiles}
         result |= measure(vae.eval(), clips, args.probes, args.tiles, args.perceptual)
+        if args.backbone:
+            restorer = Restorer.from_base(args.backbone, Settings("artifacts"), vae=args.vae, dtype=torch.float32)
+            result["backbone"] = backbone(restorer, clips)
         folder = args.out / "chopgrad"
         common.save_json(folder / f"locality_{label}.json", result)
         common.save_figure(folder / f"locality_{label}.png", draw(result, label))
@@ -256,9 +319,12 @@ def main(args: argparse.Namespace) -> None:
 
 def flags() -> argparse.ArgumentParser:
     parser = common.flags(__doc__)
-    parser.add_argument("clips", nargs="*", type=Path, help="videos or folders of images; none: noise")
-    parser.add_argument("--vae", type=Path, help="folder of a CogVideoX or Wan VAE; none: small random ones")
-    parser.add_argument("--label", default="trained", help="LABEL in the files' names, with --vae (default trained)")
+    parser.add_argument("clips", nargs="*", type=Path, help="videos or folders of images; none: two made-up ones")
+    parser.add_argument("--vae", type=Path, default=Path("weights/vae_wan"),
+                        help="folder of a CogVideoX or Wan VAE (default weights/vae_wan)")
+    parser.add_argument("--random", action="store_true", help="small random VAEs of both kinds instead, on noise")
+    parser.add_argument("--label", default="trained_wan", help="LABEL in the files' names (default trained_wan)")
+    parser.add_argument("--backbone", type=Path, help="folder of a transformer for this VAE: a base or a restorer")
     parser.add_argument("--frames", type=int, default=97, help="of each clip, at most (default 97)")
     parser.add_argument("--size", type=int, nargs=2, default=(64, 128), metavar=("H", "W"), help="of the frames")
     parser.add_argument("--probes", type=int, default=2, help="random probes for each influence (default 2)")

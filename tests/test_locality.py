@@ -10,9 +10,14 @@ import torch
 from experiments import chopgrad_locality as locality
 from experiments import chopgrad_memory as memory
 from experiments import walkthrough_figures
+from mirage_min.data.toy_world import WorldConfig, make_clip
 from mirage_min.method import chopgrad
+from mirage_min.method.schedules import WAN
 from mirage_min.networks.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
 from mirage_min.networks.vae_wan import WanVAE, WanVAEConfig
+from mirage_min.systems.restore import Restorer
+from mirage_min.systems.restore_folder import Settings
+from tests import small
 
 
 class Recurrence:
@@ -93,6 +98,36 @@ def test_truncation_is_measured_against_full_backpropagation(vae):
     assert rows[0]["z_relative"] > 0.05 and rows[2]["z_relative"] < 1e-5
 
 
+def test_the_backbones_gradients_are_those_of_plain_autograd_averaged_over_the_clips():
+    """ChopGrad Fig. 4: full gradients by the graph of the whole clip, and those of d_trunc 0 group by group."""
+    torch.manual_seed(0)
+    world = small.world()
+    restorer = Restorer(world.vae, world.dit, torch.ones(1, 2, 8), WAN, Settings("artifacts"))
+    clips = [torch.rand(1, 3, 9, 32, 32) * 2 - 1 for _ in range(2)]
+    rows = locality.backbone(restorer, clips)
+    assert [row["d_trunc"] for row in rows] == [0, 1, 2]
+    found, params = {}, list(restorer.dit.parameters())
+    for name in ("full", "alone"):
+        loss = 0
+        for x in clips:
+            with torch.no_grad():
+                z_in = world.vae.encode(locality.without_detail(x))
+            z, cache, decoded = restorer.denoise(z_in), None, []
+            for group in world.vae.decode_groups(z.shape[2]):
+                x_g, cache = world.vae.decode_group(z[:, :, group], cache)
+                decoded.append(x_g)
+                cache = {key: c.detach() for key, c in cache.items()} if name == "alone" else cache
+            loss = loss + (torch.cat(decoded, dim=2) - x).square().mean() / 2
+        grads = torch.autograd.grad(loss, params, materialize_grads=True)
+        found[name] = torch.cat([g.flatten() for g in grads])
+    full, alone = found.values()
+    wanted = {"backbone_nmae": ((alone - full).abs().sum() / full.abs().sum()).item(),
+              "backbone_cosine": ((alone * full).sum() / alone.norm() / full.norm()).item()}
+    assert {key: rows[0][key] for key in wanted} == pytest.approx(wanted, rel=1e-3), f"{rows[0]}, {wanted}"
+    assert rows[0]["backbone_nmae"] > 0.01 and rows[2]["backbone_nmae"] < 1e-4
+    assert rows[2]["backbone_cosine"] > 1 - 1e-5
+
+
 def test_tiles_are_measured_against_the_whole_frame(vae):
     torch.manual_seed(0)
     z, x_gt = torch.randn(1, 16, 3, 2, 4), torch.rand(1, 3, 9, 16, 32)
@@ -105,6 +140,12 @@ def test_tiles_are_measured_against_the_whole_frame(vae):
     assert row["pixels_rms"] == pytest.approx(((halves - x).square().mean().sqrt() / x.std()).item(), rel=1e-4)
     assert row["pixels_max"] == pytest.approx(((halves - x).abs().max() / x.std()).item(), rel=1e-4)
     assert row["z_relative"] > 0.01 and row["z_cosine"] < 0.9999
+
+
+def test_made_up_clips_are_held_out_and_as_long_as_the_vae_takes_them(vae):
+    clips = locality.made_up_clips(vae, 2, 4, 32, 48)
+    assert [list(x.shape) for x in clips] == [[1, 3, 9, 32, 48]] * 2 and not torch.equal(*clips)
+    assert torch.equal(clips[0][0], make_clip(1_000_000, WorldConfig(9, 32, 48), extras=False).x_gt)
 
 
 def test_a_clip_has_the_frames_that_the_vae_takes_and_the_size_that_is_asked_for(vae, monkeypatch):
@@ -129,8 +170,12 @@ def test_both_kinds_of_vae_are_read_from_their_folders_and_another_is_refused(tm
 
 def test_all_three_measurements_are_written_as_text_numbers_and_a_picture(vae, tmp_path, monkeypatch):
     monkeypatch.setattr(locality, "load_vae", lambda folder: vae)
+    monkeypatch.setattr(locality, "made_up_clips", lambda vae, count, *size: [torch.rand(1, 3, *size) * 2 - 1])
+    monkeypatch.setattr(locality.Restorer, "from_base", lambda *given, **settings: None)
+    rows = [{"d_trunc": 0, "backbone_nmae": 0.25, "backbone_cosine": 0.875}]
+    monkeypatch.setattr(locality, "backbone", lambda restorer, clips: rows)
     args = ["--vae", "x", "--label", "small", "--frames", "17", "--size", "16", "16", "--probes", "1", "--threads", "1"]
-    locality.main(locality.flags().parse_args([*args, "--out", str(tmp_path)]))
+    locality.main(locality.flags().parse_args([*args, "--backbone", "y", "--out", str(tmp_path)]))
     names = sorted(path.name for path in (tmp_path / "chopgrad").iterdir())
     assert names == [f"locality_small.{kind}" for kind in ("json", "md", "png")]
     text = (tmp_path / "chopgrad" / "locality_small.md").read_text()
@@ -139,6 +184,9 @@ def test_all_three_measurements_are_written_as_text_numbers_and_a_picture(vae, t
     assert f"Influence by distance: {result['mean'][0]:.3g}, {result['mean'][1]:.3g}" in text
     row = result["truncation"]["mse"][0]
     assert f"| {' | '.join(f'{value:.4g}' for value in row.values())} |" in text and "| tiles: margin |" in text
+    assert "| backbone, mse: d_trunc | backbone_nmae | backbone_cosine |" in text and "| 0 | 0.25 | 0.875 |" in text
+    with pytest.raises(ValueError, match="leave out --random"):
+        locality.main(locality.flags().parse_args([*args, "--backbone", "y", "--random"]))
     result["fit"] = {"C": 2.0, "alpha": 0.5, "R2": 0.9}
     assert "Fit C exp(-alpha D): C 2, alpha 0.5, R2 0.9" in locality.report(result, "small")
 
