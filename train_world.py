@@ -65,6 +65,7 @@ class Recipe(run.Optimisation):
     latents: Annotated[int, checked.Within(2, 1000)] = 9            # of a chunk, 33 frames
     every_layer: Annotated[int, checked.Within(1, 1000)] = 4        # [?] a hint after one layer in so many
     memory: Literal["past", "first"] = "past"  # [?] what it holds: the clip up to the chunk, or the chunk's first frame
+    mask: bool = True           # whether the branch is told where the memory shows something; the release's is not
     without: Annotated[float, checked.Within(0, 1)] = 0.0           # share of chunks that are shown an empty memory
     shift: float = 5.0
     rank: Annotated[int, checked.Within(1, 4096)] = 64
@@ -90,7 +91,7 @@ RECIPES = {
 def build(args, recipe: Recipe) -> tuple[World, dict[str, nn.Parameter]]:
     """The world model, and what is trained of it by name."""
     torch.manual_seed(recipe.seed)
-    settings = dict(latents=recipe.latents, shift=recipe.shift)
+    settings = dict(latents=recipe.latents, shift=recipe.shift, mask=recipe.mask)
     text = choose_prompt(args.prompt, args.base)
     if args.base is None:
         dit, vae = small_base.new_transformer("wan"), read_vae(args.vae, dtype=torch.float32)
@@ -102,7 +103,6 @@ def build(args, recipe: Recipe) -> tuple[World, dict[str, nn.Parameter]]:
     world.requires_grad_(False).eval()
     world.dit.activation_checkpointing = world.branch.activation_checkpointing = recipe.checkpoint_dit
     return world, choose(world, args.part, recipe)
-
 
 
 def choose(world: World, part: str, recipe: Recipe) -> dict[str, nn.Parameter]:
@@ -121,19 +121,24 @@ def choose(world: World, part: str, recipe: Recipe) -> dict[str, nn.Parameter]:
     return trained
 
 
-def control_of(world: World, chunk: Chunk, recipe: Recipe) -> Tensor:
+def control_of(world: World, chunk: Chunk, recipe: Recipe, empty: bool = False) -> Tensor:
     """What the memory shows at the chunk's cameras, and where: [1, C + 1, F, h, w].
 
     The memory holds the clip's latents from its first to the chunk's first, as it does when a video is made; or the
-    chunk's first alone, encoded as an image.
+    chunk's first alone, encoded as an image; or, `empty`, nothing.
     """
     C, F, *_ = chunk.z.shape[1:]
     first = chunk.number * (F - 1)
-    shown = range(first + 1) if recipe.memory == "past" else range(first, first + 1)
-    latents = [chunk.latent(i) for i in shown] if recipe.memory == "past" else [chunk.z[chunk.number, :, 0]]
-    here = slice(shown.start, shown.stop)
-    known = Geometry(chunk.depth[here], None if chunk.dynamic is None else chunk.dynamic[here])
-    memory = world.remember(Memory.empty(C), torch.stack(latents, dim=1), known, chunk.cameras[here])
+    memory = Memory.empty(C)
+    if not empty:
+        if recipe.memory == "past":
+            here = slice(0, first + 1)
+            latents = [chunk.latent(i) for i in range(first + 1)]
+        else:
+            here = slice(first, first + 1)
+            latents = [chunk.z[chunk.number, :, 0]]
+        known = Geometry(chunk.depth[here], None if chunk.dynamic is None else chunk.dynamic[here])
+        memory = world.remember(memory, torch.stack(latents, dim=1), known, chunk.cameras[here])
     return world.look(memory, chunk.cameras[first : first + F], chunk.z)
 
 
@@ -170,9 +175,8 @@ def draw(data: Chunks, world: World, part: str, recipe: Recipe, step: int, clips
     names = [chunk.name for chunk in chunks]
     if part == "base":
         return z, None, draws, names
-    control = torch.cat([control_of(world, chunk, recipe) for chunk in chunks])
-    empty = torch.stack([torch.rand((), generator=generator) < recipe.without for generator in draws])
-    control[empty] = 0
+    empty = [bool(torch.rand((), generator=generator) < recipe.without) for generator in draws]
+    control = torch.cat([control_of(world, chunk, recipe, e) for chunk, e in zip(chunks, empty)])
     return z, control.to(device), draws, names
 
 

@@ -4,6 +4,8 @@ A kind is a World that overrides `blank`, `update` or `control`, the three place
 networks are the same for all; the branch was trained on what the latent memory shows.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as nnf
@@ -17,9 +19,9 @@ from mirage_min.systems.world import Geometry, World, pad, padded
 GAPS = 2, 4  # pixels: how large the points of the RGB cloud are made where nothing is seen between them
 
 
-def as_kind(kind: type[World], world: World) -> World:
-    """A world model with the same networks and settings, and another memory."""
-    return kind(world.vae, world.dit, world.branch, world.text, world.settings)
+def as_kind(kind: type[World], world: World, **settings) -> World:
+    """A world model with the same networks, and another memory or other settings."""
+    return kind(world.vae, world.dit, world.branch, world.text, replace(world.settings, **settings))
 
 
 class NoMemory(World):
@@ -90,15 +92,6 @@ class PixelLift(World):
         z = self.vae.encode(x)[0][:, new]                              # [C, n, h, w]
         large = nnf.interpolate(z.movedim(1, 0), x.shape[-2:], mode="bilinear", align_corners=False)
         return self.remember(memory, large.movedim(0, 1), geometry, cameras)
-
-
-class Unmasked(World):
-    """The mask says everywhere that something was read, as a constant in its place does in the release."""
-
-    def control(self, memory, cameras, like):
-        found = super().control(memory, cameras, like).clone()
-        found[:, -1] = 1
-        return found
 
 
 class Release(World):

@@ -15,7 +15,7 @@ moving     cars move; the way out is true, the way back is generated, with and w
 
 Scenes are held out, and frames 96x144. A seed is a set of scenes and of noise; figures are mean ± deviation over seeds.
 What needs a model of its own is left out by name where none is given: a single stage (train_world.py lora on a base,
-without stage branch), and a mask that training did not have either. Depth is the renderer's. Results are recorded part
+without stage branch), and no mask (--set mask=no). Depth is the renderer's. Results are recorded part
 by part in world_study.json; world_study.md, .png and, by `loop`, _strip.png are made of what is there.
 """
 
@@ -40,7 +40,6 @@ from experiments.world_memories import (
     ReleaseAnyOrder,
     RgbCloud,
     TrueLatents,
-    Unmasked,
     as_kind,
     known_cells,
     render,
@@ -251,15 +250,14 @@ def ablations(args: argparse.Namespace) -> dict:
     """The latent memory with one thing changed."""
     world = read_world(args.model, args)
     methods = {"pixel lift": (as_kind(PixelLift, world), {}),
-               "mask always 1, not retrained": (as_kind(Unmasked, world), {}),
+               "mask always 1, not retrained": (as_kind(World, world, mask=False), {}),
                "depth off by 2 %": (world, {"noise": 0.02}), "depth off by 5 %": (world, {"noise": 0.05}),
                "the release's lift and scatter, writes in order": (as_kind(Release, world), {}),
                "the same, writes in any order": (as_kind(ReleaseAnyOrder, world), {})}
     left_out = []
-    for name, folder, kind in (("single stage", args.single_stage, World),
-                               ("mask always 1, in training too", args.unmasked, Unmasked)):
+    for name, folder in (("single stage", args.single_stage), ("mask always 1, in training too", args.unmasked)):
         if folder:
-            methods[name] = as_kind(kind, read_world(folder, args)), {}
+            methods[name] = read_world(folder, args), {}
         else:
             left_out.append(name)
     return {"methods": run(args, methods), "left out": left_out}
@@ -333,8 +331,8 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("part", choices=PARTS, nargs="+", help="see above")
     parser.add_argument("--model", type=Path, default=Path("weights/world"), help="default weights/world")
     parser.add_argument("--vae", type=Path, help="the VAE of readout and cost (default: the model's)")
-    parser.add_argument("--single-stage", type=Path, metavar="DIR", help="a world model trained in a single stage")
-    parser.add_argument("--unmasked", type=Path, metavar="DIR", help="a world model trained with a mask of 1")
+    parser.add_argument("--single-stage", type=Path, metavar="DIR", help="one trained in a single stage")
+    parser.add_argument("--unmasked", type=Path, metavar="DIR", help="one trained with --set mask=no")
     parser.add_argument("--perceptual", type=Path, metavar="DIR", help="AlexNet, for the LPIPS of loop and ablations")
     parser.add_argument("--scenes", type=int, default=2, help="of a seed (default 2)")
     parser.add_argument("--seeds", type=int, default=3, help="default 3")

@@ -107,6 +107,9 @@ def test_a_share_of_the_chunks_is_shown_an_empty_memory(work, tmp_path):
         _, control, draws, names = train_world.draw(data, world, "branch", recipe, 0, range(20), "cpu")
         empty = int((control.flatten(1) == 0).all(dim=1).sum())
         assert low <= empty <= high and len(draws) == len(names) == 20
+    told = small.world(mask=False)
+    _, control, *_ = train_world.draw(data, told, "branch", recipe, 0, range(2), "cpu")
+    assert (control[:, :-1] == 0).all() and (control[:, -1] == 1).all(), "where the mask is off, it says 1"
     z, control, *_ = train_world.draw(data, world, "base", recipe, 0, range(3), "cpu")
     assert control is None and z.shape == (3, 4, 2, 4, 6)
 
@@ -114,7 +117,7 @@ def test_a_share_of_the_chunks_is_shown_an_empty_memory(work, tmp_path):
 # ---- what is trained -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("part, settings, moved", [
-    ("base", {}, {"dit"}), ("branch", {}, {"branch"}), ("lora", {}, {"branch", "dit"}),
+    ("base", {}, {"dit"}), ("branch", dict(mask=False), {"branch"}), ("lora", {}, {"branch", "dit"}),
     ("lora", dict(freeze_branch=True, wide_lora=True), {"dit"})])
 def test_each_part_trains_what_it_says_and_writes_a_whole_folder(work, tmp_path, part, settings, moved):
     before = {p: p.read_bytes() for p in (work / "base").rglob("*.*")}
@@ -129,6 +132,7 @@ def test_each_part_trains_what_it_says_and_writes_a_whole_folder(work, tmp_path,
         assert {"attn1.to_q.weight", "attn1.to_k.weight", "attn1.to_v.weight", "attn1.to_out.0.weight"} <= layers
         assert ({"ffn.net.2.weight", "attn2.to_v.weight"} <= layers) == wide and len(layers) == (10 if wide else 4)
     assert torch.equal(base.text, trained.text) and trained.settings.latents == 2
+    assert trained.settings.mask == settings.get("mask", True)
     about = json.loads((out / "model_index.json").read_text())
     assert about["step"] == "2" and json.loads(about["recipe"])["rank"] == 2 and about["vae"] == "vae"
 

@@ -150,6 +150,16 @@ def test_the_state_says_how_many_cells_of_the_new_latents_the_memory_showed():
     assert away.seen == 0
 
 
+def test_without_the_mask_the_branch_is_told_that_all_is_shown_and_the_state_says_what_is():
+    """Where nothing was read the networks now take the 0 of the memory."""
+    frame, way = picture(), [camera(step / 4) for step in range(9)]
+    video, states = run(world(mask=False), frame, way)
+    wanted = moved(frame, 2)
+    wanted[:, :, -2 * CELL :] = 0
+    close(video[:, 8], wanted)
+    assert states[0].seen == pytest.approx(5 / 8)
+
+
 @pytest.mark.parametrize("frames", [2, 5, 9, 10, 20])
 def test_any_number_of_cameras_gives_as_many_frames(frames):
     video, states = run(world(), picture(), [camera(0)] * frames)

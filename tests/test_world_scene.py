@@ -105,11 +105,11 @@ def test_a_depth_file_of_another_kind_is_refused_in_one_line(tmp_path, name, con
 
 @pytest.mark.parametrize("name", ["a.npy", "a.npz"])
 def test_every_broken_array_file_is_a_valueerror_of_one_line(tmp_path, name):
-    """Cut off at each byte, and with each of its first bytes changed: numpy raises a dozen kinds of error."""
+    """Cut off in many places, and with each of its first bytes changed: numpy raises a dozen kinds of error."""
     depth = np.arange(1, 13, dtype=np.float32).reshape(3, 4)
     (np.save if name == "a.npy" else np.savez)(tmp_path / name, depth)
     whole = (tmp_path / name).read_bytes()
-    changed = [whole[:at] for at in range(len(whole))]
+    changed = [whole[:at] for at in range(0, len(whole), 3)]
     changed += [whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :] for at in range(min(200, len(whole)))]
     for content in changed:
         (tmp_path / name).write_bytes(content)

@@ -9,7 +9,7 @@ import torch
 from torch import Generator
 
 from experiments import world_memories, world_report, world_study
-from experiments.world_memories import Known, NoMemory, PixelLift, Release, RgbCloud, TrueLatents, Unmasked, as_kind
+from experiments.world_memories import Known, NoMemory, PixelLift, Release, RgbCloud, TrueLatents, as_kind
 from mirage_min.method.latent_memory import Memory
 from mirage_min.networks import imagenet, weights
 from mirage_min.systems.world import pad
@@ -99,15 +99,6 @@ def test_pixels_are_lifted_each_by_its_own_depth_and_hold_their_cells_latent(sce
     x = torch.full((1, 3, 1, *SIZE), 0.25)
     memory = world.update(world.blank(x), x, [0], Known(clip, path)(x[0], path[:1]), path[:1])
     assert len(memory) == clip.depth[0, 0].isfinite().sum() and (memory.features == 0.25).all()
-
-
-def test_the_mask_says_1_everywhere_and_nothing_else_is_changed(scene):
-    clip, path = scene
-    world = test_world.world()
-    state = world.start(clip.x_gt[:, 0], Known(clip, path)(clip.x_gt[:, [0]], path[:1]), path[0])
-    like = world.vae.encode(state.past)
-    before, after = (kind.control(state.memory, path[:9], like) for kind in (world, as_kind(Unmasked, world)))
-    assert torch.equal(before[:, :-1], after[:, :-1]) and (after[:, -1] == 1).all() and not (before[:, -1] == 1).all()
 
 
 # ---- the release -----------------------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ class WorldSettings:
     steps: Annotated[int, Within(1, 1000)] = 20
     shift: Annotated[float, Within(0.001, 1000)] = 5.0
     known: Annotated[float, Within(0)] = 0.0      # bounds the memory's growth (latent_memory.add); 0: the paper's union
+    mask: bool = True                             # off: the branch is told that the memory shows all (the release)
 
     def __post_init__(self):
         if not 1 <= self.shared < self.latents:
@@ -139,8 +140,9 @@ class World(nn.Module):
             at = [pixel_frame(f) for f in new]
             seen_by = [cameras[i] for i in at]
             memory = self.update(memory, x, new, observe(frames[0, :, at], seen_by), seen_by)
-        keep, seen = self.kept(x.shape[2]), float(control[:, -1, given.shape[2] :].mean())
-        return State(memory, x[:, :, -keep:], cameras[-keep:], seen), frames[:, :, known:]
+        keep = self.kept(x.shape[2])
+        seen = control[:, :-1, given.shape[2] :].any(dim=1).double().mean()
+        return State(memory, x[:, :, -keep:], cameras[-keep:], float(seen)), frames[:, :, known:]
 
     def generate(self, frame: Tensor, geometry: Geometry, cameras: list[Camera], observe: Observe,
                  draws: Generator) -> Iterator[tuple[State, Tensor]]:
@@ -179,7 +181,11 @@ class World(nn.Module):
         """What the memory shows at each latent's camera, and the mask -> [1, C + 1, F, h, w]; h and w are those of
         `like`."""
         h, w = like.shape[-2:]
-        return torch.stack([torch.cat(latent_memory.read(memory, padded(view), h, w)) for view in views], dim=1)[None]
+        shown = [latent_memory.read(memory, padded(view), h, w) for view in views]
+        z, mask = (torch.stack(images, dim=1) for images in zip(*shown))   # [C, F, h, w], [1, F, h, w]
+        if not self.settings.mask:
+            mask = torch.ones_like(mask)
+        return torch.cat([z, mask])[None]
 
     def denoise(self, given: Tensor, control: Tensor, draws: Generator) -> Tensor:
         """Latents [1, C, F, h, w], of which the first are the given ones [1, C, k, h, w]."""

@@ -117,7 +117,6 @@ def read_vae(path: str | Path, device=None, dtype=None) -> WanVAE | Wan22VAE:
     return frugal.apply(kind.from_pretrained(path, inside, device=device, dtype=dtype))
 
 
-
 if __name__ == "__main__":
     import tempfile
 
