@@ -258,7 +258,7 @@ def main(args: argparse.Namespace) -> None:
 def flags() -> argparse.ArgumentParser:
     parser = common.flags(__doc__)
     parser.add_argument("--size", type=int, default=2, help="rows and columns of the small latents (default 2)")
-    parser.add_argument("--repeat", type=int, default=2, help="timed runs, of which the best counts (default 2)")
+    parser.add_argument("--repeat", type=int, default=2, help="timed runs; the best one counts (default 2)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default 1); small work is slower on more")
     return parser
 

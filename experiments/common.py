@@ -1,4 +1,4 @@
-"""What all experiments share: their flags, the way they start, and files that are written whole.
+"""What all experiments share: their flags, the way they start, and files that are written atomically.
 
 An experiment is run from the repository's root as `python -m experiments.NAME`, and nothing else starts it. What it
 makes goes to runs/experiments, in the folders and under the names that docs/ has: `--out docs` is how maintainers renew

@@ -72,7 +72,7 @@ def main(args: argparse.Namespace) -> None:
         models = {}
         for name, settings in METHODS.items():  # the loss matters from the first step through pixels on
             settings = settings | {"steps": 2 * args.steps, "temporal_from": 2 * args.steps, "latent_until": args.steps}
-            models[name] = harmonizers.trained_on(args, seed, data, folder / f"model of {name}", None, **settings)
+            models[name] = harmonizers.continued(args, seed, data, folder / f"model of {name}", None, **settings)
         results = tables.harmonise(clips, folder, models, tables.scored_on(args))
         scores = tables.evaluate(args, clips, results, folder / "scores")
         spectra.append({name: residual_spectrum(clips, where) for name, where in results.items()})

@@ -6,7 +6,7 @@
     no temporal loss  the same without the warp loss
     no past           every frame by itself (past=0), with the warp loss
 
-All are trained on from one harmonizer that knows single frames. `temporal` is VBench's flicker, as in the paper:
+All continue the training of one harmonizer that knows single frames. `temporal` is VBench's flicker, as in the paper:
 1 − mean |x_t − x_t+1| on [0, 1] over the whole frame, which motion lowers too; the text gives the truth's own.
 E*warp takes motion out of it. The paper's numbers are for drives at 1024 x 576 that it was not trained on.
 """
@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> None:
     for seed in range(1, args.seeds + 1):
         start = harmonizers.beginning(args, seed, data)
         folder = args.runs / "harmonizer_temporal" / f"seed_{seed}"
-        models = {name: harmonizers.trained_on(args, seed, data, folder / f"model of {name}", start, **settings)
+        models = {name: harmonizers.continued(args, seed, data, folder / f"model of {name}", start, **settings)
                   for name, settings in METHODS.items()}
         results = tables.harmonise(clips, folder, models, tables.scored_on(args))
         scores = tables.evaluate(args, clips, results, folder / "scores")

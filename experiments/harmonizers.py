@@ -27,7 +27,7 @@ def pairs(args: argparse.Namespace) -> Path:
 
 
 def train(args: argparse.Namespace, to: Path, seed: int, data: Path, base: Path | None = None, **settings) -> None:
-    """train_online.py, from nothing or on from `base`, into the folder `to`."""
+    """train_online.py, from nothing or continuing `base`, into the folder `to`."""
     settings = {"steps": args.steps, "seed": seed, "latent_until": 0} | settings
     start = ("--base", base) if base else ()
     tables.train_stage("train_online.py", args, to, settings, "--vae", args.vae, "--data", data, *start,
@@ -42,8 +42,8 @@ def beginning(args: argparse.Namespace, seed: int, data: Path, name: str = "all"
     return tables.once(args.runs / "harmonizer_beginning" / name / f"seed_{seed}", settings, make)
 
 
-def trained_on(args: argparse.Namespace, seed: int, data: Path, folder: Path, start: Path, **settings) -> Path:
-    """The second part of the training, from `start`; kept in `folder`."""
+def continued(args: argparse.Namespace, seed: int, data: Path, folder: Path, start: Path, **settings) -> Path:
+    """The second part of the training, which continues `start`; kept in `folder`."""
     settings = {"temporal_from": 0} | settings
     make = partial(train, args, seed=seed, data=data, base=start, **settings)
     return tables.once(folder, tables.trained_with(args, pairs=args.pairs, start=start, **settings), make)

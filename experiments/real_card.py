@@ -1,4 +1,4 @@
-"""The shipped model on real streets: what it leaves alone, and what it mends.
+"""The shipped model on real streets: what it leaves alone, and what it improves.
 
     python -m experiments.real_card --unchanged CLIPS --streets PAIRS --insertions PAIRS --perceptual DIR
 

@@ -180,7 +180,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("part", choices=PARTS, nargs="+", help="see above")
     parser.add_argument("--size", type=int, nargs=3, metavar=("T", "H", "W"), help="of the clips of bytes, vae, step")
     parser.add_argument("--frames", type=int, default=33, help="of the clips of infer, and at most those of length")
-    parser.add_argument("--repeat", type=int, default=3, help="turns, of which the best counts (default 3)")
+    parser.add_argument("--repeat", type=int, default=3, help="timed runs of each; the best one counts (default 3)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: its own)")
     return parser
 

@@ -121,7 +121,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("part", choices=PARTS, nargs="+", help="see above")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="of the image, multiples of 8")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of seconds (default cpu)")
-    parser.add_argument("--repeat", type=int, default=3, help="turns, of which the best counts (default 3)")
+    parser.add_argument("--repeat", type=int, default=3, help="timed runs of each; the best one counts (default 3)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: its own)")
     return parser
 

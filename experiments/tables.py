@@ -90,7 +90,7 @@ def scored_on(args: argparse.Namespace, **more) -> dict:
 
 
 def python(*argv, accepted: tuple[int, ...] = (0,)) -> None:
-    """Run one of the project's own scripts; its mistake ends this one, too."""
+    """Run one of the project's own scripts; if it fails, so does this one, with its status."""
     print("$ python", *argv, flush=True)
     status = subprocess.run([sys.executable, *map(str, argv)]).returncode
     if status not in accepted:

@@ -112,5 +112,5 @@ def test_what_was_trained_is_kept_until_a_setting_changes(tmp_path, monkeypatch)
     monkeypatch.setattr(tables, "python", lambda *argv: calls.append(argv))
     args = argparse.Namespace(runs=tmp_path, steps=2, data="d", weights="w", perceptual="p", vae="v", pairs=5)
     for settings in ({}, {}, {"past": 0}):
-        harmonizers.trained_on(args, 1, tmp_path, tmp_path / "model", tmp_path / "start", **settings)
+        harmonizers.continued(args, 1, tmp_path, tmp_path / "model", tmp_path / "start", **settings)
     assert len(calls) == 2
