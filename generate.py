@@ -42,6 +42,7 @@ from mirage_min.systems.observe import DepthNetwork, ToyDepth
 from mirage_min.systems.world import Geometry, Observe, World
 
 SHIPPED = Path(__file__).parent / "weights" / "world"
+MOST = 100_000  # frames of a path: a camera for each is held
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -167,8 +168,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                         help="seed=0, views=1, way=0, crf=16, preset=fast, fps=10, what the model takes: steps=20, ...")
     args = parser.parse_args(argv)
-    if args.frames is not None and args.frames < 2:
-        parser.error(f"--frames must be at least 2, got {args.frames}")
+    if args.frames is not None and not 2 <= args.frames <= MOST:
+        parser.error(f"--frames must be from 2 to {MOST}, got {args.frames}")
     return args
 
 
