@@ -157,10 +157,10 @@ def dove(device: str, dtype: torch.dtype = torch.bfloat16) -> Restorer:
     return random_model(make, device, dtype)
 
 
-def artifact_remover(device: str, dtype: torch.dtype = torch.bfloat16) -> Restorer:
-    """ChopGrad's removal of artifacts: Wan 2.1 1.3B as a Restorer."""
+def artifact_remover(device: str, dtype: torch.dtype = torch.bfloat16, size: str = "1.3B") -> Restorer:
+    """ChopGrad's removal of artifacts: Wan 2.1 of a size as a Restorer."""
     def make() -> Restorer:
-        return Restorer(frugal.apply(WanVAE()), WanDiT(WanDiTConfig(**WAN_DIT["1.3B"])), torch.zeros(1, 512, 4096), WAN,
+        return Restorer(frugal.apply(WanVAE()), WanDiT(WanDiTConfig(**WAN_DIT[size])), torch.zeros(1, 512, 4096), WAN,
                         RestorerSettings("artifacts"))
     return random_model(make, device, dtype)
 

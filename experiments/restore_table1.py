@@ -28,7 +28,7 @@ def main(args: argparse.Namespace) -> None:
     for seed in range(1, args.seeds + 1):
         start = restorers.beginning(args, seed, "upscale", *flags)
         folder = args.runs / "restore_table1" / f"seed_{seed}"
-        models = {name: restorers.trained_on(args, seed, folder / f"model of {name}", start, *flags, **settings)
+        models = {name: restorers.continued(args, seed, folder / f"model of {name}", start, *flags, **settings)
                   for name, settings in METHODS.items()}
         results = tables.harmonise(clips, folder, models, tables.scored_on(args), restorers.read)
         seeds.append(restorers.score(args, clips, results, folder / "scores"))

@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> None:
     for seed in range(1, args.seeds + 1):
         start = restorers.beginning(args, seed, "artifacts", *flags, **artifacts)
         folder = args.runs / "restore_table2" / f"seed_{seed}"
-        models = {name: restorers.trained_on(args, seed, folder / f"model of {name}", start, *flags,
+        models = {name: restorers.continued(args, seed, folder / f"model of {name}", start, *flags,
                                              **artifacts | settings) for name, settings in methods(args.steps).items()}
         results = tables.harmonise(clips, folder, models, tables.scored_on(args), restorers.read)
         seeds.append(restorers.score(args, clips, results, folder / "scores"))

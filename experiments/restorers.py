@@ -88,7 +88,7 @@ def beginning(args: argparse.Namespace, seed: int, name: str, *flags, **settings
     return tables.once(args.runs / "restorer_beginning" / name / f"seed_{seed}", kept, make)
 
 
-def trained_on(args: argparse.Namespace, seed: int, folder: Path, start: Path, *flags, **settings) -> Path:
+def continued(args: argparse.Namespace, seed: int, folder: Path, start: Path, *flags, **settings) -> Path:
     """The second part, from `start`; kept in `folder`."""
     settings = {"lr": LR} | settings
 

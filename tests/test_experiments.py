@@ -13,7 +13,10 @@ import torch
 
 from experiments import common, measuring, published, real_pairs, speed, speed_r3d2, streaming, training_cost
 from mirage_min.data.video import read_clip
+from mirage_min.method.schedules import WAN
 from mirage_min.systems.mirage import Mirage
+from mirage_min.systems.restore import Restorer
+from mirage_min.systems.restore_folder import Settings
 from tests import scripts, small
 
 ROOT = Path(__file__).parents[1]
@@ -200,6 +203,26 @@ def test_real_pairs_are_copied_under_the_names_that_evaluate_wants(tmp_path):
     assert sorted(path.name for path in (work / "ni").iterdir()) == ["a.mp4", "b.mp4"]
 
 
+def small_restorer(stage):
+    """A recipe of training_cost's for a small Wan as a restorer, in bfloat16."""
+    def make(device):
+        world = small.world()
+        parts = world.vae, world.dit, torch.ones(1, 2, 8), WAN, Settings("artifacts")
+        return Restorer(*parts).requires_grad_(False).to(device, torch.bfloat16)
+    return training_cost.Recipe("small", make, stage, (9, 32, 32), 10, tiles=2)
+
+
+def test_a_restorers_memory_is_divided_among_processes_but_for_what_is_not_its_transformers(monkeypatch):
+    monkeypatch.setattr(training_cost, "vgg16", lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU()))
+    monkeypatch.setattr(training_cost, "TAPS", {"vgg": {"relu1_1": 1}})
+    recipe = small_restorer("R")
+    one, eight = (training_cost.restorer_memory(recipe, n) for n in (1, 8))
+    weights = 4 * sum(p.numel() for p in recipe.make("cpu").dit.parameters())
+    assert one["moments"] == 2 * weights and eight["moments"] == pytest.approx(2 * weights / 8, rel=0.01)
+    assert one["parameters"] - eight["parameters"] == pytest.approx(weights * 7 / 8, rel=0.01)
+    assert one["backward"] == eight["backward"] > 0 and one["passing"] >= eight["passing"] > 0
+
+
 def test_the_operations_of_a_training_step_are_those_of_the_same_step_on_data(monkeypatch):
     """On the meta device and on a CPU, whose attention is another; and stage H takes more than stage A."""
     monkeypatch.setattr(training_cost, "vgg16", lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU()))
@@ -211,6 +234,9 @@ def test_the_operations_of_a_training_step_are_those_of_the_same_step_on_data(mo
         counts[stage], on_cpu = (training_cost.operations(recipe, device) for device in ("meta", "cpu"))
         assert counts[stage] == pytest.approx(on_cpu, rel=1e-3), f"stage {stage}: {counts[stage]} and {on_cpu}"
     assert counts["H"] > counts["A"] > 0
+    restorer = small_restorer("R")
+    on_meta, on_cpu = (training_cost.operations(restorer, device) for device in ("meta", "cpu"))
+    assert on_meta == pytest.approx(on_cpu, rel=1e-3) and on_meta > 0
     assert training_cost.gpu_hours(263e12, 80_000) == pytest.approx(14.8, abs=0.05)
 
 

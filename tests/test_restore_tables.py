@@ -48,7 +48,7 @@ def commands(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "report", lambda name, doc, args, paper, seeds, more=None: scored.update(
         rows=list(seeds[0]["mean"][tables.FULL]), paper=list(paper[tables.FULL])))
     monkeypatch.setattr(restore_table3, "train_flow", lambda *given: None)
-    monkeypatch.setattr(restore_table3, "open_flow", lambda *given: None)
+    monkeypatch.setattr(restore_table3, "open_flow", lambda *given: argparse.Namespace(predict=max))
     monkeypatch.setattr(restorers, "read", lambda folder: None)
     monkeypatch.setattr(restore_table3, "operations", lambda *given: 1)
 
@@ -95,7 +95,7 @@ def test_what_was_trained_is_kept_until_a_setting_changes(tmp_path, monkeypatch)
     monkeypatch.setattr(tables, "python", lambda *argv: calls.append(argv))
     args = argparse.Namespace(runs=tmp_path, steps=2, data="d", weights="w", perceptual="p", vae="v")
     for settings in ({}, {}, {"d_trunc": 2}):
-        restorers.trained_on(args, 1, tmp_path / "model", tmp_path / "start", "--data", "d", **settings)
+        restorers.continued(args, 1, tmp_path / "model", tmp_path / "start", "--data", "d", **settings)
     for _ in range(2):
         restorers.beginning(args, 1, "upscale", "--data", "d")
     assert len(calls) == 3 and "latent_until=2" in calls[2] and "latent_clips=16" in calls[2]
