@@ -150,7 +150,10 @@ def encode(encoder, tokens, kind: str) -> Tensor:
 
 
 def clean(text: str) -> str:
-    """As Wan's pipeline: broken Unicode mended, HTML entities resolved twice, runs of white space to one space."""
+    """As Wan's pipeline: broken Unicode repaired, HTML entities resolved twice, runs of white space made one space.
+
+    ValueError for text beyond ASCII where ftfy, which repairs it, is missing.
+    """
     try:
         import ftfy
 

@@ -37,7 +37,7 @@ import re
 import sys
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -92,7 +92,10 @@ def check(methods: dict[str, dict[str, Path]]) -> dict[str, tuple[int, int, int]
 # ---- scores ----------------------------------------------------------------------------------------------------------
 
 def load_networks(args) -> tuple[dict[str, Callable], Callable | None, dict[str, str]]:
-    """({metric: distance of two videos}, the network of vFID, {metric that cannot be had: why})."""
+    """({metric: distance of two videos}, the network of vFID or None, {metric that cannot be computed: why}).
+
+    ValueError if --perceptual or --vfid names what is not there, or no such network.
+    """
     distances, absent = {"PSNR": metrics.psnr, "SSIM": metrics.ssim}, {}
     if args.perceptual and str(args.perceptual) != backbones.AUTO and not args.perceptual.exists():
         raise ValueError(f"--perceptual {args.perceptual}: is not there")
@@ -199,6 +202,12 @@ def mean(values) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
+def mean_row(rows: Iterable[dict[str, float]]) -> dict[str, float]:
+    """{metric: value} of several videos -> their means, of every metric in COLUMNS; nan where no video has it."""
+    rows = list(rows)
+    return {metric: mean(row.get(metric, math.nan) for row in rows) for metric in COLUMNS}
+
+
 def logged_speed(folder: Path) -> dict[str, float]:
     """{name: frames a second} that infer.py printed, from the *.log files of a folder."""
     text = "\n".join(log.read_text(errors="replace") for log in sorted(folder.glob("[!.]*.log")) if log.is_file())
@@ -253,7 +262,10 @@ def write(folder: Path, means: dict, scores: dict, remarks: dict[str, str], text
 
 
 def add_vfid(means: dict, features: dict[tuple[str, str], list[Tensor]]) -> dict[str, str]:
-    """Complete the means; returns what is to be said of each region's vFID."""
+    """Add vFID to the means, {region: {method: {metric: value}}} -> remarks on it, {"vFID, REGION": text}.
+
+    features: of each (region, method) the rows [1, d] of its clips
+    """
     remarks = {}
     for region, method in features:
         a, b = (torch.cat(features[region, m]) for m in (method, TRUTH))
@@ -299,8 +311,8 @@ def main(args) -> None:
                 scores[region][method][name]["frames/s"] = speeds[method][name]
         for key, found in clips.items():
             features[key] += found
-    means = {region: {method: {metric: mean(row.get(metric, math.nan) for row in rows.values()) for metric in COLUMNS}
-                      for method, rows in table.items()} for region, table in scores.items() if table}
+    means = {region: {method: mean_row(rows.values()) for method, rows in table.items()}
+             for region, table in scores.items() if table}
 
     frames, shown = sum(map(len, crops.values())), sum(crop is not None for found in crops.values() for crop in found)
     remarks = {"scored": f"{len(shapes)} videos, {frames} frames" + f", {shown} of them with crops" * bool(args.boxes),

@@ -91,7 +91,10 @@ def main(args: argparse.Namespace) -> int:
 
 
 def harmonise_all(videos: list[Path], load: Callable, args: argparse.Namespace, settings: Settings) -> int:
-    """Each video -> NAME.mp4 in the folder args.output, unless that exists. Returns the exit status."""
+    """Each video -> NAME.mp4 in the folder args.output, unless that exists. Returns the exit status.
+
+    ValueError if args.output is no folder, or is the input.
+    """
     if is_mp4(args.output) or place.is_clip(args.output) or args.output.is_file():
         raise ValueError(f"{args.output}: wanted a folder for the results of a folder of videos")
     if args.output.exists() and args.output.samefile(args.input):
@@ -114,7 +117,10 @@ def harmonise_all(videos: list[Path], load: Callable, args: argparse.Namespace, 
 
 def harmonise(source: Path, target: Path, load: Callable, args: argparse.Namespace, settings: Settings,
               label: str | None = None) -> None:
-    """One video from file to file; load() returns the system, label is put before the progress bar."""
+    """One video from file to file; load() returns the system, label is put before the progress bar.
+
+    ValueError of one line if video, settings and system do not fit, or the place of the output is taken.
+    """
     page = target.with_name(f"{target.stem if is_mp4(target) or place.is_clip(target) else target.name}.html")
     if args.report and page.exists() and not args.overwrite:
         raise ValueError(f"{page}: exists (--overwrite replaces it)")
@@ -198,7 +204,7 @@ def choose_dtype(device: str, model: Path) -> torch.dtype:
 
 
 def remember(frames: Iterable[Tensor], kept: deque[Tensor]) -> Iterator[Tensor]:
-    """The same frames; each is kept as it passes."""
+    """The same frames [3, H, W]; each is appended to `kept` as it passes."""
     for frame in frames:
         kept.append(frame)
         yield frame

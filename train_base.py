@@ -181,7 +181,7 @@ def one_step_loss(model: CogVideoXDiT | WanDiT, batch: list[Tensor], draws: Gene
 
 
 def one_step_2d_loss(model: UNet2D, batch: list[Tensor], draws: Generator, alpha_bars: Tensor):
-    """The same, each frame alone."""
+    """The same by a UNet, each frame alone; batch = (z_NI, z_GT), each [B, C, T, h, w]."""
     z_ni, z_gt = (rearrange(z, "b c t h w -> (b t) c h w") for z in batch)
     z_dr = denoise_epsilon(model, z_ni, T_MIRAGE, empty_prompt(z_ni), alpha_bars)
     loss = nnf.mse_loss(z_dr.float(), z_gt)

@@ -159,7 +159,7 @@ def forward_and_backward(models: nn.ModuleList, recipe: Recipe, x_ni: Tensor, x_
     """Forward and backward for some of a step's clips x_ni, x_gt [n, 3, T, H, W] in [-1, 1].
 
     Their share of the batch's gradient is added to .grad, and their share of each term of the loss, unweighted, to
-    `terms`.
+    `terms`. ValueError for clips of fewer than past + 2 frames.
 
     batch   None: the kind that takes the most memory
     moved   flow and visible between the two frames of a temporal batch (`motion`); None: nothing moved

@@ -99,7 +99,7 @@ def run_script(name: str, *argv) -> None:
 
 
 def peak_of_script(name: str, *argv) -> int:
-    """Bytes that a process of one of the project's scripts took at most; Linux."""
+    """Bytes that a process of one of the project's scripts took at most; Linux. ValueError if it fails."""
     probe = ("import experiments.measuring as m, sys\n"
              "m.run_script(*sys.argv[1:])\nprint()\nprint(m.process_memory('VmHWM'))")
     run = subprocess.run([sys.executable, "-c", probe, name, *map(str, argv)], cwd=ROOT, text=True,

@@ -84,7 +84,7 @@ class Add(nn.Module):
     """Takes a fusion block's place in the decoder: h + f."""
 
     def forward(self, h: Tensor, f: Tensor) -> Tensor:
-        """Of one shape."""
+        """h, f [B, C, T, H, W] -> h + f."""
         return h + f.to(h.dtype)
 
 

@@ -107,7 +107,8 @@ def patches(cells: Tensor) -> list[list[tuple[int, int]]]:
 
 
 def inserted_figures(x_ni: Tensor, x_gt: Tensor, y: Tensor, boxes: Tensor, lpips: Lpips | None) -> dict[str, float]:
-    """PSNR over whole frames and in the actor's crop, LPIPS in the crop, each of the insertion and of the output y."""
+    """PSNR over whole frames, PSNR and LPIPS in the crops around boxes [T, 4], of the insertion and of the output y;
+    videos are [3, T, H, W] in [-1, 1]."""
     crops, out = metrics.actor_crops(boxes, *x_gt.shape[2:]), {}
     for name, x in (("naive", x_ni), ("ours", y)):
         out[f"full_psnr_{name}"] = metrics.psnr(x[None], x_gt[None]).item()
@@ -170,7 +171,7 @@ def middle(*videos: Tensor) -> Tensor:
 
 
 def measure_unchanged(args: argparse.Namespace, mirage: Mirage, strips: list[Tensor]) -> dict:
-    """The figures of every clip at every width, and of the first in other tones."""
+    """The figures of every clip at every width, and of the first in other tones. ValueError if there is no clip."""
     clips = sorted(args.unchanged.glob("*.mp4"))
     if not clips:
         raise ValueError(f"{args.unchanged}: wanted *.mp4, found none")
@@ -188,7 +189,7 @@ def measure_unchanged(args: argparse.Namespace, mirage: Mirage, strips: list[Ten
 
 
 def measure_streets(folder: Path, mirage: Mirage, lpips: Lpips | None, strips: list[Tensor]) -> list[dict]:
-    """The figures of every pair of a folder."""
+    """The figures of every pair of a folder. ValueError if there is none."""
     rows = []
     for path in tqdm(sorted(folder.glob("*.safetensors")), unit="pair", disable=None):
         tensors, _ = load_tensors(path)
@@ -206,7 +207,7 @@ def measure_streets(folder: Path, mirage: Mirage, lpips: Lpips | None, strips: l
 
 
 def measure_insertions(folder: Path, mirage: Mirage, lpips: Lpips | None, strips: list[Tensor]) -> list[dict]:
-    """The figures of every NAME_ni.mp4 and NAME_gt.mp4 of a folder."""
+    """The figures of every NAME_ni.mp4 and NAME_gt.mp4 of a folder. ValueError if there are none."""
     rows = []
     for path in sorted(folder.glob("*_ni.mp4")):
         name = path.name.removesuffix("_ni.mp4")

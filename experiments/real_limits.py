@@ -48,7 +48,10 @@ def variants(mirage: Mirage, x_ni: Tensor, x_gt: Tensor) -> dict[str, Tensor]:
 
 
 def measure(folder: Path, frames: int, mirage: Mirage, lpips: Lpips | None) -> dict[str, dict[str, float]]:
-    """The mean figures by variant over every NAME_ni.mp4 and NAME_gt.mp4 of a folder, and the number of pairs."""
+    """The mean figures by variant over every NAME_ni.mp4 and NAME_gt.mp4 of a folder, and the number of pairs.
+
+    ValueError if there are none.
+    """
     paths = sorted(folder.glob("*_ni.mp4"))
     if not paths:
         raise ValueError(f"{folder}: wanted NAME_ni.mp4 and NAME_gt.mp4, found no *_ni.mp4")

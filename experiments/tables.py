@@ -191,7 +191,10 @@ def perceptual_loss(args: argparse.Namespace, gram: float = 0.0, mse: float = 0.
 
 def train(params: Iterable[nn.Parameter], loss: Callable[[Tensor, Tensor], Tensor], args: argparse.Namespace, seed: int,
           lr: float, size: tuple[int, int] | None = (96, 96), batch: int = 2) -> None:
-    """args.steps of AdamW on loss(x_ni, x_gt), scheduled, drawn and clipped as in the training scripts."""
+    """args.steps of AdamW on loss(x_ni, x_gt) [], scheduled, drawn and clipped as in the training scripts.
+
+    The clips are [batch, 3, 9, h, w] in [-1, 1], of this size; None: whole frames.
+    """
     data = Pairs(args.data, 9, size)
     params = [p.requires_grad_() for p in params]
     optimizer = torch.optim.AdamW(params, lr=lr)
@@ -293,8 +296,10 @@ def region_table(region: str, paper: dict[str, dict[str, float]], rows: list[dic
     """
     metrics = [m for m in BETTER if any(row.get(m) is not None for row in rows[0].values())]
     title = f"{region}: ours (paper)" if paper else region
-    cells = [[method, *(cell([row[method].get(m) for row in rows], paper.get(method, {}).get(m)) for m in metrics)]
-             for method in rows[0]]
+    cells = []
+    for method in rows[0]:
+        known = paper.get(method, {})
+        cells.append([method, *(cell([row[method].get(m) for row in rows], known.get(m)) for m in metrics)])
     lines = [common.table([title, *metrics], cells), ""]
     for metric in metrics if paper else ():
         known = {method: row[metric] for method, row in paper.items() if metric in row}

@@ -111,7 +111,7 @@ def train_for(args: argparse.Namespace, family: str, settings: dict, to: Path) -
 
 
 def trained(args: argparse.Namespace) -> dict[str, Path]:
-    """{name of a variant: its VAE}, each made once."""
+    """{name of a variant: its VAE}, each made once. ValueError without --real or --perceptual."""
     if args.real is None or args.perceptual is None:
         raise ValueError("--train wants --real and --perceptual, as train_base.py does")
     folders = {}

