@@ -102,7 +102,7 @@ def read(path: Path) -> dict:
 def tensors(content: dict, where: str, drop: list[str]) -> tuple[State, Counter]:
     """The tensors of a state dict, and how many other entries it holds: of which type, or dropped by their prefix.
 
-    ValueError if it is no dict.
+    ValueError if it is not a dict.
     """
     if not isinstance(content, dict):
         raise ValueError(f"{where}: wanted tensors by name, got a {type(content).__name__}")

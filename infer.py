@@ -93,7 +93,7 @@ def main(args: argparse.Namespace) -> int:
 def harmonise_all(videos: list[Path], load: Callable, args: argparse.Namespace, settings: Settings) -> int:
     """Each video -> NAME.mp4 in the folder args.output, unless that exists. Returns the exit status.
 
-    ValueError if args.output is no folder, or is the input.
+    ValueError if args.output is not a folder, or is the input.
     """
     if is_mp4(args.output) or place.is_clip(args.output) or args.output.is_file():
         raise ValueError(f"{args.output}: wanted a folder for the results of a folder of videos")
@@ -104,7 +104,7 @@ def harmonise_all(videos: list[Path], load: Callable, args: argparse.Namespace, 
     left = [video for video in videos if args.overwrite or not targets[video].exists()]
     failed = 0
     if left:
-        load()  # once, and what is wrong with it is no video's fault
+        load()  # once, and what is wrong with it is not a video's fault
     for number, video in enumerate(left, 1):
         try:
             harmonise(video, targets[video], load, args, settings, f"{number} of {len(left)}")

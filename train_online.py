@@ -57,7 +57,7 @@ class Recipe(run.Recipe):
     wiring: Literal["release", "paper"] = "paper"
     past: Annotated[int, checked.Within(0, 64)] = 4  # K
     temporal_from: int = 10_000    # the step from which there are temporal batches
-    temporal_every: Annotated[int, checked.Within(1)] = 2  # then one step in so many has one
+    temporal_every: Annotated[int, checked.Within(1)] = 2  # then one step in this many has one
     past_from: Literal["outputs", "truth"] = "outputs"  # what a temporal batch sees: the model's outputs, or the truth
     past_share: Share = 1.0        # of temporal batches that see a past; the others begin a clip
     lambda_l2: Weight = 1.0

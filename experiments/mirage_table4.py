@@ -9,7 +9,7 @@
 
 mirage_fig6.png: channel means of Enc-1, of the 2D encoder and of Dec-4 at frame 7 of a clip of 9 (after the paper's
 Fig. 6), and how far each feature of frame 7 changes when noise is added to frame j of the input, relative to j = 7.
-What a 2D encoder sees changes with its own frame alone; what the 3D encoder says of frame 7 changes with earlier frames
+A 2D encoder's features of a frame change with that frame alone; the 3D encoder's of frame 7 change with earlier frames
 too, and through skips that is ghosting. mirage_ghosting.png: frame 7 of the first clip as each method makes it, and
 below it the mean absolute difference to the truth.
 
@@ -124,7 +124,7 @@ def predict(args: argparse.Namespace, clips: Path, name: str, seed: int, to: Pat
     tables.predict(clips, to, lambda x_ni, x_gt: mirage(x_ni))
 
 
-# ---- what features say of other frames -------------------------------------------------------------------------------
+# ---- what features hold of other frames ------------------------------------------------------------------------------
 
 def features(mirage: Mirage, x: Tensor) -> dict[str, Tensor]:
     """What is said of frame FRAME of x [1, 3, 9, H, W], each [C, H, W] or at half of that."""

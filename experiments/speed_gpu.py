@@ -123,7 +123,7 @@ def free() -> None:
 
 
 def peak(device: str, n: int = 8192, repeat: int = 20) -> float:
-    """Operations a second of the product of two n x n matrices in bfloat16, the best of so many."""
+    """Operations a second of the product of two n x n matrices in bfloat16, the best of this many."""
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     best = float("inf")
     for _ in range(repeat + 2):

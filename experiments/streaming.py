@@ -60,7 +60,7 @@ def differences(x: Tensor) -> Tensor:
 
 
 def seams(mirage: Mirage, x: Tensor, window: int) -> dict:
-    """Parts 2 and 3 for one clip x [3, T, H, W] in [-1, 1], in windows of so many latents."""
+    """Parts 2 and 3 for one clip x [3, T, H, W] in [-1, 1], in windows of this many latents."""
     T, shared = x.shape[1], overlap(window, mirage.temporal_patch)
     step, length = window - shared, 8  # a latent is four frames, a group of the decoder two latents
     groups = [g.start for g in mirage.vae.encode_groups(mirage.vae.legal_length(T)) if 0 < g.start < T]

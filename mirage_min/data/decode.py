@@ -153,7 +153,7 @@ class Due:
             time, failed, promised = heapq.heappop(self.heap)
             if self.of_decoding and not failed:
                 return lost, time
-            # A stream may start with packets whose references were cut away, and a field is no frame: no losses.
+            # A stream may start with packets whose references were cut away, and a field is not a frame: no losses.
             if time < frame.pts and (failed or (promised and self.begun and not frame.interlaced_frame)):
                 lost.append(time)
         self.begun = True

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import av
 
-# Formats that are no videos themselves but name other files, hosts or devices; text drawn as pictures; and animations,
+# Formats that are not videos themselves but name other files, hosts or devices; text drawn as pictures; and animations,
 # which pictures.py reads.
 REFUSED = {"concat", "dash", "ffmetadata", "hls", "imf", "rtp", "rtsp", "sap", "sdp", "vobsub", "webm_dash_manifest",
            "tty", "gif", "gif_pipe", "apng"}

@@ -104,7 +104,7 @@ class Matroska:
             raise ValueError(f"{self.path}: cut off")
 
     def _count(self, head: bytes, length: int, at: int) -> None:
-        """Count the frames of the block at byte `at`, of so many bytes: its track, two bytes of time, flags (10.1)."""
+        """Count the frames of the block at byte `at`: its track, two bytes of time, flags (10.1). length: in bytes."""
         track, n = number(head)
         if track not in (known.get(NUMBER) for known in self.tracks):
             raise ValueError(f"{self.path}: a block of no track at byte {at}")

@@ -138,7 +138,7 @@ def pictures_of(folder: Path) -> list[Path]:
 
 
 def videos_in(folder: Path) -> list[Path]:
-    """The videos and clips of a folder in natural order; none where the path is no folder, or is one of pictures.
+    """The videos and clips of a folder in natural order; none where the path is not a folder, or is one of pictures.
 
     ValueError if it holds videos and pictures, or two videos that differ in their ending alone.
     """

@@ -24,12 +24,12 @@ except ImportError:  # Windows: what a killed run leaves stays there
 
 
 def is_mp4(path: Path) -> bool:
-    """Whether an output of this name is an mp4 file: it ends in .mp4 and is no folder."""
+    """Whether an output of this name is an mp4 file: it ends in .mp4 and is not a folder."""
     return path.suffix.lower() == ".mp4" and not path.is_dir()
 
 
 def is_clip(path: Path) -> bool:
-    """Whether an input or output of this name is a clip of tensors: it ends in .safetensors and is no folder."""
+    """Whether an input or output of this name is a clip of tensors: it ends in .safetensors and is not a folder."""
     return path.suffix.lower() == ".safetensors" and not path.is_dir()
 
 
@@ -69,7 +69,7 @@ def is_empty(path: Path) -> bool:
 
 
 def first_other(folder: Path) -> str | None:
-    """The first name in a folder that is no PNG of ours (000000.png and so on), by the alphabet; None if all are."""
+    """The first name in a folder that is not a PNG of ours (000000.png and so on), by the alphabet; None if all are."""
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries
                  if not re.fullmatch(r"\d{6}\.png", entry.name) or entry.is_dir(follow_symlinks=False)]
@@ -94,7 +94,7 @@ def taking_place(target: Path, overwrite: bool) -> Iterator[Path]:
             flush(part / "new")
             put(part / "new", target, part / "old", overwrite)
     finally:
-        shutil.rmtree(part, ignore_errors=True)  # once the output has its place, a leftover is no failure
+        shutil.rmtree(part, ignore_errors=True)  # once the output has its place, a leftover is not a failure
 
 
 def put(new: Path, target: Path, old: Path, overwrite: bool) -> None:

@@ -46,7 +46,7 @@ class Comparison:
     right: str
     most: int = 48
     count: int = 0
-    every: int = 1                                    # one in so many frames is shown
+    every: int = 1                                    # one in this many frames is shown
     shown: list[tuple[str, str, str]] = field(default_factory=list)      # left, right and change, as data URLs
     tones: tuple[list, list] = field(default_factory=lambda: ([], []))   # of both, [R, G, B] of each frame
     flicker: tuple[list, list] = field(default_factory=lambda: ([], []))

@@ -22,7 +22,7 @@ VIDEOS = {".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".safetensors"
 def videos(folder: Path) -> tuple[dict[str, Path], list[str]]:
     """{name without suffix: path} of the videos, clips and folders of pictures in a folder; and what was passed over.
 
-    Hidden entries (.ipynb_checkpoints, ._clip.mp4, @eaDir) are no part of it. ValueError if there is none.
+    Hidden entries (.ipynb_checkpoints, ._clip.mp4, @eaDir) are not part of it. ValueError if there is none.
     """
     found, passed_over = {}, []
     for path in sorted(folder.iterdir()):

@@ -75,7 +75,7 @@ def read_cameras(path: Path, width: int, height: int, pictures: list[Path] = [])
     """transforms.json -> the camera of every frame of a video of this size, with OpenCV's axes.
 
     pictures: those that the video consists of, in order; without them frames are ordered by file_path.
-    ValueError naming the file and the field for missing or bad values, other sizes and lenses that are no pinholes.
+    ValueError naming the file and the field for missing or bad values, other sizes and lenses that are not pinholes.
     """
     views = read_views(path)
     cameras = [camera(view, f"{path}: frames[{i}]", width, height) for i, view in enumerate(views)]
@@ -92,7 +92,7 @@ def read_views(path: Path) -> list[View]:
 
 
 def read_frames(path: Path) -> list[dict[str, Any]]:
-    """Everything that transforms.json says of each frame; ValueError if frames are no list of objects."""
+    """Everything that transforms.json says about each frame; ValueError if frames are not a list of objects."""
     about = read_json(path)
     frames = about.get("frames")
     if not isinstance(frames, list) or not frames:
@@ -102,7 +102,7 @@ def read_frames(path: Path) -> list[dict[str, Any]]:
 
 
 def refuse_lenses(fields: dict, path: Path, field: str, allowed: tuple[str, ...] = ()) -> None:
-    """ValueError for a frame of transforms.json whose camera is no pinhole, or distorts by more than `allowed`."""
+    """ValueError for a frame of transforms.json whose camera is not a pinhole, or distorts by more than `allowed`."""
     if other := [name for name in OTHER_LENSES if fields.get(name)]:
         raise ValueError(f"{path}: {field}.{other[0]}: wanted a pinhole camera, got {str(fields[other[0]])[:40]}")
     for name in sorted(DISTORTION & fields.keys() - set(allowed)):
@@ -133,7 +133,7 @@ def camera(view: View, where: str, width: int, height: int) -> Camera:
 
 
 def focal_length(size: float, angle: float) -> float:
-    """The focal length, in pixels, of a camera that sees `size` pixels in an angle of so many radians."""
+    """The focal length, in pixels, of a camera that sees `size` pixels in an angle of this many radians."""
     return size / 2 / math.tan(angle / 2)
 
 
@@ -205,7 +205,7 @@ def read_inria(path: Path, width: int, height: int, pictures: list[Path] = []) -
 
 @dataclass
 class Applied:
-    """What transforms.json says of its own world: how it was made of the one before it, of COLMAP as a rule."""
+    """What transforms.json says about its own world: how it was made of the one before it, of COLMAP as a rule."""
 
     applied_transform: Annotated[Tensor, (3, 4)] | None = None
     applied_scale: Scale = 1.0
@@ -222,7 +222,7 @@ class Dataparser:
 def to_the_cameras_world(folder: Path) -> tuple[float, Tensor, Tensor] | None:
     """s, R [3, 3] and t [3]: x = s·R·x' + t takes scene.ply to the world of transforms.json. None: it is there.
 
-    ValueError naming the file and the field if nerfstudio's transforms are no rotations and translations.
+    ValueError naming the file and the field if nerfstudio's transforms are not rotations and translations.
     """
     if not (folder / DATAPARSER).exists():
         return None

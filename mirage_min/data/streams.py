@@ -156,7 +156,7 @@ def reinserted(shot: ToyShot) -> Sample:
 def artifacts(shot: Shot, draws: Generator, kind: str | None = None, steps: int = 60) -> Sample:
     """The scene, at rest, as shown by Gaussians that saw too little of it; `kind` is one of KINDS, drawn if None.
 
-    ValueError for another kind, and for a shot that is no made-up scene.
+    ValueError for another kind, and for a shot that is not a made-up scene.
     """
     if not isinstance(shot, ToyShot):
         raise ValueError("artifacts want a made-up scene: a recording's camera path is not known")

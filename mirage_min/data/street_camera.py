@@ -109,7 +109,7 @@ def street_of(clip: Path) -> Street | None:
 
 
 def clips_of_known_streets(folder: Path) -> dict[Path, Street]:
-    """The clips of a folder, in order, whose cameras are known. ValueError if there are none, or one is no clip."""
+    """The clips of a folder, in order, whose cameras are known. ValueError if there are none, or one is not a clip."""
     found = {clip: street_of(clip) for clip in sorted(folder.glob("*.safetensors"))}
     found = {clip: street for clip, street in found.items() if street is not None}
     if not found:

@@ -92,7 +92,7 @@ def glow(light: Light) -> Tensor:
 
 
 def haze(color: Tensor, depth: Tensor, light: Light) -> Tensor:
-    """Colours [N, 3] as they are seen through so many metres [N] of air."""
+    """Colours [N, 3] as they are seen through this many metres [N] of air."""
     share = (depth / 220).clamp(0, 0.5)[:, None]
     return torch.lerp(color, horizon(light).expand_as(color), share)
 

@@ -32,7 +32,7 @@ class Body:
     parts: list[Part]
     color: Tensor         # [3], linear RGB
     pose: Tensor          # [T, 4, 4], object to world
-    size: Tensor | None   # [3] width, height, length of a vehicle; None for what is no vehicle
+    size: Tensor | None   # [3] width, height, length of a vehicle; None for what is not a vehicle
 
 
 FACES = (4, 5, 6, 7), (3, 2, 1, 0), (0, 1, 5, 4), (1, 2, 6, 5), (2, 3, 7, 6), (3, 0, 4, 7)  # corners of a prism's faces

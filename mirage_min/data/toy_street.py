@@ -62,7 +62,7 @@ def sample_road(u: Draws) -> Road:
 
 
 def ground(road: Road, point: Tensor, depth: Tensor, seed: int) -> Tensor:
-    """Albedo [M, 3] of the ground at points [M, 3], seen from so many metres [M]: asphalt, markings, verge.
+    """Albedo [M, 3] of the ground at points [M, 3], seen from this many metres [M]: asphalt, markings, verge.
 
     Detail fades where a pixel covers much of it.
     """

@@ -207,7 +207,7 @@ def writing(path: str | Path, format: Format, crf: int = 16, preset: str = "medi
     """Lend a writer, `write(x [3, H, W] in [-1, 1], pts, duration)`, of an mp4, a clip or a folder of PNGs.
 
     The output appears under its name at the end (place.py); if anything is raised before, nothing is left of it.
-    A path that is no folder and ends in .mp4 becomes H.264: `crf` is its quality, from 0 (lossless but for the
+    A path that is not a folder and ends in .mp4 becomes H.264: `crf` is its quality, from 0 (lossless but for the
     conversion to YUV) to 51, and `sound` the file whose sound is taken over. NAME.safetensors gets x_dr. PNGs are
     lossless, and silent. ValueError if the place is taken, x264 refuses the settings, or writing fails.
     """

@@ -131,7 +131,7 @@ def backward(vae: CausalDecoder, z: Tensor, loss_fn: Loss, d_trunc: int | None =
 class Clip:
     """A clip to be decoded group by group and tile by tile: latents and features that collect their gradients.
 
-    ValueError if inject has other groups than z, or requires grad and is no leaf.
+    ValueError if inject has other groups than z, or requires grad and is not a leaf.
     """
 
     def __init__(self, vae: CausalDecoder, z: Tensor, inject: list[Tensor], checkpoint: bool):

@@ -38,7 +38,7 @@ class Memory:
 
     @classmethod
     def empty(cls, channels: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> "Memory":
-        """A memory without points, for latents of so many channels in this dtype; points are at least float32."""
+        """A memory without points, for latents of this many channels in this dtype; points are at least float32."""
         wide = torch.promote_types(dtype, torch.float32)
         return cls(torch.empty(0, 3, dtype=wide, device=device), torch.empty(0, channels, dtype=dtype, device=device))
 

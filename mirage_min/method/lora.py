@@ -111,7 +111,7 @@ def add(module: nn.Module, name: str, rank: int, alpha: float, targets: Sequence
 
     `targets` are endings of dotted layer names ("to_q", "to_out.0", "conv1.conv"); None is every Linear, Conv2d and
     Conv3d. ValueError if nothing is targeted, a name is taken, a layer is of a subclass (whose forward would be lost),
-    or the rank is no positive integer.
+    or the rank is not a positive integer.
     """
     if not isinstance(rank, int) or rank < 1:
         raise ValueError(f"a LoRA needs a rank of at least 1, a whole number, got {rank!r}")

@@ -50,7 +50,7 @@ def read_config(cls, config: dict, where: str | Path):
 
 
 def matches(value, wanted) -> bool:
-    """Whether a field has its one supported value: `wanted`, or if that is no list, a list of nothing else."""
+    """Whether a field has its one supported value: `wanted`, or if that is not a list, a list of nothing else."""
     if isinstance(wanted, (list, tuple)):
         return isinstance(value, list) and value == list(wanted)
     return all(v == wanted for v in value) if isinstance(value, list) else value == wanted

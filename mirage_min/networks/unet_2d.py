@@ -122,7 +122,7 @@ class UNet2D(nn.Module):
 
         Any h, w and L. views: this many consecutive images, "(b v)", share their self-attention. In the shapes below,
         i counts the stages, C_i is block_out_channels[i], and h/2^i is rounded up.
-        ValueError for other shapes, or if N is no multiple of `views`.
+        ValueError for other shapes, or if N is not a multiple of `views`.
         """
         self._check(z, text, views)
         N, C, h, w = z.shape

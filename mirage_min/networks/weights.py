@@ -288,7 +288,7 @@ def whole_file(path: Path):
 def one_line(path: Path):
     """Turn errors of reading the file `path` into a ValueError of one line that names it.
 
-    Missing, unreadable, truncated or corrupt files, Git LFS pointers, and paths that are no files, such as pipes.
+    Missing, unreadable, truncated or corrupt files, Git LFS pointers, and paths that are not files, such as pipes.
     """
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: is no file")  # a pipe would be waited for, without end

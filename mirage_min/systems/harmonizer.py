@@ -45,7 +45,7 @@ CELL = 16  # pixels: frames are padded to whole patches of 2 x 2 latents
 
 @dataclass
 class Settings:
-    """What model_index.json says of a Harmonizer, besides where its parts are."""
+    """What model_index.json says about a Harmonizer, besides where its parts are."""
 
     wiring: Literal["release", "paper"] = "release"
     past: Annotated[int, checked.Within(0, 64)] = 4               # K: outputs in view; in the release 4, or a multiple
@@ -199,7 +199,7 @@ class Harmonizer(nn.Module):
     def from_pretrained(cls, path: str | Path, device=None, dtype=None, wiring: str = "", **settings) -> "Harmonizer":
         """A trained Harmonizer from its folder or hub id; `wiring`, if given, and `settings` replace what it says.
 
-        ValueError of one line that names the file, if it is no Harmonizer's or a part is missing or does not fit.
+        ValueError of one line that names the file, if it is not a Harmonizer's or a part is missing or does not fit.
         """
         file = weights.locate(CosmosDiT, path, None, INDEX) / INDEX
         index = weights.read_json(file)

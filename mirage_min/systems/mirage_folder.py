@@ -66,7 +66,7 @@ class About:
 
 @dataclass
 class Peft:
-    """What PEFT says of an adapter, as far as it decides the result."""
+    """What PEFT says about an adapter, as far as it decides the result."""
 
     lora_alpha: Alpha | None = None
     target_modules: list[str] | None = None
@@ -229,7 +229,7 @@ def load_stage(mirage: "Mirage", tensors: dict[str, Tensor], about: dict[str, st
 
 
 def read_peft(about: dict[str, str], file: str | Path) -> Peft:
-    """What a file's metadata says of the transformer's adapter; ValueError if it has more than one scale."""
+    """What a file's metadata says about the transformer's adapter; ValueError if it has more than one scale."""
     fields = checked.parse(about.get(lora.METADATA, "{}"))
     if isinstance(fields, dict):
         fields = {key.removeprefix(f"{TRANSFORMER}."): value for key, value in fields.items()}

@@ -13,7 +13,7 @@ systems are wired like this. A folder's VAE, and the skip convolutions in its fi
 
 A folder is in diffusers' layout: model_index.json, unet/, scheduler/, vae/ with `decoder.skip_conv_1` and so on among
 its weights, as nvidia/difix has them; and prompt.safetensors, the text embedding of the fixed prompt, which published
-folders lack (encode_prompt.py makes it with their text_encoder/). R3D2's own folder on the hub could not be looked at,
+folders lack (encode_prompt.py makes it with their text_encoder/). R3D2's own folder on the hub could not be inspected,
 and its timestep and prompt are not known: whatever differs from the above is refused with the file and what was wanted.
 
     system = R3D2.from_pretrained("nvidia/difix", prompt="prompt.safetensors")
@@ -59,7 +59,7 @@ CELL = 8                                       # pixels to a latent
 
 @dataclass
 class Index:
-    """What model_index.json says of such a system: the library and the class of each part."""
+    """What model_index.json says about such a system: the library and the class of each part."""
 
     _class_name: str
     unet: list[str]

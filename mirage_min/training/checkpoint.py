@@ -35,7 +35,7 @@ MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # AdamW's
 # --recipe and --set make of the recipe, which is compared itself.
 FREE_FLAGS = {"data", "perceptual", "val", "run", "device", "recipe", "set", "step"}
 SAMPLE = 2**20     # bytes of every frozen tensor that its digest covers
-BLOCK = 4096       # a file's digest covers its size and 16 blocks of so many bytes, evenly spread
+BLOCK = 4096       # a file's digest covers its size and 16 blocks of this many bytes, evenly spread
 
 
 def may_change(default):

@@ -66,7 +66,7 @@ class Recipe(Optimisation):
     height: int = 512
     width: int = 768
     real: float = 0.0                   # share of clips from the real video
-    real_frames: int = 0                # use only so many of its frames; 0: all
+    real_frames: int = 0                # use only this many of its frames; 0: all
     varied: float = 0.0                 # share of clips in other tones, naive insertion and truth alike
 
 
