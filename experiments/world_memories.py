@@ -96,9 +96,9 @@ class PixelLift(World):
 
 class Release(World):
     """The release's lift and readout: cells by their index, depth averaged over edges and holes, rounding, and a write
-    with duplicate indices. `order` None: written from far to near; a generator: in any order, which PyTorch allows."""
+    with duplicate indices, here from far to near."""
 
-    order: Generator | None = None
+    any_order = False
 
     def remember(self, memory, z, geometry, cameras):
         for i, camera in enumerate(cameras):
@@ -107,14 +107,15 @@ class Release(World):
 
     def look(self, memory, views, like):
         h, w = like.shape[-2:]
-        found = [torch.cat(release_read(memory, view, h, w, self.order)) for view in views]
+        order = Generator().manual_seed(len(memory)) if self.any_order else None
+        found = [torch.cat(release_read(memory, view, h, w, order)) for view in views]
         return torch.stack(found, dim=1)[None]
 
 
 class ReleaseAnyOrder(Release):
-    """The same where writes come in any order."""
+    """The same where writes come in any order, as PyTorch allows."""
 
-    order = Generator().manual_seed(0)
+    any_order = True
 
 
 def release_add(memory: Memory, z: Tensor, depth: Tensor, camera: Camera) -> Memory:
@@ -132,7 +133,8 @@ def release_add(memory: Memory, z: Tensor, depth: Tensor, camera: Camera) -> Mem
 
 
 def release_read(memory: Memory, camera: Camera, h: int, w: int, order: Generator | None) -> tuple[Tensor, Tensor]:
-    """latent_memory.read as the release does it, the last write to a cell being the one that stays."""
+    """latent_memory.read as the release does it. The last write to a cell stays; `order` None: they come from far to
+    near, a generator: in any order."""
     K, w2c = cell_camera(camera, h, w)
     x, y, z = transform(K @ w2c[:3], *memory.points.unbind(dim=1))
     u, v = (x / z).round(), (y / z).round()

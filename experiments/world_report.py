@@ -1,6 +1,7 @@
 """The text and pictures of world_study.py, from what it has recorded."""
 
 from pathlib import Path
+from statistics import mean
 
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -104,7 +105,7 @@ def moving(part: dict) -> str:
     places = "what is at rest", "cells that the filter changes"
     rows = [[f"{name} the filter", *(spread(part[f"{place}, {name}"]) for place in places)]
             for name in ("with", "without")]
-    cells = f"{sum(part['cells']) / len(part['cells']):.1%}"
+    cells = f"{mean(part['cells']):.1%}"
     return MOVING.format(**part | {"cells": cells, "table": common.table(["", *places], rows)})
 
 
@@ -136,15 +137,15 @@ def draw(path: Path, record: dict) -> None:
     if "readout" in record:
         distances = record["readout"]["distances"]
         for key in ("latent", "RGB", "no warp"):
-            means = [sum(found[key]) / len(found[key]) for found in distances.values()]
-            left.plot([int(t) for t in distances], means, "o-", label=key)
+            known = {int(t): mean(found[key]) for t, found in distances.items() if found[key]}
+            left.plot(known.keys(), known.values(), "o-", label=key)
         left.set(xlabel="frame t, read from a memory of frame 0", ylabel="error of the latent, relative")
         left.legend()
     if "loop" in record:
         for name, found in record["loop"]["methods"].items():
-            frames = [key for key in found if key.startswith("frame ")]
-            means = [sum(found[key]) / len(found[key]) for key in frames]
-            right.plot([int(key.removeprefix("frame ")) for key in frames], means, ".-", label=name)
+            known = {int(key.removeprefix("frame ")): mean(values) for key, values in found.items()
+                     if key.startswith("frame ") and values}
+            right.plot(known.keys(), known.values(), ".-", label=name)
         right.set(xlabel="frame, out and back", ylabel="PSNR of what frame 0 shows, dB")
         right.legend()
     common.save_figure(path, figure)

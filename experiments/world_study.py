@@ -264,34 +264,38 @@ def ablations(args: argparse.Namespace) -> dict:
 
 
 @torch.no_grad()
+def after_true_frames(world: World, clip: Clip, path: list[Camera], observe: Known) -> State:
+    """The state in the middle of a path, all frames up to it being the clip's."""
+    step, new = pixel_frame(world.settings.latents - 1), list(range(1, world.settings.latents))
+    state = world.start(clip.x_gt[:, 0], observe(clip.x_gt[:, [0]], path[:1]), path[0])
+    for t in range(0, len(path) // 2, step):
+        x, cameras = pad(clip.x_gt[None, :, t : t + step + 1]), [path[t + pixel_frame(f)] for f in new]
+        memory = world.update(state.memory, x, new, observe(x[0], cameras), cameras)
+        state = State(memory, x[:, :, -1:], cameras[-1:])
+    return state
+
+
+@torch.no_grad()
 def filtered(world: World, clip: Clip, path: list[Camera], seed: int) -> dict[str, float]:
     """The figures of `moving` for one scene."""
-    T, step = len(path), pixel_frame(world.settings.latents - 1)
-    half, new = T // 2, list(range(1, world.settings.latents))
-    states, videos = {}, {}
+    half, states, videos = len(path) // 2, {}, {}
     for name, moving in (("with", True), ("without", False)):
-        observe = Known(clip, path, moving)
-        state = world.start(clip.x_gt[:, 0], observe(clip.x_gt[:, [0]], path[:1]), path[0])
-        for t in range(0, half, step):
-            at = [path[t + pixel_frame(f)] for f in new]
-            memory = world.update(state.memory, pad(clip.x_gt[None, :, t : t + step + 1]), new,
-                                  observe(clip.x_gt, at), at)
-            state = State(memory, pad(clip.x_gt[None, :, [t + step]]), [path[t + step]])
-        states[name], draws, chunks = state, Generator().manual_seed(seed), []
-        for t in range(half, T - 1, step):
-            state, x = world.step(state, path[t + 1 : t + step + 1], observe, draws)
-            chunks.append(x[0])
-        videos[name] = torch.cat(chunks, dim=1)
-    back = path[half + 1 :]
-    z = world.vae.encode(states["with"].past)
-    differ = [(world.look(states["with"].memory, [c], z) != world.look(states["without"].memory, [c], z)).any(dim=1)
-              for c in back]
+        observe, draws = Known(clip, path, moving), Generator().manual_seed(seed)
+        state = states[name] = after_true_frames(world, clip, path, observe)
+        chunks, done = [], half + 1
+        while done < len(path):
+            state, x = world.step(state, path[done : done + world.room(state)], observe, draws)
+            chunks.append(x)
+            done += x.shape[2]
+        videos[name] = torch.cat(chunks, dim=2)                        # [1, 3, half, H, W]
+    like, back = world.vae.encode(states["with"].past), path[half + 1 :]
+    a, b = (world.look(states[name].memory, back, like) for name in ("with", "without"))
     still = clip.moving[None, :, half + 1 :] == 0
-    ghosts = pixels(torch.cat(differ, dim=1), SIZE)[None] & still
+    changed = pixels((a != b).any(dim=1), SIZE)[None] & still
     truth = clip.x_gt[None, :, half + 1 :]
-    return {f"{place}, {name}": float(metrics.psnr(x[None], truth, where)) for name, x in videos.items()
-            for place, where in (("what is at rest", still), ("cells that the filter changes", ghosts))} | {
-            "cells": float(ghosts.double().mean())}
+    return {f"{place}, {name}": float(metrics.psnr(x, truth, where)) for name, x in videos.items()
+            for place, where in (("what is at rest", still), ("cells that the filter changes", changed))} | {
+            "cells": float(changed.double().mean())}
 
 
 def moving(args: argparse.Namespace) -> dict:

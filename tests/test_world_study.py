@@ -9,7 +9,16 @@ import torch
 from torch import Generator
 
 from experiments import world_memories, world_report, world_study
-from experiments.world_memories import Known, NoMemory, PixelLift, Release, RgbCloud, TrueLatents, as_kind
+from experiments.world_memories import (
+    Known,
+    NoMemory,
+    PixelLift,
+    Release,
+    ReleaseAnyOrder,
+    RgbCloud,
+    TrueLatents,
+    as_kind,
+)
 from mirage_min.method.latent_memory import Memory
 from mirage_min.networks import imagenet, weights
 from mirage_min.systems.world import pad
@@ -133,7 +142,21 @@ def test_the_release_puts_a_cell_at_its_corner_and_averages_its_depth_over_the_m
     corners = [[j, i] for i in range(2) for j in range(4)]
     assert torch.allclose(q[:, :2] / q[:, 2:], torch.tensor(corners).float(), atol=1e-5)
     assert q[0, 2] == 5 and q[1, 2] == 4 and q[5, 2] == 3, "means of four pixels, sky being 0"
-    assert isinstance(as_kind(Release, test_world.world()).order, type(None))
+
+
+def test_the_releases_loop_reads_by_its_own_rules_in_order_or_not(scene):
+    """At the first camera all cells but sky are their own; in any order, only where nothing lies on top."""
+    clip, path = scene
+    like, views = torch.zeros(1, 768, 1, 2, 3), path[:1]
+    found = []
+    for kind in (Release, ReleaseAnyOrder):
+        world = as_kind(kind, test_world.world())
+        x, cameras = pad(clip.x_gt[None, :, :9]), [path[4], path[8]]
+        memory = world.start(x[0, :, 0], Known(clip, path)(x[0], views), path[0]).memory
+        assert torch.equal(world.look(memory, views, like)[0, :768, 0, 1], cell_image(x[0, :, 0])[:, 1])
+        memory = world.update(memory, x, [1, 2], Known(clip, path)(x[0], cameras), cameras)
+        found.append(world.look(memory, path[:9], like))
+    assert torch.equal(found[0][:, -1], found[1][:, -1]) and not torch.equal(*found)
 
 
 # ---- what is observed, and how it is judged --------------------------------------------------------------------------
