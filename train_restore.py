@@ -96,8 +96,8 @@ class Recipe(run.Recipe):
 SMALL = dict(steps=1_200, batch=1, frames=9, height=96, width=144, lr=1e-3, warmup=50, cosine=True, weight_decay=0.01,
              latent_until=900, lambda_lpips=3.0, lambda_mse=10.0, lpips="squeeze", tiles=1, real=0.2, half=True)
 RECIPES = {
-    # DEVIATION: DOVE's second stage has images too; ChopGrad trains on videos alone, as here. Its MSE is of [0, 1], of
-    # which the square is a quarter of that on [-1, 1]
+    # DEVIATION: DOVE's second stage has images too; ChopGrad trains on videos alone, as here. DOVE's MSE is of [0, 1],
+    # a quarter of that on [-1, 1]
     "dove": Recipe(task="upscale", degrade="low resolution", steps=500, batch=4, frames=24, height=320, width=640,
                    lr=5e-6, t=399, scale=4, lambda_latent=0.0, lambda_lpips=0.0, lambda_mse=0.25, lambda_dists=0.1,
                    tiles=1),

@@ -7,8 +7,9 @@
 
 Both continue one restorer that learned from latents (restorers.py), as DOVE's first stage does, and run alike on whole
 clips. MSE and differences are of [0, 1], as in DOVE's code. LPIPS on SqueezeNet stands for DISTS, whose weights need
-not be at hand; AlexNet scores. Left out: DOVE's single images, four batches of five. The paper's numbers are means over
-its five sets of videos; there DOVE's row is the published checkpoint, which ChopGrad continues.
+not be at hand; AlexNet scores. DOVE's script has clips of two frames, and four batches of single images for each of
+them; here both ways have nine. The paper's numbers are means over its five sets of videos; there DOVE's row is the
+published checkpoint, which ChopGrad continues.
 """
 
 import argparse

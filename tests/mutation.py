@@ -74,6 +74,9 @@ TESTS = {  # {file or folder: its tests}, where they are not tests/test_NAME.py;
     "experiments/mirage_table2.py": "tables", "experiments/mirage_table3.py": "tables",
     "experiments/mirage_table4.py": "tables", "experiments/r3d2_table5.py": "tables",
     "experiments/chopgrad_table4.py": "tables", "experiments/stage_h_losses.py": "tables",
+    "experiments/restore_card.py": "restore_card", "experiments/restorers.py": "restore_tables",
+    "experiments/restore_table1.py": "restore_tables", "experiments/restore_table2.py": "restore_tables",
+    "experiments/restore_table3.py": "restore_tables", "train_restore.py": "train_restore distributed",
 }
 SLOW = "not killed"  # names of tests, as for pytest's -k
 MEMORY = 10 * 2**30  # bytes of address space: some mistakes ask for all there is
