@@ -217,7 +217,7 @@ def forward_and_backward(models: nn.ModuleList, recipe: Recipe, x_in: Tensor, x_
         # L_pixel = λ_lpips L_lpips (C.2), or λ_mse L_mse + λ_dists L_dists (§4.1)        ChopGrad §4
         return share * sum(getattr(recipe, f"lambda_{name}") * value for name, value in found.items())
 
-    with run.autocast(recipe, x_gt.device):
+    with autocast(recipe, x_gt.device):
         with torch.no_grad():
             encode = partial(encode_each_frame, restorer.vae) if recipe.each_frame else restorer.vae.encode
             z_in, z_gt = encode(x_in), encode(x_gt)
@@ -232,6 +232,11 @@ def forward_and_backward(models: nn.ModuleList, recipe: Recipe, x_in: Tensor, x_
         torch.autograd.backward([loss, z_out], [None, grad_z])  # once through the transformer, for both losses
     else:
         loss.backward()
+
+
+def autocast(recipe: Recipe, device: str | torch.device) -> torch.autocast:
+    """run.autocast; where the transformer is sharded without copies, which would make it whole again in bfloat16."""
+    return run.autocast(recipe, device, keep_copies=not recipe.shard)
 
 
 def encode_each_frame(vae: nn.Module, x: Tensor) -> Tensor:
@@ -273,7 +278,7 @@ def main(args, recipe: Recipe) -> None:
 
     @torch.no_grad()
     def restore(x_in, x_gt):
-        with run.autocast(recipe, x_in.device):  # x_in is as large as the truth already
+        with autocast(recipe, x_in.device):  # x_in is as large as the truth already
             return restorer.restore(x_in)
 
     bar = run.Steps(args, recipe, start)
@@ -282,7 +287,7 @@ def main(args, recipe: Recipe) -> None:
         optimizer.zero_grad()
         if step < recipe.latent_until:
             z_in, z_gt = cached.batch(recipe.latent_batch, run.draws(recipe.seed, step))
-            with run.autocast(recipe, args.device):
+            with autocast(recipe, args.device):
                 share = 1 / processes.world()  # each computes the same
                 _, loss = latent_loss(restorer, recipe, z_in.to(args.device), z_gt.to(args.device), share, terms)
             loss.backward()

@@ -164,7 +164,7 @@ def restorer_memory(recipe: Recipe, processes: int) -> dict[str, int]:
         models = nn.ModuleList([restorer, Judge(gram=False)])
 
     def step(models: nn.ModuleList, x_in: Tensor, x_gt: Tensor) -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # as where shard=true
             restorer_step(models, recipe, x_in, x_gt, checkpoint=True)
     return memory.expected(models, step, (1, 3, *recipe.size), "cpu", restorer.dit.parameters(), processes)
 

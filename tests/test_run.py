@@ -227,6 +227,14 @@ def test_a_bar_on_a_terminal_shows_the_steps_that_a_resumed_run_has_behind_it(mo
     assert "2/5" in (shown := capsys.readouterr().err) and "mse=0.5" in shown
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_autocast_makes_one_copy_of_a_weight_or_one_for_each_use(keep):
+    weight, x = torch.nn.Parameter(torch.ones(4, 4)), torch.ones(1, 4)
+    with run.autocast(Recipe(bf16=True), "cpu", keep):
+        casts = {(x @ weight).grad_fn.next_functions[1][0] for _ in range(2)}
+    assert len(casts) == (1 if keep else 2) and (x @ weight).dtype == torch.float32
+
+
 # ---- what a run says of itself ---------------------------------------------------------------------------------------
 
 

@@ -197,9 +197,12 @@ def schedule(step: int, warmup: int, steps: int, cosine: bool) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) if cosine else 1.0
 
 
-def autocast(recipe: Optimisation, device: str | torch.device) -> torch.autocast:
-    """The context for forward passes: autocast to bfloat16 if the recipe has bf16, else without effect."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=recipe.bf16)
+def autocast(recipe: Optimisation, device: str | torch.device, keep_copies: bool = True) -> torch.autocast:
+    """The context for forward passes: autocast to bfloat16 if the recipe has bf16, else without effect.
+
+    keep_copies: a trained weight becomes bfloat16 once in a context, and not each time that it is used
+    """
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=recipe.bf16, cache_enabled=keep_copies)
 
 
 def due(step: int, recipe: Optimisation) -> bool:
