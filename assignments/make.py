@@ -3,7 +3,7 @@
     python assignments/make.py chopgrad --out handout
     python assignments/make.py causal_cache lora injection --out handout
 
-A function keeps its decorators, its signature and its docstring, which is the task. A handout is about 1 MB;
+A function keeps its decorators, its signature and its docstring, which is the task. A handout is about 1.25 MB;
 source.py lists what goes in, of what git tracks. README.md becomes the student's; the project's own is PROJECT.md.
 """
 

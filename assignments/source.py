@@ -13,14 +13,12 @@ except ImportError:  # Python 3.10: pytest brings tomli there
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-# What a handout is made of: all there is to run and to read, but no weights, no results, nothing about the assignments,
-# and of the tests and experiments those that grade and what they import
-TOGETHER = ("*.py", "README.md", "LICENSE", "CITATION.cff", "DEVIATIONS.md", "pyproject.toml", "requirements*.txt",
-            "mirage_min/**/*.py", "tests/*.py", "experiments/alignment.py", "experiments/chopgrad_*.py",
-            "experiments/common.py", "experiments/measuring.py", "examples/**/*.py", "docs/*.md",
-            "docs/walkthrough_*.png")
-NOT_FOR_STUDENTS = {"tests/student_bodies.py", "tests/mutation.py", "tests/fuzz.py", "tests/fuzz_changes.py",
-                    "tests/fuzz_doors.py", "tests/fuzz_training.py"}
+# What a handout is made of: the graded tests and the scripts of the method, all that they import, and what there is to
+# read of it; no weights, no results, nothing about the assignments
+CODE = ("infer.py", "train_vae.py", "train_harmonize.py", "examples/chopgrad_diffusers.py", "tests/__init__.py",
+        "tests/conftest.py")
+TEXTS = ("README.md", "LICENSE", "CITATION.cff", "DEVIATIONS.md", "pyproject.toml", "requirements*.txt",
+         "docs/walkthrough.md", "docs/walkthrough_*.png", "docs/equations.md", "docs/training.md", "docs/use.md")
 
 
 def names() -> list[str]:
@@ -38,15 +36,35 @@ def read(name: str) -> dict:
 
 def files(root: Path = ROOT) -> list[Path]:
     """The files of a handout, relative to the source tree; where there is git, those that it tracks."""
-    found = {path.relative_to(root) for pattern in TOGETHER for path in root.glob(pattern) if path.is_file()}
+    functions = [f for name in names() for f in read(name)["functions"]]
+    found = {Path(item.partition("::")[0]) for f in functions for item in (f["name"], *f["tests"])}
+    waiting = [*found, *map(Path, CODE)]
+    while waiting:
+        file = waiting.pop()
+        found.add(file)
+        waiting += imported(root, file) - found
+    found |= {path.relative_to(root) for pattern in TEXTS for path in root.glob(pattern) if path.is_file()}
     if (root / ".git").exists() and shutil.which("git"):
         command = ["git", "-C", str(root), "-c", "safe.directory=*", "ls-files", "-z", "--cached"]
         tracked = subprocess.run(command, capture_output=True, check=True, text=True).stdout
         found &= {Path(name) for name in tracked.split("\0") if name}
-    graded = {test.partition("::")[0] for name in names() for f in read(name)["functions"] for test in f["tests"]}
-    tests = {path for path in found if path.match("tests/test_*.py")}
-    left_out = {path for path in tests if path.as_posix() not in graded} | set(map(Path, NOT_FOR_STUDENTS))
-    return sorted(found - left_out)
+    return sorted(found)
+
+
+def imported(root: Path, file: Path) -> set[Path]:
+    """The files of the tree that a file imports, wherever the import is in it."""
+    found = set()
+    for node in ast.walk(ast.parse((root / file).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules = [Path(*alias.name.split(".")) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = file.parents[node.level - 1] if node.level else Path()
+            package = start.joinpath(*(node.module or "").split("."))
+            modules = [package, *(package / alias.name for alias in node.names)]
+        else:
+            continue
+        found |= {module.with_suffix(".py") for module in modules if module.name}
+    return {path for path in found if (root / path).is_file()}
 
 
 def copy_tree(out: Path, assignments: list[dict]) -> None:

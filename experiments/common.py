@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from mirage_min.networks.weights import whole_file
@@ -48,11 +49,15 @@ def save_json(path: Path, content: dict) -> None:
     save_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def save_figure(path: Path, figure: Figure, dpi: int = 110) -> None:
-    """A PNG and the folders above it."""
+def save_figure(path: Path, figure: Figure, dpi: int = 110, colours: int | None = None) -> None:
+    """A PNG and the folders above it; with so many `colours` at most, 256 or fewer, it takes a third of the room."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=dpi)
+        if colours is not None:
+            with Image.open(temporary) as image:
+                few = image.convert("RGB").quantize(colours, dither=Image.Dither.NONE)
+            few.save(temporary, format="png", optimize=True)
 
 
 def picture(x: Tensor) -> Figure:

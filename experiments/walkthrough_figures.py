@@ -4,6 +4,7 @@
 """
 
 import argparse
+import functools
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ from mirage_min.networks.vae_cogvideox import CogVideoXVAE
 from mirage_min.networks.weights import load_tensors
 from mirage_min.systems.mirage import Mirage
 from mirage_min.systems.prompt import read_prompt
+
+COLOURS = 128  # of a picture: they are part of every handout
 
 
 def axes() -> tuple[Figure, object]:
@@ -150,13 +153,14 @@ def main(args: argparse.Namespace) -> None:
     print("influence of group j on group i, that of i = 1:", [[f"{v:.3f}" for v in row] for row in table.tolist()])
     clip = make_clip(1_000_000, WorldConfig())
     x_ni, x_gt = clip.x_ni[None], clip.x_gt[None]
-    common.save_figure(args.out / "walkthrough_groups.png", draw_groups())
-    common.save_figure(args.out / "walkthrough_graphs.png", draw_graphs())
-    common.save_figure(args.out / "walkthrough_stages.png", draw_stages(args.model, x_ni, x_gt), dpi=80)
+    save = functools.partial(common.save_figure, colours=COLOURS)
+    save(args.out / "walkthrough_groups.png", draw_groups())
+    save(args.out / "walkthrough_graphs.png", draw_graphs())
+    save(args.out / "walkthrough_stages.png", draw_stages(args.model, x_ni, x_gt), dpi=80)
     mirage = Mirage.from_pretrained(args.model, dtype=torch.float32)
-    common.save_figure(args.out / "walkthrough_figure_2.png", draw_figure_2(mirage, x_ni), dpi=80)
-    common.save_figure(args.out / "walkthrough_schedule.png", draw_schedule(alpha_bar()))
-    common.save_figure(args.out / "walkthrough_influence.png", draw_influence(table))
+    save(args.out / "walkthrough_figure_2.png", draw_figure_2(mirage, x_ni), dpi=80)
+    save(args.out / "walkthrough_schedule.png", draw_schedule(alpha_bar()))
+    save(args.out / "walkthrough_influence.png", draw_influence(table))
 
 
 def flags() -> argparse.ArgumentParser:

@@ -44,10 +44,10 @@ MISTAKES = {
         ("f.to(h.dtype) / s_f]", "f.to(h.dtype) / s_h]"),
     ],
     "measure_scales": [
-        ("of_h.std()", "of_h.std() ** 2"),
-        ("of_f.std()", "of_f.mean"),
+        ("std_h.std()", "std_h.std() ** 2"),
+        ("std_f.std()", "std_f.mean"),
         ("h, f = args", "f, h = args"),
-        ("of_h, of_f = measured[block]", "of_h, of_f = measured[block] = RunningStd(), RunningStd()"),  # the last group
+        ("= measured[block]", "= measured[block] = RunningStd(), RunningStd()"),        # the last group alone
     ],
     "alpha_bar": [
         ("torch.cumprod(1 - betas, dim=0)", "1 - betas"),
@@ -217,6 +217,72 @@ MISTAKES = {
         ("size_gt / size", "size / size_gt"),
         ("c_gt - c)", "c - c_gt)"),
         (".mean(0)", ".sum(0)"),                                                        # sum for mean
+    ],
+    "nearest": [
+        ("u >= 0", "u > 1"),                                                            # a column lost
+        ("(v < h)", "(v < h + 1)"),                                                     # into the cell for the unseen
+        ("z > NEAR", "z > -NEAR * 1e9"),                                                # what is not ahead is seen
+        ("v.floor() * w + u.floor()", "u.floor() * h + v.floor()"),                     # columns before rows
+        ('cell, z, "amin"', 'cell, -z, "amin"'),                                        # the farthest
+        ("z == depth[cell], index, N", "z == depth[cell], N - 1 - index, N"),           # the newest
+        ("return first[:nowhere], depth[:nowhere]", "return first[:nowhere].clamp(max=N - 1), depth[:nowhere]"),
+    ],
+    "cell_depth": [
+        ("2 * known.sum(dim=-1) >=", "2 * known.sum(dim=-1) >"),                        # half is not enough
+        ("nanmedian(dim=-1).values", "nanmean(dim=-1)"),                                # on neither surface
+        ("(pixels > 0) & pixels.isfinite()", "pixels.isfinite()"),                      # 0 is no depth
+        ("median, 0)", "median, 1)"),                                                   # unknown is a metre
+    ],
+    "flow_loss": [
+        ("sigma[:, :clean] = 0", "pass"),                                               # what is given is noisy
+        ("[:, :, clean:]", ""),                                                         # and judged
+        ("(v - (eps - z))", "(v - (z - eps))"),                                         # the way back
+        ("1000 * sigma", "sigma"),
+        ("shifted(u, shift)", "u"),
+        ("(1 - each) * z + each * eps", "each * z + (1 - each) * eps"),
+        ("z.split(1), draws", "z.split(1), [draws[0]] * len(z)"),                       # one generator for all
+    ],
+    "sample": [
+        ("(after - sigma) * v", "(sigma - after) * v"),                                 # away from the data
+        ("t[:, :n] = 0", "pass"),
+        ("1000 * sigma, dtype", "sigma, dtype"),
+        ("torch.linspace(1, 0, steps + 1,", "torch.linspace(1, 0, steps,"),             # a step too few
+        ("shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)",
+         "torch.linspace(1, 0, steps + 1, dtype=torch.float64)"),                       # not shifted
+        ("noise.to(torch.promote_types(noise.dtype, torch.float32))", "noise"),         # steps lost in bfloat16
+        ("rest = z[:, :, n:]", "rest = z[:, :, : z.shape[2] - n]"),
+    ],
+    "patch_loss": [
+        ("y[:, :, rows, columns]", "y[:, :, columns, rows]"),
+        ("[:, :, rows, columns]", ""),                                                  # whole frames
+        ("weight * ", ""),
+        ("total / len(taps_x)", "total"),
+        (".mean(dim=(1, 2, 3))", ".sum(dim=(1, 2, 3))"),
+        (".square()", ".abs()"),
+        ("with torch.no_grad():", "if True:"),
+    ],
+    "random_square": [
+        ("W - side + 1", "H - side + 1"),
+        ("(H - high) // 2", "H - high"),
+        ("low, high + 1, ()", "high, high + 1, ()"),                                    # always the largest
+        ("min(1.0, min(H, W) / PATCH_HEIGHT)", "1.0"),
+        ("slice(left, left + side)", "slice(top, top + side)"),
+    ],
+    "warp_loss": [
+        ("inside & visible.bool()", "visible.bool()"),
+        ("inside & visible.bool()", "inside"),
+        ("warp(other, flow)", "warp(x, flow)"),
+        (".sum(dim=(1, 2, 3))\n", ".mean(dim=(1, 2, 3))\n"),
+        ("seen.sum(dim=(1, 2, 3)).clamp_min(1)", "seen.sum(dim=(1, 2, 3))"),            # 0 / 0
+        ("seen.sum(dim=(1, 2, 3)).clamp_min(1)", "seen[0].numel()"),                    # over all pixels
+    ],
+    "blur": [
+        ("y * math.cos(angle) - x * math.sin(angle)", "y * math.cos(angle) + x * math.sin(angle)"),
+        ("-0.5 * (along", "-1.0 * (along"),
+        ("kernel / kernel.sum()", "kernel"),                                            # brighter
+        ('mode="replicate"', 'mode="constant"'),                                        # dark edges
+        ("/ b\n", "/ a\n"),                                                             # round
+        ("3 * max(a, b)", "max(a, b)"),                                                 # cut off
     ],
 }
 

@@ -178,7 +178,10 @@ def test_a_handout_raises_where_a_body_was_and_is_whole_elsewhere(handout):
         ours.body, theirs.body = ours.body[:1], theirs.body[:1]
         assert ast.dump(ours) == ast.dump(theirs), f"{name}: decorators, signature or docstring changed"
     assert not {"assignments", ".git", "__pycache__", "weights"} & {p.name for p in handout.rglob("*")}
-    assert sum(p.stat().st_size for p in handout.rglob("*") if p.is_file()) < 1.7e6, "code, graded tests, pages"
+    assert sum(p.stat().st_size for p in handout.rglob("*") if p.is_file()) < 1.3e6, "code, graded tests, pages"
+    for file in handout.rglob("*.py"):
+        missing = source.imported(source.ROOT, file.relative_to(handout)) - set(source.files())
+        assert not missing, f"{file.relative_to(handout)} imports {missing}, which the handout lacks"
     readme = (handout / "README.md").read_text(encoding="utf-8")
     assert "pytest -n 0 -x" in readme and all(f"`{name}`" in readme for name in FUNCTIONS)
 

@@ -7,6 +7,7 @@ import torch
 
 from mirage_min.data import degradations, toy_world
 from mirage_min.data.degradations import MILD, RANGES, central_mask, half_of_vehicles, low_resolution, vehicle_boxes
+from mirage_min.data.photometric import uniform
 from mirage_min.data.toy_world import WorldConfig
 
 
@@ -50,6 +51,23 @@ def test_blur_keeps_a_flat_frame_and_spreads_a_point_as_its_gaussian():
     spread = degradations.blur(point, draws(), (1.5, 1.5))[0, 0]       # both axes alike: any angle is the same
     wanted = torch.tensor([[math.exp(-((i - 10) ** 2 + (j - 10) ** 2) / 4.5) for j in range(21)] for i in range(21)])
     assert torch.allclose(spread, wanted * (spread.sum() / wanted.sum()), atol=2e-4)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_point_is_spread_along_the_angle_that_was_drawn_and_as_far(seed):
+    """The second moments of what a point becomes: a² along the angle, b² across it; the deviations are drawn first."""
+    a, b, angle = (float(uniform(draws_again, *limits)) for draws_again in [draws(seed)]
+                   for limits in ((1.0, 3.0), (1.0, 3.0), (0, math.pi)))
+    point = torch.zeros(1, 3, 41, 41)
+    point[..., 20, 20] = 1
+    spread = degradations.blur(point, draws(seed), (1.0, 3.0))[0, 1].double()
+    at = torch.arange(41) - 20.0
+    xx, yy, xy = ((spread * w).sum() for w in (at**2, at[:, None] ** 2, at * at[:, None]))
+    c, s = math.cos(angle), math.sin(angle)
+    wanted = [a * a * c * c + b * b * s * s, a * a * s * s + b * b * c * c, (a * a - b * b) * c * s]
+    assert spread.sum() == pytest.approx(1, abs=1e-5)
+    # a kernel of three deviations lacks 3 % of a second moment at most
+    assert [float(v) for v in (xx, yy, xy)] == pytest.approx(wanted, abs=0.05 * max(a, b) ** 2)
 
 
 def test_codecs_lose_more_at_a_worse_quality(x):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from experiments import common, measuring, published, real_pairs, speed, speed_r3d2, streaming, training_cost
 from mirage_min.data.video import read_clip
@@ -54,6 +55,17 @@ def test_wrong_input_is_one_line_and_status_2():
     run = scripts.run("-m", "experiments.real_pairs", "--pairs", "no such folder", "--perceptual", "x")
     assert run.returncode == 2 and len(run.stderr.splitlines()) == 1, run.stderr
     assert "no such folder: wanted NAME_ni.mp4 and NAME_gt.mp4" in run.stderr
+
+
+def test_a_picture_of_few_colours_is_the_same_picture_in_less_room(tmp_path):
+    figure = common.picture(torch.rand(3, 40, 60, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    files = [tmp_path / name for name in ("many.png", "few.png")]
+    common.save_figure(files[0], figure)
+    common.save_figure(files[1], figure, colours=64)
+    many, few = (Image.open(file).convert("RGB") for file in files)
+    assert len(few.getcolors(2**20)) <= 64 < len(many.getcolors(2**20)) and few.size == many.size
+    apart = sum(abs(a - b) for a, b in zip(many.tobytes(), few.tobytes())) / len(many.tobytes())
+    assert apart < 16 and files[1].stat().st_size < files[0].stat().st_size / 2, f"{apart:.1f} of 255 apart"
 
 
 def test_results_are_written_with_the_folders_above_them_and_a_part_takes_the_place_of_its_last_figures(tmp_path):

@@ -180,6 +180,47 @@ def test_the_patch_loss_is_the_weighted_mean_square_of_feature_differences_on_th
     assert x.grad.abs().max() > 0 and outside.abs().max() == 0 and y.grad is None
 
 
+class Taps:
+    """A network of two taps: every other pixel doubled, and the mean of the colours."""
+
+    least = 8
+
+    def __call__(self, x):
+        return [2 * x[..., ::2, ::2], x.mean(dim=1, keepdim=True)]
+
+
+def test_the_patch_loss_of_two_taps_is_the_equation_in_loops_on_the_square_alone(monkeypatch):
+    """DiffusionHarmonizer Eq. 4 with fewer taps than weights; the truth is given, so no gradient flows into it."""
+    monkeypatch.setattr(perceptual, "random_square", lambda H, W, least, draws: (slice(1, 11), slice(4, 14)))
+    x, y = (v.requires_grad_() for v in frames(2, 3, 12, 16))
+    wanted = []
+    for n in range(2):
+        d = (x - y)[n, :, 1:11, 4:14].detach().double()
+        first = sum(float(2 * d[c, i, j]) ** 2 for c in range(3) for i in range(0, 10, 2) for j in range(0, 10, 2)) / 75
+        second = sum(float(d[:, i, j].mean()) ** 2 for i in range(10) for j in range(10)) / 100
+        wanted.append((PATCH_WEIGHTS[0] * first + PATCH_WEIGHTS[1] * second) / 2)
+    got = patch_loss(Taps(), x, y, None)
+    assert got.shape == (2,) and got.tolist() == pytest.approx(wanted, rel=1e-5), f"wanted {wanted}, got {got.tolist()}"
+    got.sum().backward()
+    inside = torch.zeros_like(x, dtype=torch.bool)
+    inside[:, :, 1:11, 4:14] = True
+    assert x.grad[inside].any() and not x.grad[~inside].any() and y.grad is None
+    with pytest.raises(ValueError, match="wanted frames x and y of one shape"):
+        patch_loss(Taps(), x, y[..., :15], None)
+
+
+def test_without_draws_the_patch_loss_is_that_of_the_largest_square_in_the_middle():
+    assert random_square(576, 1024, 16, None) == (slice(32, 544), slice(256, 768))
+    assert random_square(18, 30, 8, None) == (slice(1, 17), slice(7, 23))
+    x, y = frames(1, 3, 18, 30)
+    middle = (..., slice(1, 17), slice(7, 23))
+    changed = x.clone()
+    changed[..., 0, :] += 1                                            # outside of it
+    assert patch_loss(Taps(), x, y, None) == patch_loss(Taps(), changed, y, None)
+    changed[middle] += 1
+    assert patch_loss(Taps(), x, y, None) != patch_loss(Taps(), changed, y, None)
+
+
 def test_every_call_draws_another_square_and_a_generator_of_the_same_seed_the_same_ones(vgg):
     x, y = frames(1, 3, 64, 64)
 
