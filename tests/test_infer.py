@@ -8,8 +8,7 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
+import time
 import weakref
 from fractions import Fraction
 from itertools import islice
@@ -26,8 +25,9 @@ import infer
 from mirage_min.data import desk, video
 from mirage_min.data.video import Video, read_clip, write_clip
 from mirage_min.networks.weights import load_tensors, save_tensors
+from mirage_min.systems import load
 from mirage_min.systems.mirage import Mirage
-from tests import signals, small
+from tests import scripts, signals, small
 from tests.media import HEIGHT, RATE, WIDTH, break_frame, encode, packets_of, picture, pictures
 
 ROOT = Path(__file__).parents[1]
@@ -554,35 +554,41 @@ def test_a_signal_ends_the_run_and_leaves_nothing(tmp_path, capsys, stand_in, na
     assert [p.name for p in tmp_path.iterdir()] == ["in.mp4"]
 
 
+def infer_and_stall(source: Path, target: Path, reached: Path, out: Path, err: Path) -> None:
+    """In a forked process: `python infer.py source target`, whose model touches `reached` at frame 120, and stays."""
+    def stream(frames):
+        for number, frame in enumerate(frames):
+            if number == 120:
+                reached.touch()
+                for _ in range(6000):
+                    time.sleep(0.1)
+            yield frame
+    model = SimpleNamespace(stream=stream, Options=Mirage.Options, from_pretrained=lambda *path, **settings: model)
+    load.system_in = lambda path: model
+    signals.heard()
+    scripts.become(["infer.py", str(source), str(target)], ROOT, out, err)
+
+
 def test_a_signal_to_the_process_ends_it_with_128_and_its_number_and_leaves_nothing(tmp_path):
-    source = encode(tmp_path / "in.mp4", pictures(150))
-    script = ("import runpy, sys, time, types\n"
-              "from mirage_min.systems import load\n"
-              "from mirage_min.systems.mirage import Mirage\n"
-              "def stream(frames):\n"
-              "    for number, frame in enumerate(frames):\n"
-              "        if number == 120:\n"
-              "            print('frame 120', flush=True)\n"
-              "            for _ in range(6000):\n"
-              "                time.sleep(0.1)\n"
-              "        yield frame\n"
-              "model = types.SimpleNamespace(stream=stream, Options=Mirage.Options)\n"
-              "model.from_pretrained = lambda *path, **settings: model\n"
-              "load.system_in = lambda path: model\n"
-              "sys.argv = ['infer.py', *sys.argv[1:]]\n"
-              "runpy.run_path('infer.py', run_name='__main__')\n")
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    processes = [subprocess.Popen([sys.executable, "-c", script, source, tmp_path / f"{number.name}.mp4"], cwd=ROOT,
-                                  text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=signals.heard)
-                 for number in numbers]
+    source, made = encode(tmp_path / "in.mp4", pictures(150)), tmp_path / "made"
+    made.mkdir()
+    numbers, processes = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP), []
+    for number in numbers:
+        reached, out, err = (tmp_path / f"{number.name} {name}" for name in ("reached", "out", "err"))
+        given = source, made / f"{number.name}.mp4", reached, out, err
+        processes.append(scripts.warm.Process(target=infer_and_stall, args=given, daemon=True))
+        processes[-1].start()
     for number, process in zip(numbers, processes):
-        assert process.stdout.readline() == "frame 120\n", process.stderr.read()
-        assert len(list(tmp_path.glob(f"{number.name}.mp4.*.part"))) == 1
-        process.send_signal(number)
-        _, err = process.communicate()
-        assert process.returncode == 128 + number
-        assert err == f"infer.py: stopped by {number.name}; nothing was written\n"
-    assert [p.name for p in tmp_path.iterdir()] == ["in.mp4"]
+        err = tmp_path / f"{number.name} err"
+        while not (tmp_path / f"{number.name} reached").exists():
+            assert process.is_alive(), err.read_text()
+            time.sleep(0.01)
+        assert len(list(made.glob(f"{number.name}.mp4.*.part"))) == 1
+        os.kill(process.pid, number)
+        process.join()
+        assert process.exitcode == 128 + number
+        assert err.read_text() == f"infer.py: stopped by {number.name}; nothing was written\n"
+    assert not list(made.iterdir())
 
 
 # ---- the trained model ----------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from mirage_min.networks import imagenet, weights
 from mirage_min.systems.mirage import Mirage
 from mirage_min.systems.mirage_folder import HARMONISATION, RECONSTRUCTION, TRANSFORMER
 from mirage_min.training import memory, run, watch
-from tests import signals, small
+from tests import scripts, signals, small
 
 SCRIPTS = Path(__file__).parents[1]
 
@@ -395,8 +395,7 @@ def test_a_held_out_pair_that_breaks_later_is_left_out(work, trained, tmp_path, 
 
 
 def test_what_is_wrong_is_one_line_and_exit_status_2(tmp_path):
-    command = [sys.executable, SCRIPTS / "train_vae.py", "--data", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = scripts.run("train_vae.py", "--data", tmp_path, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no usable pairs" in done.stderr, done.stderr
 
 
