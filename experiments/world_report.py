@@ -25,10 +25,10 @@ frame t over its variance, on the cells that both memories show. PSNR: of these 
 """
 COST = """## What it costs
 
-`{command}`, {date}, torch {torch}, {threads} thread(s). The small VAE, 96x144, two new latents a chunk. A readout is
-the control of one chunk: three readouts of cells, or nine pictures of the cloud and their encoding. An update encodes
-the chunk and adds its cells, or adds its pixels; for both a chunk is first decoded ({decode:.0f} ms) and its depth
-found (here by the renderer, {depth:.0f} ms).
+`{command}`, {date}, torch {torch}, {threads} thread(s), milliseconds of a processor. The small VAE, 96x144, two new
+latents a chunk. A readout is the control of one chunk: three readouts of cells, or nine pictures of the cloud and their
+encoding. An update encodes the chunk and adds its cells, or adds its pixels; for both a chunk is first decoded
+({decode:.0f} ms) and its depth found (here by the renderer, {depth:.0f} ms).
 
 {table}
 """
