@@ -37,12 +37,12 @@ def read(name: str) -> dict:
 def files(root: Path = ROOT) -> list[Path]:
     """The files of a handout, relative to the source tree; where there is git, those that it tracks."""
     functions = [f for name in names() for f in read(name)["functions"]]
-    found = {Path(item.partition("::")[0]) for f in functions for item in (f["name"], *f["tests"])}
-    waiting = [*found, *map(Path, CODE)]
+    graded = {item.partition("::")[0] for f in functions for item in (f["name"], *f["tests"])}
+    found, waiting = set(), {Path(file) for file in (*graded, *CODE) if (root / file).is_file()}
     while waiting:
         file = waiting.pop()
         found.add(file)
-        waiting += imported(root, file) - found
+        waiting |= imported(root, file) - found
     found |= {path.relative_to(root) for pattern in TEXTS for path in root.glob(pattern) if path.is_file()}
     if (root / ".git").exists() and shutil.which("git"):
         command = ["git", "-C", str(root), "-c", "safe.directory=*", "ls-files", "-z", "--cached"]
