@@ -139,6 +139,16 @@ def test_what_cannot_be_straightened_is_refused_by_name(tmp_path, capsys, more, 
     assert error.startswith("undistort: ") and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("frames, said", [(1, "got 1"), (3, "got more")])
+def test_a_video_has_as_many_frames_as_there_are_cameras(tmp_path, frames, said):
+    (tmp_path / "filmed").mkdir()
+    write_filmed(tmp_path / "filmed", LENSES[0])
+    write_clip(tmp_path / "filmed" / "video.mp4", torch.zeros(3, frames, H, W))
+    with pytest.raises(ValueError, match=f"video.mp4: wanted a frame for each of the 2 cameras of .*, {said}"):
+        undistort_scene(tmp_path / "filmed", tmp_path / "street")
+    assert not (tmp_path / "street" / "transforms.json").exists()
+
+
 def test_a_scene_is_not_straightened_in_its_own_place(tmp_path):
     write_filmed(tmp_path, LENSES[0])
     with pytest.raises(ValueError, match="wanted another folder than the scene's own"):

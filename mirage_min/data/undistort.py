@@ -157,36 +157,50 @@ def undistort_scene(scene: Path, out: Path) -> list[Straight]:
     ValueError of one line for what is wrong with `scene`; its Gaussians are copied as they are, and not read.
     """
     path = scene / TRANSFORMS
-    film = scene / ("video.mp4" if (scene / "video.mp4").exists() else "images")
     if out.resolve() == scene.resolve():
         raise ValueError(f"{out}: wanted another folder than the scene's own")
-    views, lenses = read_lenses(path)
-    order = ordered([view.file_path for view in views], pictures_of(film) if film.is_dir() else [], path)
+    film = scene / ("video.mp4" if (scene / "video.mp4").exists() else "images")
     out.mkdir(parents=True, exist_ok=True)
-    done, frames = [], []
-    with Video(film) as video:
-        W, H = video.format.width, video.format.height
-        with writing(out / "images", Format(W, H, Fraction(25), Fraction(1, 25))) as pngs:
-            for i, frame in zip(order, desk.bar(video, total=len(order), unit="frame")):
-                K = camera(views[i], f"{path}: frames[{i}]", W, H).K
-                straight = straighten(lenses[i], K, W, H)
-                pngs.write(straight_frame(frame, straight), len(done), 1)
-                fl_x, fl_y = (straight.zoom * straight.focal).tolist()
-                cx, cy = straight.middle.tolist()
-                frames.append({"file_path": f"images/{len(done):06d}.png", "fl_x": fl_x, "fl_y": fl_y, "cx": cx,
-                               "cy": cy, "w": W, "h": H, "transform_matrix": views[i].transform_matrix.tolist()})
-                done.append(straight)
-    if len(done) < len(order):
-        raise ValueError(f"{film}: wanted a frame for each of the {len(order)} cameras, got {len(done)}")
+    done, frames = write_frames(path, film, out / "images")
     about = read_json(path)
     world = {key: about[key] for key in ("applied_transform", "applied_scale") if key in about}
     write_json(out / TRANSFORMS, {"camera_model": "PINHOLE"} | world | {"frames": frames})
     if (scene / "tracks.json").exists():
-        write_json(out / "tracks.json", straight_tracks(scene / "tracks.json", done, W, H))
+        width, height = frames[0]["w"], frames[0]["h"]
+        write_json(out / "tracks.json", straight_tracks(scene / "tracks.json", done, width, height))
     for name in ("scene.ply", "asset.ply", DATAPARSER):
         if (scene / name).exists():
             shutil.copyfile(scene / name, out / name)
     return done
+
+
+def write_frames(path: Path, film: Path, images: Path) -> tuple[list[Straight], list[dict]]:
+    """The frames of a film, straight, as pictures -> what was done to each, and the frames of a new transforms.json.
+
+    path: the transforms.json of the film. ValueError unless it has a camera for each frame.
+    """
+    views, lenses = read_lenses(path)
+    order = ordered([view.file_path for view in views], pictures_of(film) if film.is_dir() else [], path)
+    done, frames = [], []
+    with Video(film) as video:
+        W, H = video.format.width, video.format.height
+        with writing(images, Format(W, H, Fraction(25), Fraction(1, 25))) as pngs:
+            for t, frame in enumerate(desk.bar(video, total=len(order), unit="frame")):
+                if t == len(order):
+                    raise ValueError(f"{film}: wanted a frame for each of the {t} cameras of {path}, got more")
+                view = views[order[t]]
+                K = camera(view, f"{path}: frames[{order[t]}]", W, H).K
+                straight = straighten(lenses[order[t]], K, W, H)
+                pngs.write(straight_frame(frame, straight), t, 1)
+                fl_x, fl_y = (straight.zoom * straight.focal).tolist()
+                cx, cy = straight.middle.tolist()
+                frames.append({"file_path": f"images/{t:06d}.png", "fl_x": fl_x, "fl_y": fl_y, "cx": cx, "cy": cy,
+                               "w": W, "h": H, "transform_matrix": view.transform_matrix.tolist()})
+                done.append(straight)
+            if len(done) < len(order):
+                raise ValueError(f"{film}: wanted a frame for each of the {len(order)} cameras of {path}, "
+                                 f"got {len(done)}")
+    return done, frames
 
 
 def straight_tracks(path: Path, done: list[Straight], width: int, height: int) -> dict:
