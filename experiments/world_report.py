@@ -18,24 +18,30 @@ seeds.
 """
 READOUT = """## A readout without a generator
 
-`{command}`, {date}. Cells: the share that a memory of frame 0 shows at frame t. Error: mean square to the latent of
-frame t over its variance, on the cells that both memories show. PSNR: of these cells decoded, in dB.
+`{command}`, {date}.
+
+Cells: the share that a memory of frame 0 shows at frame t of a drive. Error: mean square to the latent of frame t over
+its variance, on the cells that both memories show. PSNR: of these cells decoded, in dB.
 
 {table}
 """
 COST = """## What it costs
 
-`{command}`, {date}, torch {torch}, {threads} thread(s), milliseconds of a processor. The small VAE, 96x144, two new
-latents a chunk. A readout is the control of one chunk: three readouts of cells, or nine pictures of the cloud and their
-encoding. An update encodes the chunk and adds its cells, or adds its pixels; for both a chunk is first decoded
-({decode:.0f} ms) and its depth found (here by the renderer, {depth:.0f} ms).
+`{command}`, {date}, torch {torch}, {threads} thread(s).
+
+Milliseconds are those of a processor; the small VAE, 96x144, two new latents a chunk. A readout is the control of one
+chunk: three readouts of cells, or nine pictures of the cloud and their encoding. An update encodes the chunk and adds
+its cells, or adds its pixels; for both a chunk is first decoded ({decode:.0f} ms) and its depth found (here by the
+renderer, {depth:.0f} ms).
 
 {table}
 """
 LOOP = """## Out and back
 
-`{command}`, {date}. The first frame is given. PSNR in dB. On pixels that frame 0 shows, the latent memory is better
-than no memory by {gain} dB (seed by seed, the last frame).
+`{command}`, {date}.
+
+The first frame is given. PSNR in dB. In pixels that frame 0 shows, the last frame with the latent memory is {gain} dB
+above that without one, seed by seed.
 
 {table}
 
@@ -43,14 +49,18 @@ than no memory by {gain} dB (seed by seed, the last frame).
 """
 ABLATIONS = """## One thing changed
 
-`{command}`, {date}. The rows above the line are those of the loop.
+`{command}`, {date}.
+
+The rows above the line are those of the loop.
 
 {table}
 """
 MOVING = """## Where cars move
 
-`{command}`, {date}. The way out is true, the way back is generated. PSNR in dB on its frames, of what is at rest. The
-filter changes what is read in {cells} of the pixels.
+`{command}`, {date}.
+
+The way out is true, the way back is generated. PSNR in dB on its frames, of what is at rest. The filter changes what is
+read in {cells} of the pixels.
 
 {table}
 """
@@ -125,29 +135,30 @@ def write(out: Path, record: dict) -> None:
         texts.append(f"Not run yet: {', '.join(missing)}.\n")
     if {"readout", "loop"} & record.keys():
         draw(out / "world_study.png", record)
-        texts.insert(1, "![Error by distance, PSNR by frame](world_study.png)\n")
+        texts.insert(1, "![Error by distance and PSNR by frame, as far as they were measured](world_study.png)\n")
     common.save_text(out / "world_study.md", "\n".join(texts))
     print("\n".join(texts))
 
 
 def draw(path: Path, record: dict) -> None:
     """The error of a readout by distance, and the PSNR along the way, whichever there is."""
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    if "readout" in record:
+    parts = [name for name in ("readout", "loop") if name in record]
+    figure = Figure(figsize=(5.5 * len(parts), 3.6), layout="constrained")
+    axes = dict(zip(parts, figure.subplots(1, len(parts), squeeze=False)[0]))
+    if "readout" in axes:
         distances = record["readout"]["distances"]
-        for key in ("latent", "RGB", "no warp"):
+        for key, label in (("latent", "latent memory"), ("RGB", "RGB cloud"), ("no warp", "no warp")):
             known = {int(t): mean(found[key]) for t, found in distances.items() if found[key]}
-            left.plot(known.keys(), known.values(), "o-", label=key)
-        left.set(xlabel="frame t, read from a memory of frame 0", ylabel="error of the latent, relative")
-        left.legend()
-    if "loop" in record:
+            axes["readout"].plot(known.keys(), known.values(), "o-", label=label)
+        axes["readout"].set(xlabel="frame t, read from a memory of frame 0", ylabel="error of the latent, relative")
+    if "loop" in axes:
         for name, found in record["loop"]["methods"].items():
             known = {int(key.removeprefix("frame ")): mean(values) for key, values in found.items()
                      if key.startswith("frame ") and values}
-            right.plot(known.keys(), known.values(), ".-", label=name)
-        right.set(xlabel="frame, out and back", ylabel="PSNR of what frame 0 shows, dB")
-        right.legend()
+            axes["loop"].plot(known.keys(), known.values(), ".-", label=name)
+        axes["loop"].set(xlabel="frame, out and back", ylabel="PSNR of what frame 0 shows, dB")
+    for axis in axes.values():
+        axis.legend()
     common.save_figure(path, figure)
 
 
