@@ -106,7 +106,8 @@ def gradients(vae: nn.Module, z: Tensor, loss_fn: Callable, **settings) -> tuple
 
 def cosine(a: Tensor, b: Tensor) -> float:
     """Of the angle between two tensors of one shape."""
-    return nnf.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
+    a, b = a.flatten().double(), b.flatten().double()  # a sum over millions of parameters is off by 1e-3 in float32
+    return nnf.cosine_similarity(a, b, dim=0).item()
 
 
 def truncation(vae: nn.Module, z: Tensor, loss_fn: Callable) -> list[dict[str, float]]:
