@@ -125,8 +125,10 @@ def shard(network: nn.Module, device: str, trained: bool = False) -> None:
     """
     if world() == 1:
         return
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
-    mesh = dist.init_device_mesh(torch.device(device).type, (world(),))
+    # of the group that there is: with gloo some versions of init_device_mesh make another one, of nccl, for GPUs
+    mesh = DeviceMesh.from_group(dist.group.WORLD, torch.device(device).type)
     whole = set() if trained else {p for p in network.parameters() if p.requires_grad}
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of in-place changes of its output: none here
     blocks = [block for child in network.children() if isinstance(child, nn.ModuleList) for block in child]
