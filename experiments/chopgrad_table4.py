@@ -8,7 +8,7 @@
                                of 33 frames at 128 x 192, batch 1, d_trunc 1, 2 x 2 tiles
 
 The paper: Wan 2.1, 9 x 480 x 832, then 1,000 steps at 49 x 720 x 1280 in 4 x 4 tiles. Here it is the small CogVideoX
-and recipe `small`. ChopGrad's figures 3, 5, 6 and 13 come from experiments/chopgrad_locality.py and chopgrad_memory.py.
+and recipe `small`. ChopGrad's figures 3 to 6 and 13 come from experiments/chopgrad_locality.py and chopgrad_memory.py.
 chopgrad_table4.png shows three frames of the first held-out clip.
 """
 
