@@ -134,8 +134,8 @@ def vae_loss(model: CogVideoXVAE | WanVAE, batch: list[Tensor], draws: Generator
     x = batch[0]
     mean, logvar = posterior(model, x)
     z = sample(mean, logvar, draws)
-    if isinstance(model, WanVAE):  # every grouping computes the same; its latents are normalised after training only
-        y, _ = model.decode_group(z)
+    if isinstance(model, WanVAE):  # every grouping computes the same
+        y, _ = model.decode_group(model.normalise(z))
     else:
         y = model.decode(z * model.config.scaling_factor)
     return reconstruction(y, x, lpips_distance, mean, logvar)

@@ -213,6 +213,18 @@ def test_an_autoencoder_trains_on_the_groups_of_frames_in_which_inference_takes_
     assert difference < 1e-9, f"largest difference {difference:.1e}"
 
 
+def test_a_wan_vae_that_is_trained_on_is_trained_as_it_decodes_whatever_its_latents_scale():
+    torch.manual_seed(0)
+    scaled, plain = (WanVAE(WanVAEConfig(base_dim=4, num_res_blocks=1, latents_mean=(m,) * 16, latents_std=(s,) * 16))
+                     for m, s in ((0.7, 2.5), (0.0, 1.0)))
+    plain.load_state_dict(scaled.state_dict())
+    x = torch.rand(1, 3, 5, 16, 16) * 2 - 1
+    assert torch.allclose(scaled.decode(scaled.encode(x)), plain.decode(plain.encode(x)), atol=1e-5)
+    losses = [train_base.vae_loss(vae, [x], torch.Generator().manual_seed(1), lambda y, x: (y - x).abs())[0].item()
+              for vae in (scaled, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 @pytest.mark.parametrize("family", ["cogvideox", "wan"])
 def test_crops_of_a_length_that_the_vae_would_pad_are_refused(family):
     with pytest.raises(ValueError, match="sizes: wanted crops of as many frames as .*VAE takes whole, got 10"):

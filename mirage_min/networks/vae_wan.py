@@ -193,7 +193,7 @@ class WanVAE(nn.Module):
     def encode_group(self, x_g: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
         """Frames of one group [B, 3, T, H, W] -> (z_g [B, 16, F, h, w], the cache for the next group)."""
         mean, _, new = self.posterior_group(x_g, cache)
-        return self._normalise(mean), new
+        return self.normalise(mean), new
 
     def decode_group(self, z_g: Tensor, cache: Cache | None = None,
                      inject: list[Tensor] | None = None) -> tuple[Tensor, Cache]:
@@ -220,7 +220,7 @@ class WanVAE(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """x [B, 3, T, H, W] in [-1, 1] -> normalised posterior mean [B, 16, F, h, w]; any T, padded to 4k + 1."""
-        return self._normalise(self.posterior(x)[0])
+        return self.normalise(self.posterior(x)[0])
 
     def decode(self, z: Tensor, inject: list[Tensor] | None = None) -> Tensor:
         """z [B, 16, F, h, w] as encode gives it -> x [B, 3, 4F - 3, H, W], not clamped; `inject` for the whole clip."""
@@ -229,6 +229,12 @@ class WanVAE(nn.Module):
         frames = self.encode_groups(4 * F - 3)
         x, = in_groups(self.decode_group, cut(z, self.decode_groups(F)), cut_features(inject, frames))
         return x
+
+    def normalise(self, mu: Tensor) -> Tensor:
+        """Latents as `posterior` has them, [B, 16, F, h, w] -> as `encode` has them: of about unit variance."""
+        mean, std = self._statistics(mu)
+        # z = (μ − mean) / std
+        return (mu - mean) / std
 
     def mids2d(self, x: Tensor) -> list[Tensor]:
         """x [B, 3, T, H, W] -> 2D features of its frames, each encoded alone (ChopGrad B.4): [[B, C, T, H/2, W/2]]."""
@@ -243,11 +249,6 @@ class WanVAE(nn.Module):
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         both = torch.tensor([self.config.latents_mean, self.config.latents_std], dtype=like.dtype, device=like.device)
         return both.view(2, 1, -1, 1, 1, 1).unbind()
-
-    def _normalise(self, mu: Tensor) -> Tensor:
-        mean, std = self._statistics(mu)
-        # z = (μ − mean) / std
-        return (mu - mean) / std
 
 
 if __name__ == "__main__":
