@@ -8,7 +8,7 @@ x_in is made of x_gt: low resolution, or a hole; or it is what the pairs have (a
 The result is a folder for infer.py. Two ways to compare with: `--set pixel=false` is the paper's ChopGrad*, latents
 alone; `--set each_frame=yes` is DOVE's, which takes every frame by itself through encoder and decoder.
 
-    python train_restore.py --recipe small-upscale --vae VAE --data data/toy --perceptual DIR
+    python train_restore.py --recipe small-upscale --vae weights/vae_wan --data data/toy --perceptual DIR
     torchrun --nproc-per-node=4 train_restore.py --recipe dove --base DOVE --prompt empty.safetensors ...
     python train_restore.py --recipe artifacts --base WAN --prompt prompt.safetensors --data pairs --perceptual DIR
 

@@ -12,9 +12,9 @@ into the world by its depth and cameras. Each latent has its own σ, drawn evenl
 
     python -m mirage_min.data.toy_world --out data/toy --clips 600
     python -m mirage_min.data.toy_world --out data/world --clips 300 --frames 17 --path out_and_back --static --extras
-    python train_world.py base   --vae VAE --data data/toy   --out my_base
-    python train_world.py branch --vae VAE --data data/world --out my_branch --base my_base
-    python train_world.py lora   --vae VAE --data data/world --out my_world  --base my_branch
+    python train_world.py base   --vae weights/vae_wan --data data/toy   --out my_base
+    python train_world.py branch --vae weights/vae_wan --data data/world --out my_branch --base my_base
+    python train_world.py lora   --vae weights/vae_wan --data data/world --out my_world  --base my_branch
     torchrun --nproc-per-node=8 train_world.py branch --recipe paper --prompt FILE --data clips --out my_branch
 
 The result of each is a world model's folder, for generate.py. Clips are whole frames, as training/chunks.py reads them.

@@ -1,6 +1,6 @@
 """Which small 3D VAE carries tone: CogVideoX's GroupNorm or Wan's RMS norm, how many groups, how wide?
 
-    python -m experiments.vae_tones --clips data/real/val --vae weights/base/vae VAE
+    python -m experiments.vae_tones --clips data/real/val --vae weights/base/vae weights/vae_wan
     python -m experiments.vae_tones --clips data/real/val --train 10 --real data/real/train --perceptual DIR
 
 The first measures trained VAEs, the second first trains one of each kind with train_base.py, all for as many minutes of

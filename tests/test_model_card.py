@@ -11,6 +11,7 @@ from experiments import model_card
 from mirage_min.data.align import mask_box
 from mirage_min.data.toy_world import WorldConfig, make_clip
 from mirage_min.method import metrics, optical_flow
+from mirage_min.networks.vae_wan import WanVAE
 from mirage_min.systems.mirage import Mirage
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
@@ -145,3 +146,13 @@ def test_the_shipped_model_lifts_the_crop_by_5_db_on_four_held_out_clips():
         gains.append(after - before)
     mean = sum(gains) / 4
     assert mean > 5, f"the crop gains {mean:.2f} dB on average, wanted 5 ({', '.join(f'{g:.1f}' for g in gains)})"
+
+
+def test_the_shipped_wan_vae_carries_a_made_up_clip_and_its_tones():
+    x = make_clip(900_000, WorldConfig(frames=5)).x_gt[None]
+    vae = WanVAE.from_pretrained(WEIGHTS / "vae_wan", dtype=torch.float32)
+    with torch.no_grad():
+        z = vae.encode(x)
+        y = vae.decode(z)
+    assert metrics.psnr(y, x) > 23 and ((y - x).mean(dim=(2, 3, 4)).abs() * 127.5).max() < 3
+    assert 0.5 < z.std() < 1.5, "latents_mean and latents_std belong to it"
