@@ -1,5 +1,6 @@
 """desk.py: every way that a command can end is one line and a status, and what is done stays done."""
 
+import gc
 import os
 import re
 import signal
@@ -198,6 +199,31 @@ def fail_at(place: int, number: int, folder: Path) -> None:
     if number == place:
         raise ValueError(f"number {number}")
     time.sleep(0.05)
+
+
+class Garbage:
+    """It refers to itself, so that the collector alone frees it, and notes which process did."""
+
+    def __init__(self, note):
+        self.note, self.itself = note, self
+
+    def __del__(self):
+        self.note.write_text(self.note.read_text() + f"{os.getpid()} ")
+
+
+def test_a_worker_frees_nothing_that_its_parent_left(tmp_path):
+    """A video's converter waits, when it is freed, for threads that a forked process does not have."""
+    note = tmp_path / "freed by"
+    note.write_text("")
+    gc.disable()
+    try:
+        Garbage(note)
+        desk.share(gc.collect, [(), ()], 2, "clip")
+        assert note.read_text() == ""
+    finally:
+        gc.enable()
+    gc.collect()
+    assert note.read_text() == f"{os.getpid()} " and gc.get_freeze_count() == 0
 
 
 def test_the_first_error_of_a_worker_ends_the_work_and_a_killed_one_is_said(tmp_path):

@@ -21,6 +21,7 @@ Nothing but the standard library is imported at the top, so that the desk is ope
 
 import ctypes
 import dataclasses
+import gc
 import io
 import os
 import re
@@ -162,6 +163,7 @@ def share(work: Callable, calls: Iterable[tuple], workers: int, unit: str) -> No
     from concurrent.futures.process import BrokenProcessPool
 
     pool = ProcessPoolExecutor(workers, initializer=leave_signals)
+    gc.freeze()  # a worker, forked without the threads here, must not free what waits for them, as libswscale does
     try:
         for job in bar([pool.submit(work, *call) for call in calls], unit=unit):
             job.result()
@@ -169,6 +171,7 @@ def share(work: Callable, calls: Iterable[tuple], workers: int, unit: str) -> No
         raise OSError(f"one of {workers} processes was killed, perhaps for want of memory") from error
     finally:
         pool.shutdown(cancel_futures=True)
+        gc.unfreeze()
 
 
 def leave_signals() -> None:
