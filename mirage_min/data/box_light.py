@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from .isp import FEATHER, OF_HEIGHT, feather
+from .street import GAMMA
 from .toy_light import Light, shade
 
-GAMMA = 2.2  # between a file's values and linear light, roughly
 OVERCAST = Light(torch.tensor([0.0, -1.0, 0.0]), torch.zeros(3), torch.ones(3), 1.0)
 
 

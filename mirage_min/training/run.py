@@ -210,7 +210,7 @@ def due(step: int, recipe: Optimisation) -> bool:
     return (step + 1) % recipe.every == 0 or step + 1 == recipe.steps
 
 
-# ---- what a run says about itself --------------------------------------------------------------------------------
+# ---- what a run says about itself ------------------------------------------------------------------------------------
 
 def count(params: dict[str, nn.Parameter]) -> str:
     """How many numbers each adapter trains, as text; a parameter's name is its adapter's, a dot and the rest."""
