@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from mirage_min.data import desk
-from mirage_min.data.degradations import MILD, RANGES, central_mask, low_resolution
+from mirage_min.data.degradations import central_mask, low_resolution
 from mirage_min.data.masks import hide
 from mirage_min.data.pairs import Pairs
 from mirage_min.method import chopgrad
@@ -61,7 +61,7 @@ class Recipe(run.Recipe):
     """The defaults are those of artifact removal (C.2)."""
 
     task: Literal["upscale", "artifacts", "inpaint"] = "artifacts"
-    degrade: Literal["given", "low resolution", "mild low resolution", "hole"] = "given"  # of x_in; given: the pairs'
+    degrade: Literal["given", "low resolution", "hole"] = "given"  # of x_in; given: the pairs'
     steps: int = 880
     batch: int = 1
     frames: int = 81
@@ -106,7 +106,7 @@ RECIPES = {
     "inpaint-boxes": Recipe(task="inpaint", steps=475, frames=49),
     "inpaint-rovi": Recipe(task="inpaint", steps=10_000, frames=29),
     # DEVIATION: LPIPS on SqueezeNet and an MSE term, for the small transformer starts from nothing
-    "small-upscale": Recipe(task="upscale", degrade="mild low resolution", scale=4, **SMALL),
+    "small-upscale": Recipe(task="upscale", degrade="low resolution", scale=4, **SMALL),
     "small-inpaint": Recipe(task="inpaint", degrade="hole", **SMALL),
 }
 
@@ -149,8 +149,7 @@ def degrade(restorer: Restorer, recipe: Recipe, x: Tensor, x_gt: Tensor, draws: 
         return hide(x_gt, central_mask(*x_gt.shape[-2:]))
     if recipe.degrade == "given":
         return x
-    ranges = RANGES if recipe.degrade == "low resolution" else MILD
-    return restorer.enlarge(low_resolution(x_gt, recipe.scale, draws, ranges)[None])[0]
+    return restorer.enlarge(low_resolution(x_gt, recipe.scale, draws)[None])[0]
 
 
 def read(data: Pairs, restorer: Restorer, recipe: Recipe, step: int, clips: range) -> tuple[Tensor, Tensor, list[str]]:

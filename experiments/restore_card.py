@@ -6,7 +6,7 @@
 Writes restore_card.json, .md and .png (the first held-out clips, not chosen). Held out: seeds from 1,000,000 on;
 training used seeds from 0 on. Every clip is degraded as in training, by draws that its seed fixes:
 
-    upscale    low resolution of second order, MILD (data/degradations.py); bicubic enlarges the same small frames
+    upscale    low resolution of second order (data/degradations.py); bicubic enlarges the same small frames
     inpaint    a hole of half the height and width; `fill` draws straight lines across it, from edge to edge
 
 LPIPS is AlexNet's, which no training saw.
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from experiments import common
 from experiments.model_card import FIRST_SEED, draw_sheet
-from mirage_min.data.degradations import MILD, central_mask, low_resolution
+from mirage_min.data.degradations import central_mask, low_resolution
 from mirage_min.data.masks import hide
 from mirage_min.data.toy_world import WorldConfig, make_clip
 from mirage_min.method import metrics
@@ -42,7 +42,7 @@ ROWS = {"full_psnr": ("PSNR, full frame", max), "full_lpips": ("LPIPS, full fram
 
 def upscaled(restorer: Restorer, x_gt: Tensor, seed: int) -> dict[str, Tensor]:
     """One low resolution of the truth, as it is, pixel by pixel, and enlarged in both ways."""
-    small = low_resolution(x_gt, restorer.scale, torch.Generator().manual_seed(seed), MILD)
+    small = low_resolution(x_gt, restorer.scale, torch.Generator().manual_seed(seed))
     nearest, bicubic = (nnf.interpolate(small.transpose(0, 1), x_gt.shape[-2:], mode=mode).transpose(0, 1).clamp(-1, 1)
                         for mode in ("nearest", "bicubic"))
     return {"low resolution": nearest, "bicubic": bicubic,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from experiments import tables
-from mirage_min.data.degradations import MILD, central_mask, low_resolution
+from mirage_min.data.degradations import central_mask, low_resolution
 from mirage_min.data.masks import hide
 from mirage_min.data.video import from_bytes, to_bytes
 from mirage_min.networks import weights
@@ -48,7 +48,7 @@ def held_out(args: argparse.Namespace, name: str, degrade: Callable[[Tensor, tor
 
 def enlarged(x_gt: Tensor, draws: torch.Generator) -> Tensor:
     """A fourth of the size, degraded as in training, and bilinear again."""
-    small = low_resolution(x_gt, SCALE, draws, MILD).transpose(0, 1)
+    small = low_resolution(x_gt, SCALE, draws).transpose(0, 1)
     return nnf.interpolate(small, x_gt.shape[-2:], mode="bilinear").transpose(0, 1)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mirage_min.data import degradations, toy_world
-from mirage_min.data.degradations import MILD, RANGES, central_mask, half_of_vehicles, low_resolution, vehicle_boxes
+from mirage_min.data.degradations import FIRST, SECOND, central_mask, half_of_vehicles, low_resolution, vehicle_boxes
 from mirage_min.data.photometric import uniform
 from mirage_min.data.toy_world import WorldConfig
 
@@ -28,19 +28,18 @@ def test_low_resolution_has_its_size_repeats_and_stays_in_range(x, scale, size):
     assert not torch.equal(y, low_resolution(x, scale, draws(6)))
 
 
-def test_mild_is_milder_and_both_lose_more_than_resizing_alone(x):
+def test_it_loses_more_than_resizing_alone_and_less_than_everything(x):
     plain = torch.nn.functional.interpolate(x.transpose(0, 1), (12, 18), mode="area").transpose(0, 1)
-    far = {name: sum(float((low_resolution(x, 4, draws(s), ranges) - plain).square().mean()) for s in range(8)) / 8
-           for name, ranges in (("full", RANGES), ("mild", MILD))}
-    assert 1e-5 < far["mild"] < 0.5 * far["full"], far
+    lost = sum(float((low_resolution(x, 4, draws(s)) - plain).square().mean()) for s in range(8)) / 8
+    assert 1e-3 < lost < 0.5 * float(plain.var()), lost
 
 
 def test_the_ranges_are_real_esrgans():
-    assert RANGES.first.blur == (0.2, 3.0) and RANGES.second.blur == (0.2, 1.5)
-    assert RANGES.first.resize == (0.15, 1.5) and RANGES.second.resize == (0.3, 1.2)
-    assert RANGES.first.noise == (1, 30) and RANGES.second.noise == (1, 25)
-    assert RANGES.first.jpeg == RANGES.second.jpeg == (30, 95)
-    assert (RANGES.first.blurred, RANGES.second.blurred) == (1.0, 0.8)
+    assert FIRST.blur == (0.2, 3.0) and SECOND.blur == (0.2, 1.5)
+    assert FIRST.resize == (0.15, 1.5) and SECOND.resize == (0.3, 1.2)
+    assert FIRST.noise == (1, 30) and SECOND.noise == (1, 25)
+    assert FIRST.jpeg == SECOND.jpeg == (30, 95)
+    assert (FIRST.blurred, SECOND.blurred) == (1.0, 0.8)
 
 
 def test_blur_keeps_a_flat_frame_and_spreads_a_point_as_its_gaussian():

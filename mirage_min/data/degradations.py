@@ -6,7 +6,7 @@
 
 A video is degraded twice over, as Real-ESRGAN degrades images (second order): each time blurred, resized, given noise
 and stored as JPEG; at last it is resized to its final size and stored as H.264. One draw serves all frames of a clip,
-but for the noise. RANGES are Real-ESRGAN's; MILD are for clips of 96 x 144, where the others leave nothing to see.
+but for the noise. The ranges are Real-ESRGAN's.
 Left out: sinc filters, Poisson noise, generalised Gaussians. Artifacts of splats are in streams.py.
 
     python -m mirage_min.data.degradations --out data/boxes --count 400     # pairs with half of their vehicles hidden
@@ -48,41 +48,30 @@ class Order:
     jpeg: tuple[int, int]          # quality
 
 
-@dataclass(frozen=True)
-class Ranges:
-    """What is drawn from."""
-
-    first: Order
-    second: Order
-    crf: tuple[int, int]           # quality of the H.264
-
-
-RANGES = Ranges(first=Order((0.2, 3.0), 1.0, (0.15, 1.5), (1, 30), (30, 95)),
-                second=Order((0.2, 1.5), 0.8, (0.3, 1.2), (1, 25), (30, 95)), crf=(18, 35))
-MILD = Ranges(first=Order((0.2, 1.2), 1.0, (0.5, 1.2), (0, 6), (70, 95)),
-              second=Order((0.2, 0.6), 0.5, (0.6, 1.2), (0, 3), (80, 95)), crf=(12, 24))
+FIRST = Order(blur=(0.2, 3.0), blurred=1.0, resize=(0.15, 1.5), noise=(1, 30), jpeg=(30, 95))
+SECOND = Order(blur=(0.2, 1.5), blurred=0.8, resize=(0.3, 1.2), noise=(1, 25), jpeg=(30, 95))
+CRF = 18, 35  # quality of the H.264
 MODES = "area", "bilinear", "bicubic"
 LEAST = 8  # pixels of a side in between
 
 
 # ---- low resolution --------------------------------------------------------------------------------------------------
 
-def low_resolution(x: Tensor, scale: int, draws: Generator, ranges: Ranges = RANGES) -> Tensor:
+def low_resolution(x: Tensor, scale: int, draws: Generator) -> Tensor:
     """x [3, T, H, W] in [-1, 1] -> [3, T, H / scale, W / scale]. ValueError unless the scale divides both sides."""
     H, W = x.shape[-2:]
     if H % scale or W % scale:
         raise ValueError(f"wanted frames whose sides {scale} divides, got {H}x{W}")
     frames = ((x + 1) / 2).transpose(0, 1)                                       # [T, 3, H, W] in [0, 1]
-    for number, order in enumerate((ranges.first, ranges.second)):
+    # the second round starts from what the final size needs, as Real-ESRGAN has it
+    for order, sides in ((FIRST, (H, W)), (SECOND, (H / scale, W / scale))):
         if float(uniform(draws, 0, 1)) < order.blurred:
             frames = blur(frames, draws, order.blur)
-        # the second round starts from what the final size needs, as Real-ESRGAN has it
-        sides = (H, W) if number == 0 else (H / scale, W / scale)
         frames = resize(frames, sides, float(uniform(draws, *order.resize)), draws)
         frames = noisy(frames, draws, order.noise)
         frames = as_jpeg(frames, whole(draws, order.jpeg))
     frames = resize(frames, (H // scale, W // scale), 1.0, draws)
-    return (as_h264(frames, whole(draws, ranges.crf)) * 2 - 1).transpose(0, 1)
+    return (as_h264(frames, whole(draws, CRF)) * 2 - 1).transpose(0, 1)
 
 
 def blur(frames: Tensor, draws: Generator, sigma: Range) -> Tensor:
@@ -222,14 +211,13 @@ def boxes_hidden(seed: int, config: WorldConfig) -> Sample:
 
 def demonstrate() -> None:
     """Each degradation of one clip."""
-    clip, draws = toy_world.make_clip(3), torch.Generator().manual_seed(0)
-    x, (T, H, W) = clip.x_gt, clip.x_gt.shape[1:]
-    shown = {"truth": x}
-    for name, ranges in (("as Real-ESRGAN", RANGES), ("mild", MILD)):
-        small = low_resolution(x, 4, draws, ranges)
-        shown[name] = nnf.interpolate(small.transpose(0, 1), (H, W), mode="bilinear").transpose(0, 1)
-    shown["central mask"] = hide(x, central_mask(H, W))
-    shown["half of the vehicles"] = boxes_hidden(3, WorldConfig()).degraded
+    x = toy_world.make_clip(3).x_gt
+    T, H, W = x.shape[1:]
+    small = low_resolution(x, 4, torch.Generator().manual_seed(0))
+    shown = {"truth": x,
+             "low resolution": nnf.interpolate(small.transpose(0, 1), (H, W), mode="bilinear").transpose(0, 1),
+             "central mask": hide(x, central_mask(H, W)),
+             "half of the vehicles": boxes_hidden(3, WorldConfig()).degraded}
     for name, y in shown.items():
         print(f"{name:22} {-10 * math.log10(max(float((y - x).square().mean()) / 4, 1e-9)):5.1f} dB")
     Image.fromarray(to_uint8(torch.cat([y[:, T // 2] for y in shown.values()], dim=2))).save("degradations.png")
