@@ -60,6 +60,7 @@ TESTS = {  # {file or folder: its tests}, where they are not tests/test_NAME.py;
     "mirage_min/networks/rotary.py": "dit_wan dit_cogvideox dit_cosmos",
     "mirage_min/networks/small_base.py": "train_base", "mirage_min/training/latents.py": "train_base",
     "mirage_min/systems/mirage_folder.py": "mirage_folder adapters",
+    "mirage_min/data/masks.py": "restore", "mirage_min/systems/restore_folder.py": "restore",
     "mirage_min/networks/unet_attention.py": "unet_2d", "mirage_min/networks/vae_wan.py": "vae_wan frugal",
     "mirage_min/training/run.py": "run train",
     "encode_prompt.py": "prompt", "train_vae.py": "train_equations train distributed",

@@ -16,6 +16,10 @@ def test_the_table_of_tests_names_what_there_is():
     assert (gone, unknown) == ([], [])
 
 
+def test_every_file_that_can_be_wrong_has_tests():
+    assert [file for file in mutation.files() if mutation.candidates(file) and not mutation.tests_of(file)] == []
+
+
 def test_mistakes_are_planted_in_the_package_the_scripts_and_the_experiments():
     planted = {file for file in mutation.files() if mutation.candidates(file)}
     assert {"mirage_min/method/chopgrad.py", "train_vae.py", "infer.py", "experiments/alignment.py"} <= planted
