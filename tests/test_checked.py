@@ -21,6 +21,16 @@ class Inner:
 
 
 @dataclass
+class Between:
+    near: float
+    far: float
+
+    def __post_init__(self):
+        if self.near >= self.far:
+            raise ValueError("near must be less than far")
+
+
+@dataclass
 class Everything:
     count: int = 1
     share: float = 0.5
@@ -83,6 +93,13 @@ def test_a_record_takes_its_defaults_passes_over_what_it_does_not_name_and_wants
         checked.record(Inner, {}, "a.json")
     with pytest.raises(ValueError, match=r"a.json: objects\[2\]: wanted an object, got \[\]"):
         checked.record(Inner, [], "a.json", "objects[2]")
+
+
+def test_what_the_dataclass_itself_refuses_is_said_with_file_and_field():
+    with pytest.raises(ValueError, match=r"^a.json: near must be less than far$"):
+        checked.record(Between, {"near": 2, "far": 1}, "a.json")
+    with pytest.raises(ValueError, match=r"^a.json: views\[1\]: near must be less than far$"):
+        checked.value(list[Between], [{"near": 1, "far": 2}, {"near": 2, "far": 1}], "a.json", "views")
 
 
 def test_numbers_become_tensors_of_the_shape_wanted():

@@ -102,10 +102,7 @@ def street_of(clip: Path) -> Street | None:
     written, names = read_json(file), [field.name for field in fields(Street)]
     if unknown := sorted(written.keys() - set(names)):
         raise ValueError(f"{file}: {unknown[0]}: wanted only the fields {', '.join(names)}")
-    try:
-        return checked.record(Street, (asdict(known) if known else {}) | written, file)
-    except ValueError as error:
-        raise ValueError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
+    return checked.record(Street, (asdict(known) if known else {}) | written, file)
 
 
 def clips_of_known_streets(folder: Path) -> dict[Path, Street]:

@@ -45,7 +45,8 @@ def record(cls: type, given: Any, file, field: str = "", integers: Within = INT6
 
     file, field  where the object is, for the errors
     integers     the range of integers whose annotation names none
-    ValueError of one line for a value of another type or out of range, and for a missing field without a default.
+    ValueError of one line for a value of another type or out of range, for a missing field without a default, and for
+    what `cls` refuses.
     """
     if not isinstance(given, dict):
         raise refusal(cls, given, file, field)
@@ -55,7 +56,10 @@ def record(cls: type, given: Any, file, field: str = "", integers: Within = INT6
             values[known.name] = value(kinds[known.name], given[known.name], file, within(field, known.name), integers)
         elif known.default is dataclasses.MISSING and known.default_factory is dataclasses.MISSING:
             raise ValueError(f"{file}: {within(field, known.name)}: wanted {describe(kinds[known.name])}, got nothing")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ValueError as error:  # what the dataclass itself says of values that do not go together
+        raise ValueError(f"{file}: {f'{field}: ' if field else ''}{error}") from error
 
 
 def within(field: str, name: str) -> str:
