@@ -63,11 +63,13 @@ class Part:
 
 @dataclass
 class Checkpoint:
-    """What a file is: networks that are known, or state dicts whose names stay; and what else it holds."""
+    """What a file is: networks that are known, or state dicts whose names stay, and what of these was left out, by
+    reason; and what else it holds."""
 
     kind: str
     parts: list[Part] = field(default_factory=list)
     states: dict[str, State] = field(default_factory=dict)
+    left_out: Counter = field(default_factory=Counter)
     others: dict = field(default_factory=dict)
 
 
@@ -102,17 +104,22 @@ def read(path: Path) -> dict:
 def tensors(content: dict, where: str, drop: list[str]) -> tuple[State, Counter]:
     """The tensors of a state dict, and how many other entries it holds: of which type, or dropped by their prefix.
 
-    ValueError if it is not a dict.
+    No two of them share memory, as tied layers do. ValueError if it is not a dict, or if a tensor is not dense.
     """
     if not isinstance(content, dict):
         raise ValueError(f"{where}: wanted tensors by name, got a {type(content).__name__}")
-    state, others = {}, Counter()
+    state, others, seen = {}, Counter(), set()
     for name, v in content.items():
         prefix = next((prefix for prefix in drop if str(name).startswith(prefix)), None)
         if prefix is not None:
             others[f"{prefix}* (--drop)"] += 1
         elif isinstance(v, Tensor):
-            state[str(name)] = v
+            if v.layout != torch.strided or v.is_quantized or v.is_meta:
+                raise ValueError(f"{where}: {name}: wanted a dense tensor of numbers, got {v.layout}, {v.dtype}, on "
+                                 f"{v.device}")
+            place = v.untyped_storage().data_ptr()
+            state[str(name)] = v.clone() if place in seen else v
+            seen.add(place)
         else:
             others[f"type {type(v).__name__}, which is no tensor"] += 1
     return state, others
@@ -143,7 +150,7 @@ def cosmos(state: State, where: str, average: bool, text: bool) -> Part:
         if prefix in prefixes and prefix != wanted[0]:
             left_out[f"{prefix}*, another copy of the weights"] += 1
         elif ours is None:
-            left_out[re.search(r"_extra_state|pos_embedder|accum_", name)[0]] += 1
+            left_out[re.search(r"_extra_state|pos_embedder|accum_|net_ema", name)[0]] += 1
         elif not text and re.search(r"\.(attn2|norm2)\.", ours):
             left_out["attention to a text, which is null here"] += 1
         else:
@@ -220,14 +227,17 @@ def recognise(content: dict, args: argparse.Namespace) -> Checkpoint:
         unet, unet_left_out = tensors(content[both[0]], f"{where}: {both[0]}", args.drop)
         vae, vae_left_out = tensors(content[both[1]], f"{where}: {both[1]}", args.drop)
         if not copies(unet, COSMOS):
-            return Checkpoint("img2img-turbo or Difix", states=dict(zip(both, (unet, vae))), others=others)
+            return Checkpoint("img2img-turbo or Difix", states=dict(zip(both, (unet, vae))),
+                              left_out=unet_left_out + vae_left_out, others=others)
         parts = [cosmos(unet, f"{where}: {both[0]}", args.average, text=False), wan_vae(vae, f"{where}: {both[1]}")]
         for part, left_out in zip(parts, (unet_left_out, vae_left_out)):
             part.left_out += left_out
         return Checkpoint(HARMONIZER, parts, others=others)
 
     state, left_out = tensors(content, where, args.drop)
+    others = {}
     if not state and isinstance(content.get("state_dict"), dict):
+        others = {name: v for name, v in content.items() if name != "state_dict"}
         state, left_out = tensors(content["state_dict"], where, args.drop)
     if not state:
         raise ValueError(f"{where}: holds no tensors by name, but {', '.join(map(str, list(content)[:5]))}")
@@ -236,9 +246,10 @@ def recognise(content: dict, args: argparse.Namespace) -> Checkpoint:
     elif copies(state, WAN) and copies(state, "decoder.upsamples.0.residual.0.gamma"):
         kind, part = "Wan's VAE", wan_vae(state, where)
     else:
-        return Checkpoint("a state dict", states={weights.WEIGHTS.removesuffix(".safetensors"): state}, others=left_out)
+        name = weights.WEIGHTS.removesuffix(".safetensors")
+        return Checkpoint("a state dict", states={name: state}, left_out=left_out, others=others)
     part.left_out += left_out
-    return Checkpoint(kind, [part])
+    return Checkpoint(kind, [part], others=others)
 
 
 def write(out: Path, checkpoint: Checkpoint) -> None:
@@ -283,6 +294,8 @@ def main(args: argparse.Namespace) -> None:
             desk.say(f"  left out: {n} of {reason}")
     for name, state in checkpoint.states.items():
         desk.say(f"{args.out / name}.safetensors: {report(state)}, their names unchanged")
+    for reason, n in sorted(checkpoint.left_out.items()):
+        desk.say(f"  left out: {n} of {reason}")
     kept = [key for key, value in checkpoint.others.items() if checkpoint.states and plain(value)]
     if left_out := [str(key) for key in checkpoint.others if key not in kept]:
         desk.say(f"left out: {', '.join(left_out)}")

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import struct
 from pathlib import Path
 
@@ -200,6 +201,35 @@ def test_a_state_dict_of_another_network_keeps_its_names_and_types(tmp_path, wra
     assert all(torch.equal(found[k], state[k]) and found[k].dtype == state[k].dtype for k in state)
 
 
+def test_what_a_state_dict_holds_besides_tensors_is_named_among_what_was_left_out(tmp_path, capsys):
+    w = torch.randn(2, 3)
+    nested = {"state_dict": {"w": w, "n": 4}, "epoch": 3, "optimizer": {"x": w}}
+    for content, wanted in (({"w": w, "epoch": 3}, "left out: 1 of type int"),
+                            (nested, "left out: 1 of type int"), (nested, "left out: optimizer\n"),
+                            ({"state_dict_unet": {"w": w, "n": 3}, "state_dict_vae": {"v": w}}, "1 of type int")):
+        torch.save(content, tmp_path / "a.pt")
+        assert convert.cli([str(tmp_path / "a.pt"), str(tmp_path / "out"), "--drop", "none"]) == 0
+        assert wanted in capsys.readouterr().out
+        for file in (tmp_path / "out").iterdir():
+            assert not any("no tensor" in key for key in weights.load_tensors(file)[1]), "a count, kept as a setting"
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_tensors_that_share_memory_are_written_each_by_itself(tmp_path):
+    w = torch.randn(4, 3)
+    state = {"a": w, "tied": w, "rows": w[1:]}
+    torch.save(state, tmp_path / "a.pt")
+    assert convert.cli([str(tmp_path / "a.pt"), str(tmp_path / "out")]) == 0
+    found = load_file(tmp_path / "out" / FILE)
+    assert all(torch.equal(found[name], v) for name, v in state.items())
+
+
+def test_a_rest_of_averaged_weights_is_counted(tmp_path, capsys):
+    torch.save(nvidia_state() | {"net_ema.decay": torch.zeros(1)}, tmp_path / "model.pt")
+    assert convert.cli([str(tmp_path / "model.pt"), str(tmp_path / "out")]) == 0
+    assert "left out: 1 of net_ema" in capsys.readouterr().out
+
+
 # ---- what is refused -----------------------------------------------------------------------------------------------
 
 
@@ -229,6 +259,13 @@ def test_what_is_more_than_tensors_is_refused_by_its_name(tmp_path, capsys):
     assert "it asks for _io.BytesIO" in refused(capsys, tmp_path / "a.pt", tmp_path / "out")
     torch.save(nn.Linear(2, 2), tmp_path / "b.pt")
     assert "torch.nn.modules.linear.Linear" in refused(capsys, tmp_path / "b.pt", tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [lambda w: w.to_sparse(), lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8)])
+def test_a_tensor_that_safetensors_cannot_hold_is_named(tmp_path, capsys, make):
+    torch.save({"w": torch.zeros(2), "odd": make(torch.ones(2, 2))}, tmp_path / "a.pt")
+    assert "odd: wanted a dense tensor" in refused(capsys, tmp_path / "a.pt", tmp_path / "out")
 
 
 def test_torchscript_is_refused(tmp_path, capsys):
