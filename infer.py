@@ -196,11 +196,8 @@ def choose(System: type, args: argparse.Namespace) -> tuple[Settings, dict]:
 
 def choose_dtype(device: str, model: Path) -> torch.dtype:
     """bfloat16 on cuda; on a CPU too, if it multiplies bfloat16 natively and the model's card says what that moves."""
-    if device == "cpu":
-        can = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of PyTorch do not tell
-        native = can.get("avx512_bf16") or can.get("amx_bf16")
-        return torch.bfloat16 if native and "bfloat16" in fields_of_card(model) else torch.float32
-    return torch.bfloat16 if device == "cuda" else torch.float32
+    tried = device != "cpu" or "bfloat16" in fields_of_card(model)
+    return torch.bfloat16 if tried and desk.bfloat16_is_native(device) else torch.float32
 
 
 def remember(frames: Iterable[Tensor], kept: deque[Tensor]) -> Iterator[Tensor]:

@@ -141,8 +141,18 @@ def launched(monkeypatch, capsys, main, folder, *argv):
     return status, capsys.readouterr().err.splitlines()
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_a_cpu_takes_bfloat16_where_it_is_native_or_asked_for(monkeypatch, capsys, tmp_path, native):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native}, raising=False)
+    taken = []
+    for argv in ((), ("--set", "bf16=yes"), ("--set", "bf16=no")):
+        launched(monkeypatch, capsys, lambda args, recipe: taken.append(recipe.bf16), tmp_path, *argv)
+    assert taken == [native, True, False]
+
+
 def test_a_script_gets_its_recipe_and_writes_into_its_runs_folder_unless_told_otherwise(monkeypatch, capsys, tmp_path):
     seen = []
+    monkeypatch.setattr(desk, "bfloat16_is_native", lambda device: True)
     for argv in ((), ("--recipe", "paper", "--set", "lr=0.5", "--out", str(tmp_path / "elsewhere"))):
         assert launched(monkeypatch, capsys, lambda *given: seen.append(given), tmp_path, *argv) == (0, [])
     (one, first), (two, second) = seen

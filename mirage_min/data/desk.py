@@ -234,6 +234,16 @@ def choose_device(name: str) -> str:
     return name
 
 
+def bfloat16_is_native(device: str) -> bool:
+    """Whether the device multiplies bfloat16 by itself. A CPU that does not is many times slower than in float32."""
+    import torch
+
+    if device != "cpu":
+        return torch.device(device).type == "cuda"
+    can = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of PyTorch do not tell
+    return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
+
+
 def override(recipe, settings: list[str]):
     """A copy of the dataclass `recipe` with "key=value" settings applied.
 

@@ -52,7 +52,7 @@ class Optimisation:
     weight_decay: float = 0.01
     warmup: int = 1                     # steps over which the rate rises
     cosine: bool = False                # after that it falls as half a cosine; else it is constant, as in the papers
-    bf16: bool = True
+    bf16: bool = True                   # on a CPU that does not multiply it natively: only where --set bf16=yes says so
     seed: int = 1
     every: int = may_change(200)        # steps between checkpoints, pictures and validations
 
@@ -124,6 +124,10 @@ def launch(main: Callable, args: argparse.Namespace, recipes: dict) -> None:
         args.device = desk.choose_device(args.device)
         args.out.mkdir(parents=True, exist_ok=True)
         processes.join(args.device)
+        asked = any(setting.startswith("bf16=") for setting in args.set)
+        if recipe.bf16 and not asked and not desk.bfloat16_is_native(args.device):
+            recipe.bf16 = False
+            processes.print_once("bf16=no, for this device does not multiply bfloat16 natively")
         main(args, recipe)
 
     def stopped() -> str | None:
