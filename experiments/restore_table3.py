@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from experiments import common, restorers, tables
+from mirage_min.data import desk
 from mirage_min.data.degradations import central_mask
 from mirage_min.data.masks import hide
 from mirage_min.data.pairs import Pairs
@@ -99,14 +100,14 @@ def train_flow(args: argparse.Namespace, seed: int, to: Path) -> None:
         _, x_gt, names = data.batch(draws)
         return hide(x_gt, central_mask(*x_gt.shape[-2:])), x_gt, names
 
-    settings = SimpleNamespace(latent_clips=restorers.latent_clips(args), bf16=True)
+    settings = SimpleNamespace(latent_clips=restorers.latent_clips(args), bf16=desk.bfloat16_is_native("cpu"))
     latents = DrawnLatents(draw, model.vae, settings, to / "latents.safetensors", {"seed": seed})
     optimizer, steps = torch.optim.AdamW(model.parameters(), lr=LR), 2 * args.steps
     bar = tqdm(range(steps), unit="step", disable=None)
     for step in bar:
         draws = run.draws(seed, step)
         z_in, z_gt = latents.batch(BATCH, draws)
-        with torch.autocast("cpu", torch.bfloat16):
+        with run.autocast(settings, "cpu"):
             loss = model.loss(z_in, z_gt, draws)
         for group in optimizer.param_groups:
             group["lr"] = LR * run.schedule(step, 50, steps, cosine=True)

@@ -68,7 +68,7 @@ def score(args: argparse.Namespace, clips: Path, results: dict[str, Path], to: P
 # ---- training --------------------------------------------------------------------------------------------------------
 
 def train(args: argparse.Namespace, to: Path, seed: int, flags: tuple, **settings) -> None:
-    """train_restore.py, in float32 throughout, into the folder `to`. flags: --recipe, --data and perhaps --base."""
+    """train_restore.py, into the folder `to`, whose weights are float32. flags: --recipe, --data and perhaps --base."""
     settings = {"steps": args.steps, "seed": seed, "latent_until": 0, "real": 0, "half": "no"} | settings
     tables.train_stage("train_restore.py", args, to, settings, *flags, "--vae", args.vae, "--run-folder", to / "run")
 

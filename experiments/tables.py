@@ -30,6 +30,7 @@ from torch.nn import functional as nnf
 from tqdm import tqdm
 
 from experiments import common
+from mirage_min.data import desk
 from mirage_min.data.pairs import Pairs
 from mirage_min.data.video import from_bytes, to_bytes
 from mirage_min.method.perceptual import Lpips, gram_loss
@@ -143,8 +144,9 @@ def r3d2_base(args: argparse.Namespace) -> Path:
     once for all experiments and seeds, 20 times the steps of a stage."""
     def make(to: Path) -> None:
         shutil.copytree(args.weights / "vae_2d", to / "vae_2d")
+        bf16 = "yes" if desk.bfloat16_is_native("cpu") else "no"
         python("train_base.py", "one_step_2d", "--data", args.data, "--runs", to / "runs", "--out", to,
-               "--device", "cpu", "--set", f"steps={20 * args.steps}", "--set", "bf16=yes")
+               "--device", "cpu", "--set", f"steps={20 * args.steps}", "--set", f"bf16={bf16}")
     return once(args.runs / "r3d2_base", trained_with(args), make) / "base_2d"
 
 
