@@ -48,7 +48,7 @@ def test_a_car_ahead_is_where_a_pinhole_sees_it(tmp_path, capsys):
         # by hand: at depth 12 - t ± 2.3, .95 m to each side, .1 m above and 1.5 m below the camera; images a tenth
         near = 12 - t - 2.3
         wanted = [97 - 95 / near, 54 - 10 / near, 97 + 95 / near, 54 + 150 / near]
-        assert track.box[t].tolist() == pytest.approx(wanted, abs=1e-3)
+        assert track.box[t].tolist() == pytest.approx(wanted, rel=0, abs=1e-9)
         u, v, z = cameras[t].K @ (cameras[t].world_to_camera[:3] @ torch.tensor([1.0, 12, 0.8, 1]))
         assert [u / z, v / z, z] == pytest.approx([97 + 100 / (12 - t), 54 + 70 / (12 - t), 12 - t], abs=1e-3)
     pictures = sorted((tmp_path / "out" / "images").iterdir())

@@ -115,7 +115,7 @@ class Cuboid:
 
 def image_box(pose: Tensor, size: list[float], camera: Camera) -> list[float] | None:
     """The box x0, y0, x1, y1 in pixels around a 3D box's corners; None if one is not in front of the camera."""
-    corners = torch.tensor(list(product((-0.5, 0.5), repeat=3))).double() * torch.tensor(size)
+    corners = torch.tensor(list(product((-0.5, 0.5), repeat=3))).double() * torch.tensor(size, dtype=torch.float64)
     to_camera = camera.world_to_camera.double() @ pose
     x = corners @ to_camera[:3, :3].T + to_camera[:3, 3]
     if x[:, 2].min() < NEAREST:
