@@ -7,9 +7,9 @@ import torch
 
 from mirage_min.data import box_light
 from mirage_min.data.toy_light import Light
-from mirage_min.data.vehicles import CORNERS
 
 SIZE, FOCAL = (60, 90), 70.0
+CORNERS = torch.cartesian_prod(*(torch.tensor([-0.5, 0.5], dtype=torch.float64),) * 3)  # right, ahead, up
 EXTENT = torch.tensor([1.9, 4.4, 1.5], dtype=torch.float64)  # width, length, height
 
 

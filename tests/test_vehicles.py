@@ -7,15 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mirage_min.data import streams, vehicles
+from mirage_min.data import pandaset, streams, vehicles
 from mirage_min.data.street_camera import Street
 from mirage_min.data.vehicles import Sight, Vehicle, Vehicles
+from mirage_min.method.camera import Camera
 from mirage_min.networks import weights
 
 HALF = 0.5**0.5
 AHEAD = {"position": {"x": 2.0, "y": 1.0, "z": 1.5}, "heading": {"w": HALF, "x": -HALF, "y": 0.0, "z": 0.0}}  # along +y
 K = {"fx": 100.0, "fy": 90.0, "cx": 80.0, "cy": 40.0}
-BOX = {"x": 4.0, "y": 11.0, "z": 1.0, "width": 2.0, "length": 4.0, "height": 1.5, "yaw": 0.0}
+BOX = {"x": 4.0, "y": 11.0, "z": 1.0, "width": 2.0, "length": 4.0, "height": 1.5, "yaw": 0.0, "sensor_id": 1}
+SEEN = torch.tensor([[100 * (x - 2) / (y - 1) + 80, 90 * (1.5 - z) / (y - 1) + 40]      # its corners in that camera
+                     for x in (3, 5) for y in (9, 13) for z in (0.25, 1.75)], dtype=torch.float64)
 
 
 def rectangle(x0, y0, x1, y1):
@@ -28,14 +31,15 @@ def known(*sights, width=160, height=80):
 
 
 def test_a_box_is_seen_where_its_camera_says():
-    corners, depth = vehicles.project_box(BOX, AHEAD, K)
-    # the camera looks along +y: right is +x, down is −z, ahead is +y
-    wanted = {(round(100 * (x - 2) / (y - 1) + 80, 6), round(90 * (1.5 - z) / (y - 1) + 40, 6))
-              for x in (3, 5) for y in (9, 13) for z in (0.25, 1.75)}
-    assert {(round(x, 6), round(y, 6)) for x, y in corners.tolist()} == wanted and depth == pytest.approx(10)
-    turned, _ = vehicles.project_box(BOX | {"yaw": math.pi / 2}, AHEAD, K)
+    ahead = torch.tensor([[1.0, 0, 0, 2], [0, 0, 1, 1], [0, -1, 0, 1.5], [0, 0, 0, 1]])  # right +x, down −z, ahead +y
+    camera = Camera.from_pose(torch.tensor([[100.0, 0, 80], [0, 90, 40], [0, 0, 1]]), ahead, 160, 80)
+    box = pandaset.Cuboid(object=0, label="Car", **BOX)
+    corners, depths = box.seen_by(camera)
+    torch.testing.assert_close(corners, SEEN, rtol=0, atol=1e-9)
+    assert depths.tolist() == [8, 8, 12, 12] * 2
+    turned, _ = replace(box, yaw=math.pi / 2).seen_by(camera)
     assert turned[:, 0].amax() == pytest.approx(100 * 4 / 9 + 80), "its length lies across now"
-    assert vehicles.project_box(BOX | {"y": 1.5}, AHEAD, K)[1] == 0, "it reaches behind the camera"
+    assert replace(box, y=1.5).seen_by(camera)[1].min() < 0, "it reaches behind the camera"
 
 
 def test_a_mask_is_the_hull_without_what_is_nearer():
@@ -137,16 +141,17 @@ def test_a_wrong_file_is_one_line_with_the_field(clip, change, line):
 
 
 def test_pandasets_boxes_become_a_file_next_to_the_clip(clip, tmp_path):
-    (tmp_path / "camera_json").mkdir()
+    camera = tmp_path / "camera" / "front_camera"
+    camera.mkdir(parents=True)
+    (tmp_path / "annotations").mkdir()
     fields = ["object", "label", *BOX]
     rows = [[5, "Car", *BOX.values()], [6, "Pedestrian", *BOX.values()],
             [9, "Car", *(BOX | {"y": -20.0}).values()]]  # a pedestrian, and a car behind the camera
-    (tmp_path / "cuboids.json").write_text(json.dumps({"fields": fields, "frames": [rows, rows]}))
-    (tmp_path / "camera_json" / "front_poses.json").write_text(json.dumps([AHEAD, AHEAD]))
-    (tmp_path / "camera_json" / "front_intrinsics.json").write_text(json.dumps(K))
+    (tmp_path / "annotations" / "cuboids.json").write_text(json.dumps({"fields": fields, "frames": [rows, rows]}))
+    (camera / "poses.json").write_text(json.dumps([AHEAD, AHEAD]))
+    (camera / "intrinsics.json").write_text(json.dumps(K))
     vehicles.main(vehicles.argparse.Namespace(pandaset=tmp_path, clips=tmp_path))
     found = vehicles.vehicles_of(clip)
     assert [v.id for v in found.vehicles] == [5] and [s.frame for s in found.vehicles[0].frames] == [0, 1]
     assert (found.width, found.height) == (1920, 1080) and found.vehicles[0].frames[0].depth == 10.0
-    wanted, _ = vehicles.project_box(BOX, AHEAD, K)
-    assert (found.vehicles[0].frames[0].corners - wanted).abs().max() < 0.051
+    torch.testing.assert_close(found.vehicles[0].frames[0].corners, SEEN, rtol=0, atol=0.051)

@@ -48,7 +48,7 @@ def box_normals(corners: Tensor, size: tuple[int, int]) -> Tensor:
     """Normals [3, H, W] of a rounded box at the pixels of an image: right, down, ahead in the box's own axes.
 
     corners [8, 2]: its corners in pixels, the first four at its left, the first two of each four at its rear, the first
-    of each two below (vehicles.CORNERS). A pixel outside the box has the normal of the nearest side.
+    of each two below (pandaset.CORNERS). A pixel outside the box has the normal of the nearest side.
     """
     H, W = size
     ys, xs = torch.meshgrid(torch.arange(H) + 0.5, torch.arange(W) + 0.5, indexing="ij")

@@ -18,7 +18,6 @@ import math
 import shutil
 import sys
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,8 @@ from .video import Video
 SIZE = 1920, 1080       # of the recorded images, for which intrinsics.json is
 SENSORS = -1, 0         # an object that both lidars see has two boxes; these are of the one that turns, or of both
 NEAREST = 0.1           # metres: a box with a corner nearer than this, or behind the camera, has no box in the image
+CORNERS = torch.tensor([[x, y, z] for y in (0.5, -0.5) for x in (-0.5, 0.5) for z in (-0.5, 0.5)],
+                       dtype=torch.float64)
 FIELDS = ("object", "label", "x", "y", "z", "width", "length", "height", "yaw", "sensor_id")
 
 
@@ -112,15 +113,22 @@ class Cuboid:
         """Length, width and height."""
         return [self.length, self.width, self.height]
 
+    def seen_by(self, camera: Camera) -> tuple[Tensor, Tensor]:
+        """Its corners in an image, [8, 2] in pixels, and their depths [8] in metres.
 
-def image_box(pose: Tensor, size: list[float], camera: Camera) -> list[float] | None:
+        Its left four come first, of these the rear two, of these the lower one. Behind the camera pixels mean nothing.
+        """
+        to_camera = camera.world_to_camera.double() @ self.pose()
+        corners = CORNERS * torch.tensor(self.size(), dtype=torch.float64)
+        x = corners @ to_camera[:3, :3].T + to_camera[:3, 3]
+        return (x @ camera.K.double().T)[:, :2] / x[:, 2:], x[:, 2]
+
+
+def image_box(cuboid: Cuboid, camera: Camera) -> list[float] | None:
     """The box x0, y0, x1, y1 in pixels around a 3D box's corners; None if one is not in front of the camera."""
-    corners = torch.tensor(list(product((-0.5, 0.5), repeat=3))).double() * torch.tensor(size, dtype=torch.float64)
-    to_camera = camera.world_to_camera.double() @ pose
-    x = corners @ to_camera[:3, :3].T + to_camera[:3, 3]
-    if x[:, 2].min() < NEAREST:
+    uv, depth = cuboid.seen_by(camera)
+    if depth.min() < NEAREST:
         return None
-    uv = (x @ camera.K.double().T)[:, :2] / x[:, 2:]
     return [*uv.amin(0).tolist(), *uv.amax(0).tolist()]
 
 
@@ -150,26 +158,27 @@ def read_cameras(folder: Path, width: int, height: int) -> list[Camera]:
 
 
 def read_cuboids(path: Path) -> list[list[Cuboid]]:
-    """cuboids.json -> the boxes of every frame, of SENSORS alone; ValueError naming the file and the field."""
+    """cuboids.json -> the boxes of every frame; ValueError naming the file and the field."""
     table = checked.record(Cuboids, read_json(path), path)
     if missing := set(FIELDS) - set(table.fields):
         raise ValueError(f"{path}: fields: wanted {', '.join(FIELDS)}; {', '.join(sorted(missing))} is missing")
     frames = []
     for t, rows in enumerate(table.frames):
-        cuboids = [checked.record(Cuboid, dict(zip(table.fields, row)), path, f"frames[{t}][{n}]")
-                   for n, row in enumerate(rows)]
-        frames.append([cuboid for cuboid in cuboids if cuboid.sensor_id in SENSORS])
+        frames.append([checked.record(Cuboid, dict(zip(table.fields, row)), path, f"frames[{t}][{n}]")
+                       for n, row in enumerate(rows)])
     return frames
 
 
 def tracks_of(frames: list[list[Cuboid]], cameras: list[Camera]) -> dict:
-    """The content of tracks.json for the annotated objects, with their boxes in the camera. Text ids become numbers."""
+    """The content of tracks.json: the objects of SENSORS, with their boxes in the camera. Text ids become numbers."""
     objects: dict[int | str, dict] = {}
     for t, (cuboids, camera) in enumerate(zip(frames, cameras)):
         for cuboid in cuboids:
+            if cuboid.sensor_id not in SENSORS:
+                continue
             number = cuboid.object if isinstance(cuboid.object, int) else len(objects)
             track = objects.setdefault(cuboid.object, {"id": number, "category": cuboid.label, "frames": []})
-            box = image_box(cuboid.pose(), cuboid.size(), camera)
+            box = image_box(cuboid, camera)
             track["frames"].append({"frame": t, "pose": cuboid.pose().tolist(), "size": cuboid.size(),
                                     "box": box or [0.0] * 4, "visible": box is not None})
     return {"objects": list(objects.values())}
@@ -221,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
         K = torch.tensor([[1000.0, 0, 960], [0, 1000, 540], [0, 0, 1]])
         ahead = torch.tensor([[1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 1.5], [0, 0, 0, 1]])  # it looks along y
         car = Cuboid(0, "Car", 2.0, 15.0, 0.8, 1.9, 4.6, 1.6, 0.3, -1)
-        box = image_box(car.pose(), car.size(), Camera.from_pose(K, ahead, *SIZE))
+        box = image_box(car, Camera.from_pose(K, ahead, *SIZE))
         print(f"a car 15 m ahead, turned by .3: forward {[round(v, 3) for v in car.pose()[:3, 0].tolist()]}, "
               f"in the image {[round(v) for v in box]}")
         return 0

@@ -10,10 +10,9 @@ The 3D boxes of a drive, as its camera saw them, are in NAME.vehicles.json, next
 lower one. `depth` is that of its middle in metres. A vehicle's mask is the convex hull of its corners without the hulls
 of nearer vehicles: a little larger than the vehicle. PandaSet's boxes are written to such files by
 
-    python -m mirage_min.data.vehicles --pandaset DIR --clips data/real/train
+    python -m mirage_min.data.vehicles --pandaset pandaset/002 --clips data/real/train
 
-where DIR holds camera_json/CAMERA_poses.json and CAMERA_intrinsics.json, as published, and cuboids.json, its
-annotations without their pickles: {"fields": ["object", "label", "x", …], "frames": [[[0, "Car", 7.4, …], …], …]}.
+from a sequence in the layout of pandaset.py, without its pictures.
 
     python -m mirage_min.data.vehicles                     # a box two lanes away, its corners and its mask
 """
@@ -36,16 +35,17 @@ from PIL import Image, ImageDraw
 from safetensors import safe_open
 from torch import Generator, Tensor
 
+from ..method.camera import Camera
 from ..networks import checked
 from ..networks.checked import Within
 from ..networks.weights import read_json, whole_file
 from . import desk
 from .align import mask_box
 from .box_light import box_normals, relight
+from .pandaset import SIZE, Cuboid, read_cameras, read_cuboids
 from .photometric import integer
 from .real_clips import shrink, window_about
 from .shots import Sample
-from .splat import rotations
 from .toy_light import Light
 from .video import from_bytes
 
@@ -53,8 +53,7 @@ LABELS = ("Car", "Pickup Truck", "Medium-sized Truck", "Semi-truck", "Bus", "Oth
 LEAST = 0.04           # the share of the image's width that a vehicle must have
 MOST = 0.4             # the share of the piece that it may cover: nearer ones are cut off by the recording car
 FREE = 0.6             # the share of its hull that no nearer vehicle may cover
-PANDASET = 1920, 1080  # pixels of its images, to which its intrinsics belong
-CORNERS = torch.cartesian_prod(*(torch.tensor([-0.5, 0.5], dtype=torch.float64),) * 3)
+NEAREST = 0.5          # metres: PandaSet's vehicles with a corner nearer than this are left out
 
 
 @dataclass
@@ -190,52 +189,33 @@ def turn(a: list[float], b: list[float], c: list[float]) -> float:
 
 # ---- PandaSet --------------------------------------------------------------------------------------------------------
 
-def project_box(box: dict, pose: dict, K: dict) -> tuple[Tensor, float]:
-    """A cuboid in a camera -> its corners [8, 2] in pixels, and its depth in metres; 0 if it reaches the camera.
-
-    A box is {x, y, z, width, length, height, yaw}, its length along its own y; a pose is world from camera.
-    """
-    yaw = torch.tensor(box["yaw"], dtype=torch.float64)
-    c, s, o = yaw.cos(), yaw.sin(), torch.zeros((), dtype=torch.float64)
-    turned = torch.stack([c, -s, o, s, c, o, o, o, o + 1]).view(3, 3)
-    size, middle = (torch.tensor([box[k] for k in keys], dtype=torch.float64)
-                    for keys in (("width", "length", "height"), ("x", "y", "z")))
-    heading = torch.tensor([[pose["heading"][k] for k in "wxyz"]], dtype=torch.float64)
-    camera = torch.tensor([pose["position"][k] for k in "xyz"], dtype=torch.float64)
-    seen = (CORNERS * size @ turned.T + middle - camera) @ rotations(heading)[0]        # x right, y down, z ahead
-    z = seen[:, 2].clamp(min=1e-3)
-    pixels = torch.stack([K["fx"] * seen[:, 0] / z + K["cx"], K["fy"] * seen[:, 1] / z + K["cy"]], dim=1)
-    return pixels, float(seen[:, 2].mean() if seen[:, 2].min() > 0.5 else 0.0)
-
-
-def from_pandaset(folder: Path, camera: str) -> dict:
-    """The content of NAME.vehicles.json for one of PandaSet's cameras ("front", "back", …)."""
-    about = read_json(folder / "cuboids.json")
-    poses = json.loads((folder / "camera_json" / f"{camera}_poses.json").read_text(encoding="utf-8"))
-    K = read_json(folder / "camera_json" / f"{camera}_intrinsics.json")
+def from_pandaset(sequence: Path, camera: str) -> dict:
+    """The content of NAME.vehicles.json for one of PandaSet's cameras ("front_camera", …)."""
+    cameras = read_cameras(sequence / "camera" / camera, *SIZE)
+    frames = read_cuboids(sequence / "annotations" / "cuboids.json")
     found = {}
-    for t, (rows, pose) in enumerate(zip(about["frames"], poses)):
-        for row in rows:
-            box = dict(zip(about["fields"], row))
-            if box["label"] not in LABELS:
+    for t, (cuboids, view) in enumerate(zip(frames, cameras)):
+        for cuboid in cuboids:
+            if cuboid.label not in LABELS:
                 continue
-            corners, depth = project_box(box, pose, K)
-            if depth > 0 and corners[:, 0].amax() > 0 and corners[:, 0].amin() < PANDASET[0]:
-                sight = {"frame": t, "depth": round(depth, 2), "corners": corners.round(decimals=1).tolist()}
-                found.setdefault(box["object"], []).append(sight)
-    return {"width": PANDASET[0], "height": PANDASET[1],
-            "vehicles": [{"id": i, "frames": frames} for i, frames in found.items()]}
+            corners, depths = cuboid.seen_by(view)
+            if depths.min() > NEAREST and corners[:, 0].amax() > 0 and corners[:, 0].amin() < SIZE[0]:
+                sight = {"frame": t, "depth": round(depths.mean().item(), 2),
+                         "corners": corners.round(decimals=1).tolist()}
+                found.setdefault(cuboid.object, []).append(sight)
+    return {"width": SIZE[0], "height": SIZE[1],
+            "vehicles": [{"id": i, "frames": sights} for i, sights in found.items()]}
 
 
 def main(args: argparse.Namespace) -> None:
     """A file next to each of PandaSet's clips; or a demonstration."""
     if args.pandaset is None:
         return demonstrate()
-    clips = {path: path.stem.removesuffix("_camera") for path in sorted(args.clips.glob("*_camera.safetensors"))}
+    clips = sorted(args.clips.glob("*_camera.safetensors"))
     if not clips:
         raise ValueError(f"{args.clips}: no clip of PandaSet's cameras (CAMERA_camera.safetensors: real_clips.py)")
-    for clip, camera in clips.items():
-        content = from_pandaset(args.pandaset, camera)
+    for clip in clips:
+        content = from_pandaset(args.pandaset, clip.stem)
         with whole_file(clip.with_suffix(".vehicles.json")) as temporary:
             temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
         print(f"{clip.stem}: {len(content['vehicles'])} vehicles")
@@ -243,19 +223,19 @@ def main(args: argparse.Namespace) -> None:
 
 def demonstrate() -> None:
     """A box in a camera that looks along the world's y."""
-    box = {"x": 3.0, "y": 12.0, "z": 0.8, "width": 1.9, "length": 4.6, "height": 1.6, "yaw": 0.0}
-    half = 0.5**0.5
-    pose = {"position": {"x": 0.0, "y": 0.0, "z": 1.6}, "heading": {"w": half, "x": -half, "y": 0.0, "z": 0.0}}
-    corners, depth = project_box(box, pose, {"fx": 1970.0, "fy": 1970.0, "cx": 960.0, "cy": 540.0})
-    known = Vehicles(*PANDASET, [Vehicle(1, [Sight(0, depth, corners)])])
+    K = torch.tensor([[1970.0, 0, 960], [0, 1970, 540], [0, 0, 1]])
+    ahead = torch.tensor([[1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 1.6], [0, 0, 0, 1]])
+    car = Cuboid(1, "Car", 3.0, 12.0, 0.8, 1.9, 4.6, 1.6, 0.0, -1)
+    corners, depths = car.seen_by(Camera.from_pose(K, ahead, *SIZE))
+    known = Vehicles(*SIZE, [Vehicle(1, [Sight(0, depths.mean().item(), corners)])])
     mask = mask_of(known, 1, 0, (90, 160))
-    print(f"{depth:.1f} m away, columns {corners[:, 0].amin():.0f} to {corners[:, 0].amax():.0f} of 1920, "
+    print(f"{depths.mean():.1f} m away, columns {corners[:, 0].amin():.0f} to {corners[:, 0].amax():.0f} of 1920, "
           f"{mask.mean():.1%} of the frame")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=desk.first_line(__doc__))
-    parser.add_argument("--pandaset", type=Path, metavar="DIR", help="PandaSet's cuboids.json and camera_json/")
+    parser.add_argument("--pandaset", type=Path, metavar="DIR", help="a sequence of PandaSet (pandaset.py)")
     parser.add_argument("--clips", type=Path, default=Path("data/real/train"), help="folder of clips (real_clips.py)")
     args = parser.parse_args()
     sys.exit(desk.serve("vehicles", lambda: main(args)))
