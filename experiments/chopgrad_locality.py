@@ -4,17 +4,19 @@
     python -m experiments.chopgrad_locality --vae weights/base/vae --backbone weights/base --label trained clip.mp4 ...
     python -m experiments.chopgrad_locality --random                                    # random weights: the control
 
-Measurements on latents z = encode(clip), written as chopgrad/locality_LABEL.md, .json and .png: minutes a clip.
+It measures on latents z = encode(clip), takes minutes a clip, and writes chopgrad/locality_LABEL.md, .json and .png.
 
-1. Influence of latent group j on the pixels of group i (Eq. 2), as the Frobenius norm of the Jacobian dx_i / dz_j,
-   from random probes v: E |J^T v|^2 = |J|_F^2. By distance i - j, with the mean and the fit C exp(-alpha D) (Eq. 3),
-   least squares on the logarithm of the mean. Locality is learned: random weights are for comparison only.
-2. Gradient of a pixel loss by d_trunc against full backpropagation (Eq. 6): of z, absolute and relative (Frobenius),
-   and of the decoder's parameters, normalised mean absolute error and cosine.
-3. The same of all parameters of a --backbone under MSE, averaged over the clips, which it sees without detail: at a
-   fourth of their size and enlarged again (Fig. 4).
-4. Tiles against the whole frame, by margin: pixels (difference / standard deviation), gradient of z at d_trunc 1.
-   What remains at large margins is no border effect: CogVideoX's GroupNorm and Wan's attention see less of the frame.
+1. The influence of latent group j on the pixels of group i (Eq. 2): the Frobenius norm of the Jacobian dx_i / dz_j,
+   estimated with random probes v, E |J^T v|^2 = |J|_F^2. It is given by distance D = i - j, with the mean and the fit
+   C exp(-alpha D) (Eq. 3), by least squares on the logarithm of the mean. Locality is learned: random weights are for
+   comparison only.
+2. The gradient of a pixel loss by d_trunc, against full backpropagation (Eq. 6): for z the absolute and the relative
+   error (Frobenius), for the decoder's parameters the normalised mean absolute error and the cosine.
+3. The same for all parameters of a --backbone, under MSE and averaged over the clips. The backbone sees the clips
+   without detail: at a fourth of their size and enlarged again (Fig. 4).
+4. Tiles against the whole frame, by margin: pixels (difference / standard deviation) and the gradient of z at
+   d_trunc 1. The difference left at large margins is no border effect: CogVideoX's GroupNorm and Wan's attention see
+   less of the frame.
 """
 
 import argparse
@@ -60,7 +62,7 @@ def load_clip(path: Path, vae: nn.Module, T: int, H: int, W: int) -> Tensor:
 
 
 def made_up_clips(vae: nn.Module, count: int, T: int, H: int, W: int) -> list[Tensor]:
-    """So many held-out toy clips [1, 3, T', H, W], T' as the VAE takes it."""
+    """`count` held-out toy clips [1, 3, T', H, W], with T frames or a few more, as many as the VAE takes."""
     config = WorldConfig(frames=vae.legal_length(T), height=H, width=W)
     return [make_clip(FIRST_SEED + i, config, extras=False).x_gt[None] for i in range(count)]
 
@@ -69,15 +71,18 @@ def made_up_clips(vae: nn.Module, count: int, T: int, H: int, W: int) -> list[Te
 
 def influence(vae: nn.Module, z: Tensor, probes: int) -> list[tuple[int, float]]:
     """(distance i - j, |dx_i / dz_j|_F) of every pair of groups j <= i, for latents z [1, C, F, h, w]."""
-    z, groups, cache = z.detach().requires_grad_(), vae.decode_groups(z.shape[2]), None
-    decoded, samples = [], []
+    z = z.detach().requires_grad_()
+    groups = vae.decode_groups(z.shape[2])
+    decoded, cache = [], None
     for group in groups:
         x_g, cache = vae.decode_group(z[:, :, group], cache)
         decoded.append(x_g)
+    samples = []
     for i, x_i in enumerate(decoded):
-        squares = torch.zeros(i + 1)  # |J_ij|^2 = E |J_ij^T v|^2, v normal, by the mean over probes
+        squares = torch.zeros(i + 1)  # |J_ij|^2 = E |J_ij^T v|^2 for normal v, here the mean over probes
         for _ in range(probes):
-            grad_z, = torch.autograd.grad((x_i * torch.randn_like(x_i)).sum(), z, retain_graph=True)
+            v = torch.randn_like(x_i)
+            grad_z = torch.autograd.grad((x_i * v).sum(), z, retain_graph=True)[0]
             squares += torch.stack([grad_z[:, :, group].square().sum() for group in groups[: i + 1]]) / probes
         # L_{i<-j} = |J_ij|                                                             ChopGrad Eq. 2
         samples += [(i - j, math.sqrt(square)) for j, square in enumerate(squares.tolist())]
@@ -98,16 +103,16 @@ def exponential_fit(means: list[float]) -> dict[str, float]:
 # ---- 2. truncation ---------------------------------------------------------------------------------------------------
 
 def gradients(vae: nn.Module, z: Tensor, loss_fn: Callable, **settings) -> tuple[Tensor, Tensor]:
-    """(grad z, the gradients of all decoder parameters in one vector) of one ChopGrad step."""
+    """One ChopGrad step -> the gradient of z, and those of all decoder parameters in one vector."""
     vae.zero_grad()
     _, grad_z = chopgrad.backward(vae, z, loss_fn, **settings)
     return grad_z, torch.cat([p.grad.flatten() for p in vae.decoder.parameters() if p.grad is not None])
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    """Of the angle between two tensors of one shape."""
-    a, b = a.flatten().double(), b.flatten().double()  # a sum over millions of parameters is off by 1e-3 in float32
-    return nnf.cosine_similarity(a, b, dim=0).item()
+    """The cosine of the angle between two tensors of one shape."""
+    # float64: in float32 a sum over millions of parameters is off by 1e-3
+    return nnf.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0).item()
 
 
 def truncation(vae: nn.Module, z: Tensor, loss_fn: Callable) -> list[dict[str, float]]:
@@ -125,13 +130,13 @@ def truncation(vae: nn.Module, z: Tensor, loss_fn: Callable) -> list[dict[str, f
 
 
 def distances(vae: nn.Module, F: int) -> list[int]:
-    """The first d_trunc, every third and the last that F latents have."""
+    """The values of d_trunc to try for F latents: 0 to 3, from there every third, and the largest."""
     N = len(vae.decode_groups(F))
     return sorted({*range(min(4, N)), *range(5, N, 3), N - 1})
 
 
 def nmae(a: Tensor, b: Tensor) -> float:
-    """Normalised mean absolute error: that of a against b, over the mean absolute b."""
+    """Normalised mean absolute error: the mean of |a - b| over the mean of |b|."""
     return ((a - b).abs().mean() / b.abs().mean()).item()
 
 
@@ -141,7 +146,7 @@ def mse_to(x_gt: Tensor) -> Callable[[Tensor, object], Tensor]:
 
 
 def lpips_to(x_gt: Tensor, perceptual: Path) -> Callable[[Tensor, object], Tensor]:
-    """The same for LPIPS on SqueezeNet, with its weights from the folder `perceptual`."""
+    """loss_fn of chopgrad.backward: a piece's share of the mean LPIPS; SqueezeNet's weights are in `perceptual`."""
     net = Lpips(Features("squeeze", perceptual))
 
     def loss_fn(x: Tensor, where) -> Tensor:
@@ -153,25 +158,29 @@ def lpips_to(x_gt: Tensor, perceptual: Path) -> Callable[[Tensor, object], Tenso
 # ---- 3. the backbone -------------------------------------------------------------------------------------------------
 
 def backbone(restorer: Restorer, clips: list[Tensor]) -> list[dict[str, float]]:
-    """How the gradients of all of the transformer's parameters differ, averaged over clips [1, 3, T, H, W]."""
-    vae, params = restorer.vae, list(restorer.dit.requires_grad_().parameters())
+    """How the transformer's gradients at each d_trunc differ from those of full backpropagation.
+
+    A gradient is the mean over clips [1, 3, T, H, W], of all parameters.
+    """
+    vae = restorer.vae
+    params = list(restorer.dit.requires_grad_().parameters())
     F = min((x.shape[2] - 1) // 4 + 1 for x in clips)
-    found = {d: 0.0 for d in (None, *distances(vae, F))}
+    mean = {d: 0.0 for d in (None, *distances(vae, F))}  # gradients by d_trunc
     for x in clips:
         with torch.no_grad():
             z_in = vae.encode(without_detail(x))
         z_out = restorer.denoise(z_in)
-        for d in found:
+        for d in mean:
             _, grad_z = chopgrad.backward(vae, z_out, mse_to(x), d_trunc=d, delayed=d is not None)
             grads = torch.autograd.grad(z_out, params, grad_z, retain_graph=True, materialize_grads=True)
-            found[d] = found[d] + torch.cat([g.flatten() for g in grads]) / len(clips)
-    full = found.pop(None)
+            mean[d] = mean[d] + torch.cat([g.flatten() for g in grads]) / len(clips)
+    full = mean.pop(None)
     return [{"d_trunc": d, "backbone_nmae": nmae(g, full), "backbone_cosine": cosine(g, full)}
-            for d, g in found.items()]
+            for d, g in mean.items()]
 
 
 def without_detail(x: Tensor) -> Tensor:
-    """x [1, 3, T, H, W] at a fourth of its size, and enlarged again."""
+    """x [1, 3, T, H, W] shrunk to a fourth of its size and enlarged again."""
     frames = nnf.interpolate(x[0].transpose(0, 1), scale_factor=0.25, mode="area")
     return nnf.interpolate(frames, x.shape[-2:], mode="bilinear").transpose(0, 1)[None]
 
@@ -179,8 +188,9 @@ def without_detail(x: Tensor) -> Tensor:
 # ---- 4. tiles --------------------------------------------------------------------------------------------------------
 
 def decoded_and_gradient(vae: nn.Module, z: Tensor, x_gt: Tensor, **settings) -> tuple[Tensor, Tensor]:
-    """The pixels x_dr, like x_gt, that ChopGrad's step at d_trunc 1 sees, and its grad z."""
-    x_dr, mse = torch.empty_like(x_gt), mse_to(x_gt)
+    """One ChopGrad step at d_trunc 1 -> the pixels it decodes, like x_gt, and the gradient of z."""
+    x_dr = torch.empty_like(x_gt)
+    mse = mse_to(x_gt)
 
     def loss_fn(x: Tensor, where) -> Tensor:
         x_dr[where] = x.detach()
@@ -192,14 +202,16 @@ def decoded_and_gradient(vae: nn.Module, z: Tensor, x_gt: Tensor, **settings) ->
 
 def tiling(vae: nn.Module, z: Tensor, x_gt: Tensor, tiles: tuple[int, int]) -> list[dict[str, float]]:
     """How pixels and gradients of tiles differ from those of the whole frame, by margin, on the first three groups."""
-    z = z[:, :, : vae.decode_groups(z.shape[2])[:3][-1].stop]
-    x_gt = x_gt[:, :, : vae.encode_groups(x_gt.shape[2])[:3][-1].stop]
+    latents = vae.decode_groups(z.shape[2])[:3]
+    frames = vae.encode_groups(x_gt.shape[2])[:3]
+    z, x_gt = z[:, :, : latents[-1].stop], x_gt[:, :, : frames[-1].stop]
     whole_x, whole_g = decoded_and_gradient(vae, z, x_gt)
     rows, margin = [], 0
     while 2 * margin < max(z.shape[3:]):
         x, g = decoded_and_gradient(vae, z, x_gt, tiles=tiles, margin=margin)
-        rows.append({"margin": margin, "pixels_rms": ((x - whole_x).square().mean().sqrt() / whole_x.std()).item(),
-                     "pixels_max": ((x - whole_x).abs().max() / whole_x.std()).item(),
+        error = (x - whole_x) / whole_x.std()
+        rows.append({"margin": margin, "pixels_rms": error.square().mean().sqrt().item(),
+                     "pixels_max": error.abs().max().item(),
                      "z_relative": ((g - whole_g).norm() / whole_g.norm()).item(), "z_cosine": cosine(g, whole_g)})
         margin = 2 * margin or 1
     return rows
@@ -208,8 +220,8 @@ def tiling(vae: nn.Module, z: Tensor, x_gt: Tensor, tiles: tuple[int, int]) -> l
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 def measure(vae: nn.Module, clips: list[Tensor], probes: int, tiles: tuple[int, int], perceptual: Path | None) -> dict:
-    """All but the backbone's on every clip [1, 3, T, H, W]; the clips' rows are averaged, their influences pooled."""
-    samples, rows, tile_rows = [], {}, []
+    """Measurements 1, 2 and 4 on every clip [1, 3, T, H, W]: influences are pooled, the other rows averaged."""
+    samples, tables, tile_tables = [], {}, []
     for n, x in enumerate(clips):
         with torch.no_grad():
             z = vae.encode(x)
@@ -219,11 +231,12 @@ def measure(vae: nn.Module, clips: list[Tensor], probes: int, tiles: tuple[int, 
             losses["lpips"] = lpips_to(x, perceptual)
         samples += influence(vae, z, probes)
         for name, loss_fn in losses.items():
-            rows.setdefault(name, []).append(truncation(vae, z, loss_fn))
-        tile_rows.append(tiling(vae, z, x, tiles))
+            tables.setdefault(name, []).append(truncation(vae, z, loss_fn))
+        tile_tables.append(tiling(vae, z, x, tiles))
     means = means_by_distance(samples)
-    return {"samples": samples, "mean": means, "fit": exponential_fit(means) if len(means) > 2 else None,
-            "truncation": {name: average(tables) for name, tables in rows.items()}, "tiles": average(tile_rows)}
+    fit = exponential_fit(means) if len(means) > 2 else None
+    return {"samples": samples, "mean": means, "fit": fit,
+            "truncation": {name: average(of_clips) for name, of_clips in tables.items()}, "tiles": average(tile_tables)}
 
 
 def means_by_distance(samples: list[tuple[int, float]]) -> list[float]:
@@ -235,12 +248,12 @@ def means_by_distance(samples: list[tuple[int, float]]) -> list[float]:
 
 
 def average(tables: list[list[dict[str, float]]]) -> list[dict[str, float]]:
-    """Rows of several clips averaged; rows that not all of them have are left out."""
+    """Rows of several clips averaged; rows that some of them lack are left out."""
     return [{key: sum(row[key] for row in same) / len(same) for key in same[0]} for same in zip(*tables)]
 
 
 def draw(result: dict, title: str) -> Figure:
-    """Influence by distance, gradient errors by d_trunc, the backbone's if there is one, tiles by margin."""
+    """Panels: influence by distance, gradient errors by d_trunc, the backbone's if measured, tiles by margin."""
     panels = 4 if "backbone" in result else 3
     figure = Figure(figsize=(4.3 * panels, 3.8), layout="constrained")
     left, middle, *more, right = figure.subplots(1, panels)
@@ -302,10 +315,12 @@ def main(args: argparse.Namespace) -> None:
         vaes = {args.label: load_vae(args.vae)}
     size = args.frames, *args.size
     for label, vae in vaes.items():
-        clips = [load_clip(path, vae, *size) for path in args.clips]
-        if args.random:
-            clips = clips or [torch.rand(1, 3, vae.legal_length(args.frames), *args.size) * 2 - 1]
-        clips = clips or made_up_clips(vae, 2, *size)
+        if args.clips:
+            clips = [load_clip(path, vae, *size) for path in args.clips]
+        elif args.random:
+            clips = [torch.rand(1, 3, vae.legal_length(args.frames), *args.size) * 2 - 1]
+        else:
+            clips = made_up_clips(vae, 2, *size)
         result = {"clips": [list(x.shape) for x in clips], "probes": args.probes, "tiles_of": args.tiles}
         result |= measure(vae.eval(), clips, args.probes, args.tiles, args.perceptual)
         if args.backbone:

@@ -1,4 +1,4 @@
-"""What ours costs against diffusers on the same weights, turn by turn in one run, and where infer.py's time goes.
+"""Our seconds and bytes against diffusers' with the same weights, in turns in one run; and where infer.py's time goes.
 
     python -m experiments.speed bytes    # bytes of the official VAEs, exact, on the meta device: a minute
     python -m experiments.speed vae      # the official VAEs on a CPU: seconds, memory, share of conv3d's best: minutes
@@ -6,10 +6,10 @@
     python -m experiments.speed infer    # infer.py with the shipped model at 480x272 and 960x540: minutes
     python -m experiments.speed length   # infer.py by frames and by pixels, with a plot: minutes
 
-Each part puts its figures in speed.json, in place of its last ones, as speed_gpu does. Memory is what a call takes
-above the weights. `bytes` counts every storage that lives between two operations, once; what an operation uses inside
-itself is not counted. `vae` reads the process's own peak, which includes that. `infer` and `length` do without
-diffusers; `vae`, `infer` and `length` need Linux.
+Each part writes its figures to speed.json and replaces its earlier ones, as speed_gpu does. Memory is what a call takes
+on top of the weights. `bytes` counts every storage that is alive between two operations once, but nothing that an
+operation allocates and frees itself. `vae` reads the peak of the process, which includes that. `infer` and `length` do
+not need diffusers; `vae`, `infer` and `length` need Linux.
 """
 
 import argparse
@@ -31,11 +31,11 @@ from mirage_min.networks.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
 from mirage_min.systems.mirage import Mirage
 from mirage_min.training.memory import LiveBytes
 
-SMALL_VAE = {"block_out_channels": (16, 32, 64, 64), "layers_per_block": 1, "norm_num_groups": 8}  # the shipped one's
+SMALL_VAE = {"block_out_channels": (16, 32, 64, 64), "layers_per_block": 1, "norm_num_groups": 8}  # as shipped
 
 
 def calls(ours: nn.Module, theirs: nn.Module, size: tuple[int, int, int], device: str = "cpu") -> dict:
-    """(side, "encode" or "decode") -> a call of it, on a random video of T, H, W = size."""
+    """{(side, "encode" or "decode"): a function that runs it} on a random video of T, H, W = size."""
     T, H, W = size
     x = torch.rand(1, 3, T, H, W, device=device) * 2 - 1
     z = torch.randn(1, 16, (T - 1) // 4 + 1, H // 8, W // 8, device=device)
@@ -53,14 +53,14 @@ def bytes_part(args: argparse.Namespace) -> dict[str, float]:
                 call()
             rows[f"{name} {way} {side}"] = live.peak / GIB
         for way in ("encode", "decode"):
-            a, b = rows[f"{name} {way} ours"], rows[f"{name} {way} diffusers"]
-            print(f"{name} {way}: {a:.2f} GiB, diffusers {b:.2f}, ratio {a / b:.2f}")
+            our_peak, their_peak = rows[f"{name} {way} ours"], rows[f"{name} {way} diffusers"]
+            print(f"{name} {way}: {our_peak:.2f} GiB, diffusers {their_peak:.2f}, ratio {our_peak / their_peak:.2f}")
     return rows
 
 
 @torch.no_grad()
 def conv_peak() -> float:
-    """Operations a second of the fastest conv3d found here: what this machine gives."""
+    """Operations a second of the fastest of three conv3d: the most that this machine is known to reach."""
     best = 0.0
     for c, layout in ((64, torch.channels_last_3d), (128, torch.channels_last_3d), (128, torch.contiguous_format)):
         conv = nn.Conv3d(c, c, 3, padding=1).to(memory_format=layout)
@@ -71,7 +71,7 @@ def conv_peak() -> float:
 
 
 def fastest(call: Callable[[], object], turns: int) -> float:
-    """Seconds of a call, the best of some turns."""
+    """Seconds of the fastest of `turns` calls."""
     times = []
     for _ in range(turns):
         start = time.perf_counter()
@@ -90,7 +90,8 @@ def operations(call: Callable[[], object]) -> int:
 @torch.no_grad()
 def vae_part(args: argparse.Namespace) -> dict:
     """Seconds and bytes of the official VAEs, the best of --repeat turns in which all calls alternate."""
-    size, peak = args.size or (9, 256, 384), conv_peak()
+    size = args.size or (9, 256, 384)
+    peak = conv_peak()
     rows = {"conv3d_peak": peak}
     for name, pair in published.vaes("cpu").items():
         every = calls(*pair, size)
@@ -99,16 +100,20 @@ def vae_part(args: argparse.Namespace) -> dict:
             for key, call in every.items():
                 runs[key].append(measuring.timed(call))
         for way in ("encode", "decode"):
-            (a, m), (b, n) = (map(min, zip(*runs[side, way])) for side in ("ours", "diffusers"))  # seconds, bytes
-            share = operations(every["ours", way]) / a / peak
-            rows[f"{name} {way}"] = {"size": size, "seconds": [a, b], "bytes": [m, n], "of_peak": share}
-            print(f"{name} {way} {size}: {a:.2f} s, diffusers {b:.2f}, ratio {a / b:.2f}; {m / GIB:.2f} GiB, "
-                  f"diffusers {n / GIB:.2f}, ratio {m / n:.2f}; {share:.0%} of conv3d's peak")
+            our_seconds, our_bytes = map(min, zip(*runs["ours", way]))
+            their_seconds, their_bytes = map(min, zip(*runs["diffusers", way]))
+            share = operations(every["ours", way]) / our_seconds / peak
+            rows[f"{name} {way}"] = {"size": size, "seconds": [our_seconds, their_seconds],
+                                     "bytes": [our_bytes, their_bytes], "of_peak": share}
+            print(f"{name} {way} {size}: {our_seconds:.2f} s, diffusers {their_seconds:.2f}, "
+                  f"ratio {our_seconds / their_seconds:.2f}; {our_bytes / GIB:.2f} GiB, "
+                  f"diffusers {their_bytes / GIB:.2f}, ratio {our_bytes / their_bytes:.2f}; "
+                  f"{share:.0%} of conv3d's peak")
     return rows
 
 
 def step_part(args: argparse.Namespace) -> dict:
-    """Forward and backward of the shipped VAE's shape: reconstruction of clips, mean squared error."""
+    """Seconds of forward and backward through a VAE of the shipped one's shape, with the MSE of reconstructed clips."""
     theirs = published.diffusers().AutoencoderKLCogVideoX(**published.COG_BLOCKS, **SMALL_VAE)
     ours = CogVideoXVAE(CogVideoXVAEConfig(**SMALL_VAE))
     ours.load_state_dict(theirs.state_dict())
@@ -119,15 +124,16 @@ def step_part(args: argparse.Namespace) -> dict:
     for _ in range(args.repeat + 1):
         for side, step in steps.items():
             seconds[side].append(fastest(step, 1))
-    a, b = (min(seconds[side]) for side in ("ours", "diffusers"))
-    least = operations(steps["ours"]) / conv_peak()
-    print(f"step {list(x.shape)}: {a:.3f} s, diffusers {b:.3f}, ratio {a / b:.2f}; at conv3d's peak all through "
-          f"{least:.3f} s, ratio {least / b:.2f}")
-    return {"shape": list(x.shape), "seconds": [a, b], "ratio": a / b, "seconds_at_peak": least}
+    our_seconds, their_seconds = min(seconds["ours"]), min(seconds["diffusers"])
+    ratio = our_seconds / their_seconds
+    at_peak = operations(steps["ours"]) / conv_peak()
+    print(f"step {list(x.shape)}: {our_seconds:.3f} s, diffusers {their_seconds:.3f}, ratio {ratio:.2f}; at conv3d's "
+          f"peak throughout {at_peak:.3f} s, ratio {at_peak / their_seconds:.2f}")
+    return {"shape": list(x.shape), "seconds": [our_seconds, their_seconds], "ratio": ratio, "seconds_at_peak": at_peak}
 
 
 def seconds_of_infer(T: int, H: int, W: int) -> dict[str, float]:
-    """{stage: seconds} of infer.py with the shipped model on T frames of noise; loading the model does not count."""
+    """{stage: seconds} of infer.py with the shipped model on T frames of noise, without loading the model."""
     stages = measuring.STAGES | {"loading": (Mirage, "from_pretrained")}
     with tempfile.TemporaryDirectory() as folder:
         clip = measuring.noise_clip(Path(folder, "in.mp4"), T, H, W)
@@ -135,12 +141,12 @@ def seconds_of_infer(T: int, H: int, W: int) -> dict[str, float]:
             start = time.perf_counter()
             measuring.run_script("infer.py", clip, f"{folder}/out.mp4", "--device", "cpu")
             total = time.perf_counter() - start
-    found = {stage: spent[stage] for stage in measuring.STAGES}
-    return found | {"reading, writing, the rest": total - sum(spent.values())}
+    by_stage = {stage: spent[stage] for stage in measuring.STAGES}
+    return by_stage | {"reading, writing, the rest": total - sum(spent.values())}
 
 
 def infer_part(args: argparse.Namespace) -> dict:
-    """Where infer.py's time goes: what the model's stages do not take is reading, writing and the rest."""
+    """The share of infer.py's time that each of the model's stages takes, and reading, writing and the rest."""
     rows = {}
     for H, W in ((272, 480), (540, 960)):
         spent = seconds_of_infer(args.frames, H, W)
@@ -153,23 +159,23 @@ def infer_part(args: argparse.Namespace) -> dict:
 
 
 def length_part(args: argparse.Namespace) -> dict:
-    """Seconds by frames at 64x96, and seconds a frame by pixels; draws speed_length.png."""
+    """Seconds by number of frames at 64x96, and seconds a frame by number of pixels; draws speed_length.png."""
     frames = [T for T in (9, 33, 97, 297, 1001) if T <= max(args.frames, 33)]
     sizes = [(64, 96), (128, 192), (192, 288), (256, 384)]
-    by_frames = [sum(seconds_of_infer(T, 64, 96).values()) for T in frames]
-    by_pixels = [{stage: seconds / 17 for stage, seconds in seconds_of_infer(17, H, W).items()} for H, W in sizes]
+    seconds = [sum(seconds_of_infer(T, 64, 96).values()) for T in frames]
+    by_pixels = [{stage: spent / 17 for stage, spent in seconds_of_infer(17, H, W).items()} for H, W in sizes]
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(frames, by_frames, "o-")
+    left.plot(frames, seconds, "o-")
     left.set(xlabel="frames, 64x96", ylabel="seconds", xlim=(0, None), ylim=(0, None))
     for stage in by_pixels[0]:
         right.plot([H * W / 1000 for H, W in sizes], [row[stage] for row in by_pixels], "o-", label=stage)
     right.set(xlabel="1000 pixels", ylabel="seconds a frame", xlim=(0, None), ylim=(0, None))
     right.legend()
     common.save_figure(args.out / "speed_length.png", figure)
-    for T, seconds in zip(frames, by_frames):
-        print(f"{T} frames: {seconds:.2f} s, {1000 * seconds / T:.1f} ms a frame")
-    return {"frames": frames, "seconds": by_frames, "sizes": sizes, "seconds_a_frame": by_pixels}
+    for T, spent in zip(frames, seconds):
+        print(f"{T} frames: {spent:.2f} s, {1000 * spent / T:.1f} ms a frame")
+    return {"frames": frames, "seconds": seconds, "sizes": sizes, "seconds_a_frame": by_pixels}
 
 
 PARTS = {"bytes": bytes_part, "vae": vae_part, "step": step_part, "infer": infer_part, "length": length_part}

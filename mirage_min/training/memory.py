@@ -1,8 +1,8 @@
 """The memory of a training step, predicted: the step itself runs on tensors that have no data.
 
-PyTorch's FakeTensors have a shape, a type, a device and a lifetime, and no storage. The whole step runs on them: every
+PyTorch's FakeTensors have a shape, a type, a device and a lifetime, but no data. The whole step runs on them: every
 network, ChopGrad, losses and every backward. A storage counts from the operation that makes it until nothing refers to
-it any more; the estimate is the highest sum plus AdamW's two moments. It is split into `parameters`, `moments`, what
+it any more. The estimate is the highest sum, plus AdamW's two moments. It is split into `parameters`, `moments`, what
 autograd holds for `backward`, and the temporary rest, `passing`. The workspaces of single operations (cuDNN's: a few
 per cent) and the allocator's waste are not counted.
 
@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 GIB = 2**30
-LESS = {  # settings that take less memory, the cheapest to give up first; r is the recipe, n the number of processes
+LESS = {  # values of settings that take less memory, the least costly first; r: the recipe, n: how many processes
     "accumulate": lambda r, n: r.batch // n,
     "checkpoint_decoder": lambda r, n: True,
     "checkpoint_dit": lambda r, n: True,
@@ -39,14 +39,14 @@ LESS = {  # settings that take less memory, the cheapest to give up first; r is 
 
 
 class LiveBytes(TorchDispatchMode):
-    """While entered, counts the bytes of all storages met and still referred to: `count`, and its `peak`.
+    """While entered, counts the bytes of all storages that operations return and something still refers to.
 
-    The modules' parameters and buffers do not count.
+    `count` is the number at present, `peak` the highest. The modules' parameters and buffers are left out.
     """
 
     def __init__(self, *modules: nn.Module):
         super().__init__()
-        self.count, self.peak = 0, 0
+        self.count = self.peak = 0
         self.known = {t.untyped_storage()._cdata for m in modules for t in (*m.parameters(), *m.buffers())}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -58,7 +58,8 @@ class LiveBytes(TorchDispatchMode):
 
     def add(self, storage) -> None:
         """Add an untyped storage's bytes to `count`, until nothing refers to it any more."""
-        key, size = storage._cdata, storage.nbytes()
+        key = storage._cdata
+        size = storage.nbytes()
         self.known.add(key)
         self.count += size
         self.peak = max(self.peak, self.count)
@@ -70,14 +71,15 @@ class LiveBytes(TorchDispatchMode):
 
 
 class SavedBytes:
-    """While entered, counts the bytes that autograd holds for backward: `count`, and its `peak`.
+    """While entered, counts the bytes that autograd holds for backward: `count` at present, `peak` at most.
 
-    Every storage counts once, for as long as it is held; those of the module's parameters do not count.
+    A storage counts once, however many tensors share it; those of the module's parameters are left out.
     """
 
     def __init__(self, module: nn.Module):
         self.parameters = {p.untyped_storage()._cdata for p in module.parameters()}
-        self.holders, self.count, self.peak = Counter(), 0, 0  # how many hold a storage, by storage
+        self.holders = Counter()  # of each storage, how many SavedTensors hold it
+        self.count = self.peak = 0
 
     def __enter__(self):
         self.hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: SavedTensor(self, t), lambda s: s.tensor)
@@ -92,7 +94,8 @@ class SavedTensor:
     """One tensor that autograd holds; counted until autograd lets go of it."""
 
     def __init__(self, saved: SavedBytes, tensor: Tensor):
-        self.saved, self.tensor = saved, tensor.detach()
+        self.saved = saved
+        self.tensor = tensor.detach()
         storage = tensor.untyped_storage()
         self.key = storage._cdata
         self.bytes = 0 if self.key in saved.parameters else storage.nbytes()
@@ -114,44 +117,45 @@ def expected(models: nn.ModuleList, step: Callable, size: tuple[int, ...], devic
     The keys are parameters (with buffers), moments (AdamW's), backward (what autograd holds at most) and passing (the
     rest, with gradients). Their sum is the estimate.
 
-    divided   parameters of which one of so many processes keeps a part, as of their gradients and moments (FSDP2)
+    divided   parameters that FSDP2 divides among `processes` processes, with their gradients and moments
     """
-    own = {id(p) for p in divided}
-    names = [name for name, p in models.named_parameters() if id(p) in own]
+    divided_ids = {id(p) for p in divided}
+    names = [name for name, p in models.named_parameters() if id(p) in divided_ids]
 
     def call(fakes: nn.Module) -> None:
         for name in names:
             divide_gradient(fakes.get_parameter(name), processes)
         step(fakes, *torch.empty(2, *size, device=device))
 
-    peak, saved = rehearse(models, call, device)
-    parts = {"parameters": sum(t.nbytes for t in (*models.parameters(), *models.buffers())),
-             "moments": sum(2 * p.nbytes for p in models.parameters() if p.requires_grad), "backward": saved}
-    parts["passing"] = peak + parts["moments"] - sum(parts.values())
+    peak, backward = rehearse(models, call, device)
+    parameters = sum(t.nbytes for t in (*models.parameters(), *models.buffers()))
+    moments = sum(2 * p.nbytes for p in models.parameters() if p.requires_grad)
+    passing = peak - parameters - backward
     for p in map(models.get_parameter, names):
         elsewhere = p.nbytes - p.nbytes // processes
-        parts["parameters"] -= elsewhere
-        parts["moments"] -= 2 * elsewhere if p.requires_grad else 0
-    return parts
+        parameters -= elsewhere
+        moments -= 2 * elsewhere if p.requires_grad else 0
+    return {"parameters": parameters, "moments": moments, "backward": backward, "passing": passing}
 
 
 def divide_gradient(p: nn.Parameter, processes: int) -> None:
-    """Let p keep no more of its gradient, once it is there, than one of so many processes does."""
+    """As soon as p has its gradient, reduce that to the share which one of `processes` processes keeps."""
     kept = []
 
-    def keep_part(p: nn.Parameter) -> None:
+    def keep_share(p: nn.Parameter) -> None:
         kept[:] = [p.new_empty(-(-p.numel() // processes))]
         p.grad = None
     if p.requires_grad and processes > 1:
-        p.register_post_accumulate_grad_hook(keep_part)
+        p.register_post_accumulate_grad_hook(keep_share)
 
 
 def rehearse(models: nn.Module, call: Callable[[nn.Module], None], device: str) -> tuple[int, int]:
-    """call(models), in which no tensor has data -> bytes that are alive at its peak, and what autograd holds at most.
+    """Run call(models) without data -> the bytes alive at its peak, and those that autograd holds at most.
 
-    The first number has the models' own parameters and buffers in it.
+    The first number includes the models' parameters and buffers.
     """
-    fake, live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    live = LiveBytes()
     try:
         with fake, live:
             memo = {id(p): nn.Parameter(torch.empty_like(p, device=device), p.requires_grad)
@@ -166,7 +170,7 @@ def rehearse(models: nn.Module, call: Callable[[nn.Module], None], device: str) 
 
 
 def forget_tables() -> None:
-    """Empty every functools cache of the networks' modules: a table made on fake tensors would be found there later."""
+    """Empty every functools cache in the networks' modules: real runs must not find tables made of fake tensors."""
     package = __name__.rpartition(".training")[0] + ".networks."
     for name, module in list(sys.modules.items()):
         if name.startswith(package):
@@ -176,24 +180,24 @@ def forget_tables() -> None:
 
 
 def available(device: str) -> int:
-    """Bytes that this process may use on the device: what is free there and, on a GPU, what it already holds itself."""
+    """Bytes that this process may use on the device: those that are free and, on a GPU, those it already holds."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):  # not Linux: what is installed
+    except (OSError, KeyError):  # not Linux: all that is installed
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def plan(models: nn.ModuleList, step: Callable, recipe, device: str, processes: int = 1,
          divided: Iterable[nn.Parameter] = ()) -> str:
-    """A text: what step(models, recipe, x_ni, x_gt, terms) needs in one of the processes, in GiB, and what there is.
+    """A text: how many GiB step(models, recipe, x_ni, x_gt, terms) needs in one process, and how many it may use.
 
-    If it needs more than there is, a line follows for each setting that takes less.
+    If it needs more, a line follows for each setting that takes less.
 
-    divided: parameters that are divided among the processes where the recipe has shard=True.
+    divided   parameters that are divided among the processes if the recipe has shard=True
     """
     divided = list(divided)
 
@@ -201,25 +205,29 @@ def plan(models: nn.ModuleList, step: Callable, recipe, device: str, processes: 
         clips = max(1, r.batch // (processes * r.accumulate))
         once = partial(one_step, step=step, recipe=r)
         size = clips, 3, r.frames, r.height, r.width
-        return expected(models, once, size, device, divided if getattr(r, "shard", False) else (), processes)
+        sharded = divided if getattr(r, "shard", False) else ()
+        return expected(models, once, size, device, divided=sharded, processes=processes)
 
-    parts, there = needs(recipe), available(device)
+    parts = needs(recipe)
     need = sum(parts.values())
+    free = available(device)
     shares = ", ".join(f"{name} {n / GIB:.2f}" for name, n in parts.items())
-    text = f"a step needs about {need / GIB:.2f} GiB ({shares}), and {device} has {there / GIB:.2f}"
-    if need <= there:
+    text = f"a step needs about {need / GIB:.2f} GiB ({shares}), and {device} has {free / GIB:.2f}"
+    if need <= free:
         return text
-    text += ": it will not fit. Single settings make of it"
+    text += ": it will not fit. With one setting changed it needs"
     for key, change in LESS.items():
-        if not hasattr(recipe, key) or change(recipe, processes) == getattr(recipe, key):
+        if not hasattr(recipe, key):
             continue
         value = change(recipe, processes)
+        if value == getattr(recipe, key):
+            continue
         try:
             less = sum(needs(dataclasses.replace(recipe, **{key: value})).values())
-        except (ValueError, RuntimeError):  # pieces too small for a network of the loss, say: no way out
+        except (ValueError, RuntimeError):  # the step cannot run so: tiles too small for the loss's network, say
             continue
         if less < need:
-            text += f"\n    --set {key}={value}: {less / GIB:.2f} GiB" + ", which fits" * (less <= there)
+            text += f"\n    --set {key}={value}: {less / GIB:.2f} GiB" + ", which fits" * (less <= free)
     return text
 
 
