@@ -97,7 +97,7 @@ def main(args: argparse.Namespace) -> None:
             seen.append(state.seen)
             bar.update(len(ahead))
         bar.close()
-        desk.ignore_signals()  # the output is about to stand: a signal now would be said to leave none
+        desk.ignore_signals()  # the output is about to appear: a signal now would be reported as if it had not
     desk.say(f"cells of each chunk that the memory showed: {', '.join(f'{share:.0%}' for share in seen)}; "
              f"{len(state.memory):,} points in it now")
     desk.say(f"{args.output}: {len(cameras)} frames, {len(cameras) / (time.time() - began):.2f} frames/s, "
@@ -111,7 +111,7 @@ def placed(known: Known, device: str, dtype: torch.dtype) -> tuple[torch.Tensor,
 
 
 def choose(args: argparse.Namespace) -> tuple[Settings, dict]:
-    """All settings, and of them those that are given for World.from_pretrained."""
+    """All settings, and those of World.from_pretrained that the command gives."""
     options = {field.name: field for field in fields(World.Options)}
     given = {setting.partition("=")[0] for setting in args.set}
     both = make_dataclass("Both", [], bases=(Settings, World.Options))
@@ -136,7 +136,7 @@ def choose_cameras(scene: WorldScene, args: argparse.Namespace, settings: Settin
 
 
 def choose_observer(scene: WorldScene, args: argparse.Namespace, device: str) -> Observe:
-    """Who knows the depth of what is generated."""
+    """What knows the depth of generated frames: the network of --depth, or the renderer of a made-up scene."""
     if args.depth is None:
         if scene.toy is None:
             raise ValueError(f"{args.scene}: is no made-up scene: wanted --depth FILE, a depth network as TorchScript "

@@ -47,7 +47,7 @@ Weight = Annotated[float, checked.Within(0)]
 
 @dataclass
 class Recipe(run.Recipe):
-    """The defaults are the paper's (§4) where it says; the rate and the batch are the release's, as it does not."""
+    """The defaults are the paper's (§4), except rate and batch, which it does not give: they are the release's."""
 
     steps: int = 14_000
     lr: float = 2e-5
@@ -91,7 +91,8 @@ class Batch(NamedTuple):
 
 
 def batch_of(step: int, recipe: Recipe) -> Batch:
-    """The same in all processes. DEVIATION: one draw a step, not one a clip, so that a batch is one tensor."""
+    """The kind of a step's batch, the same in all processes. DEVIATION: one draw a step, not one a clip, so that a
+    batch is one tensor."""
     if step < recipe.latent_until:
         return Batch(temporal=False, past=0, latent=True)
     since = step - recipe.temporal_from
@@ -125,9 +126,10 @@ def build(args, recipe: Recipe) -> tuple[nn.ModuleList, dict[str, nn.Parameter]]
 
 
 def motion(recipe: Recipe, x_gt: Tensor, flow: Tensor, visible: Tensor, names: list[str]) -> tuple[Tensor, Tensor]:
-    """From the last frame but one to the last of the truth [n, 3, T, H, W]: flow [n, 2, H, W], visible [n, 1, H, W].
+    """How the truth [n, 3, T, H, W] moves from its last frame but one to its last: flow [n, 2, H, W], visible
+    [n, 1, H, W].
 
-    flow and visible are Pairs.moving_batch's. ValueError for a clip without, if flow is to be exact.
+    The given flow and visible are Pairs.moving_batch's. ValueError for a clip that has none, if flow is to be exact.
     """
     flow, visible = flow[:, :, -1].clone(), visible[:, :, -1].clone()
     unknown = flow.isnan().flatten(1).any(dim=1)
@@ -146,7 +148,7 @@ def motion(recipe: Recipe, x_gt: Tensor, flow: Tensor, visible: Tensor, names: l
 @torch.no_grad()
 def see_past(harmonizer: Harmonizer, recipe: Recipe, frames: Sequence[Tensor], truths: Sequence[Tensor]
              ) -> list[Tensor]:
-    """`past` after frames in a row, each [n, 3, H, W]: of the model's own outputs, or of the truth in their place."""
+    """`past` after these frames in a row, each [n, 3, H, W]: made of the model's own outputs, or of the truth."""
     past = []
     for frame, truth in zip(frames, truths, strict=True):
         past = harmonizer.remember(truth if recipe.past_from == "truth" else harmonizer.enhance(frame, past), past)

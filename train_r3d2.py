@@ -82,7 +82,7 @@ BASES = {  # --base and --vae where no --base is given; None: the small untraine
     "difix": ("stabilityai/sd-turbo", None),
     "small": (None, "weights/vae_2d"),
 }
-VAES = {"r3d2": AutoencoderTiny, "r3d2-big": AutoencoderKL, "difix": AutoencoderKL}  # that a recipe is for
+VAES = {"r3d2": AutoencoderTiny, "r3d2-big": AutoencoderKL, "difix": AutoencoderKL}  # what a recipe is for
 
 
 def build(args, recipe: Recipe) -> tuple[nn.ModuleList, dict[str, nn.Parameter]]:
@@ -114,7 +114,7 @@ def forward_and_backward(models: nn.ModuleList, recipe: Recipe, x_ni: Tensor, x_
     Their share of the batch's gradient is added to .grad, and their share of each term of the loss, unweighted, to
     `terms`.
 
-    step    which one it is: from gram_from on, the Gram loss counts
+    step    its number: the Gram loss counts from gram_from on
     """
     r3d2, lpips_distance, texture = models
     r3d2.unet.activation_checkpointing = recipe.checkpoint_unet
@@ -193,5 +193,5 @@ if __name__ == "__main__":
     parser.add_argument("--vae", help="folder or hub id of the VAE (default: the base's own; without --base of the "
                         "recipe r3d2 madebyollin/taesd, of small weights/vae_2d)")
     parser.add_argument("--prompt", type=Path, help="the prompt's embedding (safetensors with `text`; default: that of "
-                        "a system that continues, else zeros)")
+                        "the system in --base, else zeros)")
     run.launch(main, parser.parse_args(), RECIPES)

@@ -5,8 +5,8 @@
 
 Trained: every weight of the transformer. Frozen: the VAE, through whose decoder ChopGrad takes the pixel losses.
 x_in is made of x_gt: low resolution, or a hole; or it is what the pairs have (artifacts of splats, hidden vehicles).
-The result is a folder for infer.py. Two ways to compare with: `--set pixel=false` is the paper's ChopGrad*, latents
-alone; `--set each_frame=yes` is DOVE's, which takes every frame by itself through encoder and decoder.
+The result is a folder for infer.py. Two other ways, for comparison: `--set pixel=false` is the paper's ChopGrad*, the
+latent loss alone; `--set each_frame=yes` is DOVE's, which takes every frame by itself through encoder and decoder.
 
     python train_restore.py --recipe small-upscale --vae weights/vae_wan --data data/toy --perceptual DIR
     torchrun --nproc-per-node=4 train_restore.py --recipe dove --base DOVE --prompt empty.safetensors ...
@@ -76,19 +76,19 @@ class Recipe(run.Recipe):
     lambda_lpips: Weight = 100.0
     lambda_mse: Weight = 0.0
     lambda_dists: Weight = 0.0
-    lambda_frame: Weight = 0.0  # of what frames differ by from one to the next, as DOVE has it; wants each_frame
+    lambda_frame: Weight = 0.0  # of the difference from frame to frame, as in DOVE; wants each_frame
     lpips: str = "vgg"          # LPIPS' backbone
     pixel: bool = True          # False: the latent loss alone (ChopGrad*)
     each_frame: bool = False    # DOVE's way through pixels: every frame is encoded and decoded by itself
     latent_until: int = 0       # until this step the latent loss alone, on latents that were encoded once
-    latent_clips: int = 600     # of which there are so many
-    latent_batch: int = 8       # and so many a step
+    latent_clips: int = 600     # how many clips those latents are of
+    latent_batch: int = 8       # how many of them a step takes
     d_trunc: int = 1
     tiles: int = 2              # the decoder's gradient in tiles x tiles pieces of the frame
     heads: int = 2              # of a new small transformer, 64 numbers each
     checkpoint_decoder: bool = run.may_change(False)
     checkpoint_dit: bool = run.may_change(False)
-    shard: bool = run.may_change(False)  # the transformer with its gradients and moments among the processes (FSDP2)
+    shard: bool = run.may_change(False)  # divide the transformer, its gradients and moments among the processes (FSDP2)
     half: bool = run.may_change(False)   # the result is written as float16
     seed: int = 4
 
@@ -193,8 +193,11 @@ def latent_loss(restorer: Restorer, recipe: Recipe, z_in: Tensor, z_gt: Tensor, 
 
 def forward_and_backward(models: nn.ModuleList, recipe: Recipe, x_in: Tensor, x_gt: Tensor,
                          terms: dict[str, Tensor]) -> None:
-    """Some of a step's clips [n, 3, T, H, W]: their share is added to the gradients, and that of the loss's terms,
-    unweighted, to `terms`."""
+    """Forward and backward for some of a step's clips x_in, x_gt [n, 3, T, H, W] in [-1, 1].
+
+    Their share of the batch's gradient is added to .grad, and their share of each term of the loss, unweighted, to
+    `terms`.
+    """
     restorer, lpips_distance, *dists = models
     x_in, x_gt = restorer.pad(x_in), restorer.pad(x_gt)
 
@@ -234,7 +237,7 @@ def forward_and_backward(models: nn.ModuleList, recipe: Recipe, x_in: Tensor, x_
 
 
 def autocast(recipe: Recipe, device: str | torch.device) -> torch.autocast:
-    """run.autocast; where the transformer is sharded without copies, which would make it whole again in bfloat16."""
+    """run.autocast; without copies in bfloat16 if the transformer is sharded, for they would make it whole again."""
     return run.autocast(recipe, device, keep_copies=not recipe.shard)
 
 
@@ -287,7 +290,7 @@ def main(args, recipe: Recipe) -> None:
         if step < recipe.latent_until:
             z_in, z_gt = cached.batch(recipe.latent_batch, run.draws(recipe.seed, step))
             with autocast(recipe, args.device):
-                share = 1 / processes.world()  # each computes the same
+                share = 1 / processes.world()  # every process computes the same
                 _, loss = latent_loss(restorer, recipe, z_in.to(args.device), z_gt.to(args.device), share, terms)
             loss.backward()
         else:

@@ -1,7 +1,7 @@
 """Train the world model called Mirage (arXiv 2606.09828): a video model learns to continue what a memory shows it.
 
     z_σ = (1 − σ) z + σ ε,   v = dit(z_σ, 1000 σ, hints),   hints = branch(z_σ, 1000 σ, control)
-    L   = mean (v − (ε − z))²                  over the latents of a chunk but the first, which is given, at σ = 0
+    L   = mean (v − (ε − z))²                  over all latents of a chunk but the first, which is given at σ = 0
 
 `control` is what the memory shows at each latent's camera, and where; the memory holds latents of the clip itself, put
 into the world by its depth and cameras. Each latent has its own σ, drawn evenly and shifted towards 1 (flow.py).
@@ -56,14 +56,14 @@ WAN = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
 
 @dataclass
 class Recipe(run.Optimisation):
-    """The defaults are the paper's for stage 1; [?] is what could not be had of the paper and is a guess."""
+    """The defaults are the paper's for stage 1; [?] marks a guess, where the paper's value is not published."""
 
     steps: int = 10_000         # [?]
     batch: int = 64             # [?]
     lr: float = 1e-4            # [?]
     accumulate: int = run.may_change(1)
     latents: Annotated[int, checked.Within(2, 1000)] = 9            # of a chunk, 33 frames
-    every_layer: Annotated[int, checked.Within(1, 1000)] = 4        # [?] a hint after one layer in so many
+    every_layer: Annotated[int, checked.Within(1, 1000)] = 4        # [?] one hint for this many layers
     memory: Literal["past", "first"] = "past"  # [?] what it holds: the clip up to the chunk, or the chunk's first frame
     mask: bool = True           # whether the branch is told where the memory shows something; the release's is not
     without: Annotated[float, checked.Within(0, 1)] = 0.0           # share of chunks that are shown an empty memory
@@ -106,7 +106,7 @@ def build(args, recipe: Recipe) -> tuple[World, dict[str, nn.Parameter]]:
 
 
 def choose(world: World, part: str, recipe: Recipe) -> dict[str, nn.Parameter]:
-    """What a part trains, by name; of `lora` the transformer gets its adapters."""
+    """What a part trains, by name; for `lora` the transformer gets its adapters here."""
     trained = {}
     if part == "base":
         trained |= {f"transformer.{name}": p for name, p in world.dit.named_parameters()}
@@ -144,8 +144,10 @@ def control_of(world: World, chunk: Chunk, recipe: Recipe, empty: bool = False) 
 
 def forward_and_backward(world: World, part: str, recipe: Recipe, z: Tensor, control: Tensor | None,
                          terms: dict[str, Tensor], draws: list[Generator]) -> None:
-    """Some of a step's chunks z [n, C, F, h, w]: their share is added to the gradients and to the loss's term; draws: a
-    generator for each."""
+    """Forward and backward for some of a step's chunks z [n, C, F, h, w], with a generator in `draws` for each.
+
+    Their share of the batch's gradient is added to .grad, and their share of the loss to `terms`.
+    """
     with run.autocast(recipe, z.device):
         loss = loss_of(world, part, recipe, z, control, draws)
     share = len(z) / recipe.batch

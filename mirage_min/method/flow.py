@@ -4,8 +4,8 @@ A clean latent z and noise ε are mixed, and the network predicts the way from o
 
     z_σ = (1 − σ) z + σ ε,     v(z_σ, t) ≈ ε − z,     t = 1000 σ
 
-so that a sample is made by following −v from noise, σ = 1, to σ = 0, in steps. Both draw, or place, σ evenly and then
-shift it towards 1, where the large shapes are decided:
+so that a sample is made by following −v from noise, σ = 1, to σ = 0, in steps. Training draws σ evenly, sampling spaces
+it evenly, and both then shift it towards 1, where the large shapes are decided:
 
     σ = s u / (1 + (s − 1) u),     u in 0 .. 1,     s = 5
 

@@ -153,7 +153,8 @@ def named_parameters(module: nn.Module, name: str) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def merge(module: nn.Module, name: str) -> None:
-    """Fold W <- W + s · B A permanently and remove the adapter; after the last, the layer is an ordinary one again."""
+    """Fold an adapter into the weights, W <- W + s · B A, and remove it; without any, a layer is an ordinary one again.
+    """
     for _, layer, lora in list(adapters(module, name)):
         layer.weight += lora.delta().to(layer.weight.dtype)
         del layer.lora[name]

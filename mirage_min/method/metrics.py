@@ -40,7 +40,7 @@ def psnr(x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
     # MSE_t = Σ_p m_p (x_p − y_p)² / Σ_p m_p,   PSNR_t = 10 log10(2² / MSE_t)
     mse = (weights * (x.double() - y.double()).square()).sum(dim=(1, 3, 4)) / weights.sum(dim=(1, 3, 4))
     counted = weights.sum(dim=(1, 3, 4)) > 0
-    decibels = torch.where(counted, 10 * torch.log10(4 / mse), 0)  # where, not *: a frame that does not count is nan
+    decibels = torch.where(counted, 10 * torch.log10(4 / mse), 0)  # not a product: a frame without pixels is nan
     return (decibels.sum(dim=1) / counted.sum(dim=1)).float()
 
 

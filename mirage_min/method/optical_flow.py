@@ -81,7 +81,7 @@ def warp_error(x: Tensor, flow: Tensor, visible: Tensor) -> Tensor:
         counts.append(seen.sum(dim=(1, 2, 3)))
         errors.append(squares / (C * counts[-1]))
     counted = torch.stack(counts, dim=1) > 0
-    errors = torch.where(counted, 1e3 * torch.stack(errors, dim=1), 0)  # where, not *: a pair without any is nan
+    errors = torch.where(counted, 1e3 * torch.stack(errors, dim=1), 0)  # not a product: a pair without any is nan
     return (errors.sum(dim=1) / counted.sum(dim=1)).float()
 
 

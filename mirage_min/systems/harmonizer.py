@@ -14,12 +14,12 @@ in two ways, `wiring` in the folder's model_index.json:
 `enhance_whole` is the method as it is written down. `enhance`, which everything else calls, gives the same numbers with
 .57 of the operations of the release (docs/harmonizer.md): it leaves out what cannot reach the current frame.
 
-A cache of keys and values, as language models have one, would *not* give the same numbers. There a token never sees
-what comes after it; here the past attends to the current frame, so from the second block on its keys and values are
-others at each step. (In the first block they are the same, but a thousandth of the work. In the release even the latent
+A cache of keys and values, as in language models, would *not* give the same numbers. There a token never sees what
+comes after it. Here the past attends to the current frame, so from the second block on its keys and values change at
+each step. (In the first block they stay the same, but that is a thousandth of the work. In the release even the latent
 of the past is new at each step, for it is encoded after the current frame.)
 
-    python -m mirage_min.systems.harmonizer            # both wirings: shapes, and that nothing that counts is left out
+    python -m mirage_min.systems.harmonizer            # both wirings: shapes, and that pruning changes no result
 """
 
 import json

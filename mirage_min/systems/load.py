@@ -10,7 +10,7 @@
     system = System.from_pretrained("weights", tiles=2)        # and other fields of System.Options, by keyword
     for frame in system.stream(frames): ...                    # [3, H, W] in [-1, 1], as many as went in
 
-One more system is one more line in SYSTEMS, for a class with those three: Options, from_pretrained, stream.
+A new system is a new line in SYSTEMS, for a class that has Options, from_pretrained and stream.
 
     python -m mirage_min.systems.load [FOLDER ...]             # what each holds, and its options
 """
@@ -27,7 +27,7 @@ from .mirage_folder import STAGE_A
 from .restore import Restorer
 
 INDEX = "model_index.json"
-SYSTEMS = {  # a class: whether the content of a model_index.json is that of its folder
+SYSTEMS = {  # a class: a function that tells whether a model_index.json is of its folder
     harmonizer.Harmonizer: harmonizer.describes,
     r3d2.R3D2: r3d2.describes,
     Restorer: restore_folder.describes,
@@ -37,7 +37,7 @@ SYSTEMS = {  # a class: whether the content of a model_index.json is that of its
 def system_in(path: str | Path) -> type[nn.Module]:
     """The class whose from_pretrained reads this folder, or this hub id.
 
-    ValueError that says what was found, if it is none of these; for pickles, how to convert them.
+    ValueError that says what was found if it is none of these, and how to convert pickles.
     """
     if (Path(path) / STAGE_A).is_file():
         return Mirage

@@ -47,7 +47,7 @@ class Options:
     """What can be chosen when a trained Mirage is loaded."""
 
     base: str = ""                           # folder or hub id of what it was trained on; "": as its stage A says
-    vae2d: str = ""                          # the same of the AutoencoderKL
+    vae2d: str = ""                          # the same for the AutoencoderKL
     window: Annotated[int, Within(0)] = 0    # latents that the transformer sees at once; 0: as its stage H says
     tiles: Annotated[int, COUNT] = 1         # rows and columns into which large frames are cut for the VAEs
     margin: Annotated[int, Within(0)] = 8    # latent cells around each of them
@@ -81,10 +81,10 @@ def from_base(cls: type["Mirage"], base: str | Path, vae2d: str | Path | None, t
     """Published weights with new fusion blocks, which change nothing yet: where training starts.
 
     base      folder or hub id of a CogVideoX or a Wan, with subfolders vae, transformer and scheduler
-    vae2d     the same of an AutoencoderKL, for CogVideoX; None for Wan, whose own encoder supplies the features
+    vae2d     folder or hub id of an AutoencoderKL, for CogVideoX; None for Wan, whose own encoder supplies the features
     text      [1, L, D], the prompt's embedding; zeros if not given
     settings  t, window and so on, of Mirage()
-    ValueError if a part is missing or another class's, vae2d is missing or not wanted, or the prompt does not fit.
+    ValueError if a part is missing or of another class, vae2d is missing or not wanted, or the prompt does not fit.
     """
     wan = family(base)[0] is WanVAE
     if wan and vae2d:
@@ -137,7 +137,7 @@ def from_pretrained(cls: type["Mirage"], path: str | Path, base: str | Path | No
                     margin: int = 8) -> "Mirage":
     """A trained Mirage from its folder, with stage H if there is one; the other arguments are Options.
 
-    What it was trained on may come from the hub; a base="org/name@revision" says at which revision.
+    The base may come from the hub; base="org/name@revision" says at which revision.
     ValueError of one line that names the file, if one is missing, damaged, or does not fit the base.
     """
     path = Path(path)
@@ -159,15 +159,15 @@ def from_pretrained(cls: type["Mirage"], path: str | Path, base: str | Path | No
 
 
 def seen_from(folder: Path, name: str) -> str | Path:
-    """The base that a stage file names: a folder of that name as seen from the stage's own, if there is one."""
+    """The base that a stage file names: the folder of that name in the stage's own, if there is one, else the name."""
     return folder / name if name and (folder / name).is_dir() else name
 
 
 # ---- adapters --------------------------------------------------------------------------------------------------------
 
 def add_lora(mirage: "Mirage", name: str, rank: int, alpha: float, targets: list[str] | None = None) -> None:
-    """Reconstruction- and Harmonisation-LoRA: every convolution of the 3D decoder; the transformer's: `targets`, as
-    endings of layer names, by default its attention."""
+    """Add a LoRA: the transformer's to its layers whose names end in `targets`, by default its attention; the others
+    to every convolution of the 3D decoder."""
     if name == TRANSFORMER:
         lora.add(mirage.dit, name, rank, alpha, targets or ("to_q", "to_k", "to_v", "to_out.0"))
     else:
@@ -205,7 +205,7 @@ def load_stage(mirage: "Mirage", tensors: dict[str, Tensor], about: dict[str, st
     parts = {"fusion": {}, RECONSTRUCTION: {}, HARMONISATION: {}, TRANSFORMER: {}}
     for key, tensor in tensors.items():
         part, _, rest = key.partition(".")
-        if part not in parts:  # by diffusers' save_lora_adapter; its save_lora_weights adds the prefix
+        if part not in parts:  # written by diffusers' save_lora_adapter; its save_lora_weights adds the prefix
             part, rest = TRANSFORMER, key
         parts[part][rest] = tensor
     alphas = {TRANSFORMER: peft.lora_alpha}

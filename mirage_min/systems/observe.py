@@ -8,7 +8,7 @@ The loop (world.py) asks `observe(frames [3, n, H, W] in [-1, 1], n cameras) -> 
 
 A network rarely knows the unit of the poses: `matched` finds the one factor that its depth needs, on a frame whose
 depth is given. Left out: masks of what moves, so what is generated has to be at rest. Where a network says 0, inf or
-nan is sky.
+nan, the depth is unknown, as it is in the sky.
 
     python -m mirage_min.systems.observe         # a network that is off by a factor, and the toy renderer
 """
@@ -31,7 +31,7 @@ class DepthNetwork:
     """The depth of frames by a network that is read from a file, times `scale`."""
 
     def __init__(self, file: str | Path, device: str = "cpu", scale: float = 1.0):
-        """ValueError if the file is neither; ImportError for NAME.onnx where onnxruntime is not installed."""
+        """ValueError if the file holds neither kind; ImportError for NAME.onnx where onnxruntime is not installed."""
         self.file, self.device, self.scale = Path(file), device, scale
         if not self.file.is_file():
             raise ValueError(f"{file}: no such file")
@@ -44,7 +44,7 @@ class DepthNetwork:
         return Geometry(self.scale * depth.to(frames))
 
     def _look(self, image: Tensor) -> Tensor:
-        """One frame [1, 3, H, W], as networks are exported -> [1, H, W]."""
+        """One frame [1, 3, H, W], the batch that networks are exported for -> its depth [1, H, W]."""
         H, W = image.shape[2:]
         try:
             depth = self.network(image.contiguous())
@@ -59,7 +59,7 @@ class DepthNetwork:
         return depth.view(1, H, W)
 
     def matched(self, frame: Tensor, depth: Tensor, camera: Camera) -> tuple["DepthNetwork", float]:
-        """The same network with the factor that a known frame asks for, and how far off it still is there.
+        """The same network times the factor that fits a frame of known depth, and how far off it still is there.
 
         frame [3, H, W] in [-1, 1] and depth [H, W], 0, inf and nan unknown. The second result is the median of
         |depth − given| / given. ValueError if nowhere both are known.
@@ -122,7 +122,7 @@ class ToyDepth:
         self.scene = scene
 
     def __call__(self, frames: Tensor, cameras: list[Camera]) -> Geometry:
-        """Depth [n, H, W] of the n cameras, inf in the sky; what the frames show does not count."""
+        """Depth [n, H, W] of the n cameras, inf in the sky; what the frames show is ignored."""
         n = len(cameras)
         bodies = [replace(body, pose=body.pose[:1].repeat(n, 1, 1)) for body in self.scene.bodies]
         poses = torch.stack([camera.camera_to_world.float() for camera in cameras])
@@ -138,7 +138,7 @@ if __name__ == "__main__":
     from ..data.toy_world import WorldConfig, render, sample_scene
 
     class Flat(torch.nn.Module):
-        """Depth of a wall at 1, whatever the frames show."""
+        """Depth 1 everywhere, whatever the frames show."""
 
         def forward(self, images: Tensor) -> Tensor:
             return torch.ones_like(images[:, 0])

@@ -59,7 +59,7 @@ CELL = 8                                       # pixels to a latent
 
 @dataclass
 class Index:
-    """What model_index.json says about such a system: the library and the class of each part."""
+    """What model_index.json says about one of these systems: the library and the class of each part."""
 
     _class_name: str
     unet: list[str]
@@ -79,7 +79,7 @@ class Options:
 
 
 def describes(index: dict) -> bool:
-    """Whether the content of a model_index.json is that of such a system, for infer.py: it names a UNet and a VAE."""
+    """Whether a model_index.json is of one of these systems, for infer.py: it names a UNet and a VAE."""
     return {"unet", "vae"} <= index.keys()
 
 
@@ -176,7 +176,7 @@ class R3D2(nn.Module):
     @classmethod
     def from_base(cls, base: str | Path, vae: str | Path | None = None, text: Tensor | None = None, t: int = T_MIRAGE,
                   start: float | None = 0.0, device=None, dtype=None) -> "R3D2":
-        """What training starts from: folders or hub ids of a Stable Diffusion, or of such a system, and of a VAE.
+        """What training starts from: folders or hub ids of a Stable Diffusion, or a trained system, and of a VAE.
 
         vae    an AutoencoderKL or AutoencoderTiny; None: the base's own
         text   [1, L, D]; None: one token of zeros
@@ -238,13 +238,13 @@ class R3D2(nn.Module):
 
 
 def pad(frames: Tensor) -> Tensor:
-    """[N, 3, H, W] with the last row and column repeated up to whole latents: the VAEs would cut or add otherwise."""
+    """[N, 3, H, W] with the last row and column repeated up to whole latents, so that the VAEs neither crop nor pad."""
     H, W = frames.shape[-2:]
     return nnf.pad(frames, (0, -W % CELL, 0, -H % CELL), mode="replicate")
 
 
 def read_index(file: Path) -> Index:
-    """model_index.json of a trained system; ValueError naming the part of a class that is not read."""
+    """model_index.json of a trained system; ValueError naming a part whose class cannot be read."""
     content = weights.read_json(file)
     index = checked.record(Index, content, file)
     for part, classes in (("unet", [UNet2D.CLASS_NAME]), ("vae", list(VAES))):
@@ -294,13 +294,13 @@ def read_vae(path: str | Path, subfolder: str | None, start: float | None) -> tu
 
 
 def fill(network: nn.Module, state: dict[str, Tensor], file: str, config: Path) -> None:
-    """Give a network the tensors of a file, whose names and shapes must be just its own (else ValueError)."""
+    """Give a network the tensors of a file; ValueError unless their names and shapes are exactly its own."""
     weights.check_match(network.state_dict(), state, file, f"the model that {config} describes")
     network.load_state_dict(state, assign=True)
 
 
 def save_json(path: Path, content: dict) -> None:
-    """A JSON file and the folder above it."""
+    """Write a JSON file atomically, and make the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with weights.whole_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -8,10 +8,10 @@ Mirage without a 2D encoder, without injection and without LoRA: what is learned
     artifacts    renders of a poor reconstruction (B.2)
     inpaint      what a mask covers is filled, all else is pasted back exactly as it was (B.3)
 
-    z_out = z_in − prediction               of a base that predicts a flow, Wan, at t = 200              ChopGrad C.2
-    z_out = √ᾱ_t z_in − √(1 − ᾱ_t) v        of one that predicts v, CogVideoX, at t = 399                DOVE
+    z_out = z_in − prediction               if the base predicts a flow: Wan, at t = 200                 ChopGrad C.2
+    z_out = √ᾱ_t z_in − √(1 − ᾱ_t) v        if it predicts v: CogVideoX, at t = 399                      DOVE
 
-A folder is a base's, in diffusers' layout, and its model_index.json says task, t, scale and window besides;
+A folder is laid out as a base's, in diffusers' layout. Its model_index.json also says task, t, scale and window, and
 prompt.safetensors has the one prompt's embedding. A DOVE checkpoint is a CogVideoX1.5 folder that says none of these:
 
     restorer = Restorer.from_pretrained("DOVE", task="dove", prompt="empty.safetensors")       # encode_prompt.py
@@ -109,7 +109,7 @@ class Restorer(nn.Module):
     temporal_patch = Mirage.temporal_patch
 
     def mids(self, x: Tensor) -> None:
-        """What Mirage injects into the decoder: nothing here."""
+        """What Mirage would inject into the decoder: a Restorer injects nothing."""
 
     @property
     def scale(self) -> int:
@@ -148,7 +148,7 @@ class Restorer(nn.Module):
 
     def prepare(self, frames: Iterable[Tensor], masks: Tensor | Iterable[Tensor] | None,
                 waiting: deque[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
-        """Frames as the network is to see them: enlarged, or hidden by their masks, and then put into `waiting`."""
+        """Frames as the network sees them, enlarged or with holes; with holes, (frame, mask) is put into `waiting`."""
         every = isinstance(masks, Tensor)
         if every:
             masks = repeat(masks)
@@ -202,9 +202,9 @@ def memory_for(restorer: Restorer, H: int, W: int, tiles: int) -> int:
 
 @torch.no_grad()
 def two_groups(restorer: Restorer, H: int, W: int, tiles: int) -> None:
-    """A stream at its dearest: groups with a cache are encoded, a window of latents is denoised, groups are decoded.
+    """A stream where it takes most: groups with a cache are encoded, a window is denoised, groups are decoded.
 
-    Of the tiles the largest stands for all: each has two caches, and one at a time is worked on.
+    Tiles are processed one at a time, and each keeps two caches: here the largest tile stands for all.
     """
     vae, h, w = restorer.vae, *(-(-n // PATCH) * PATCH // CELL for n in (H, W))
     plan, like = cut(h, w, (tiles, tiles), restorer.margin), next(vae.parameters())
@@ -216,7 +216,7 @@ def two_groups(restorer: Restorer, H: int, W: int, tiles: int) -> None:
         z, cache = vae.encode_group(select(x, tile, CELL), cache)
     kept = [[c.clone() for c in cache.values()] for _ in plan[1:]]
     z = restorer.denoise(like.new_empty(1, z.shape[1], restorer.settings.window, h, w))
-    kept.append(torch.empty_like(x))  # what is put together of the tiles
+    kept.append(torch.empty_like(x))  # the group, assembled from its tiles
     for group in vae.decode_groups(z.shape[2])[:2]:
         y, after = vae.decode_group(select(z[:, :, group], tile, 1), after)
     kept += [[c.clone() for c in after.values()] for _ in plan[1:]]

@@ -110,7 +110,8 @@ def from_pretrained(cls: type["Restorer"], path: str | Path, device=None, dtype=
 def read_settings(file: Path, index: dict, task: str, scale: int) -> Settings:
     """What a folder was trained for: as its index says or, of a bare base, as `task` and `scale` do.
 
-    task    "": as the index says. scale: 0: as the index says, or as the task is known to have it
+    task   "": as the index says
+    scale  0: as the index says, or as is usual for the task
     ValueError if neither says a task, and for a task or a scale that the folder was not trained for.
     """
     if index.get("_class_name") in PIPELINES:
@@ -151,7 +152,7 @@ def save_pretrained(restorer: "Restorer", path: str | Path, vae: str | None = No
 
 
 def write_json(file: Path, content: dict) -> None:
-    """A JSON file, whole, and the folders above it."""
+    """Write a JSON file atomically, and make the folders above it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with weights.whole_file(file) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

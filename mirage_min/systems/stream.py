@@ -4,8 +4,8 @@
     stream_images      every frame by itself, a few at once                                         R3D2.stream
     alike, finished    the checks of every stream, on the way in and on the way out                  Harmonizer.stream
 
-Each takes frames [3, H, W] in [-1, 1] one after another and yields as many, clamped, float32, on the CPU. What it has
-to remember is in local variables, nothing on the system: two streams of one system may be read in turn.
+Each takes frames [3, H, W] in [-1, 1] one after another and yields as many, clamped, float32, on the CPU. Its state is
+in local variables, not on the system, so two streams of one system may be read in turn.
 
     python -m mirage_min.systems.stream          # which latents each window sees, and what it weighs
 """
@@ -41,7 +41,7 @@ def alike(frames: Iterable[Tensor], least: int = LEAST) -> Iterator[Tensor]:
 
 
 def finished(x: Tensor, number: int) -> Iterator[Tensor]:
-    """What a system made of frame `number` and those after it, [N, 3, H, W] -> each frame [3, H, W] as it is yielded.
+    """A system's results from frame `number` on, [N, 3, H, W] -> one frame [3, H, W] after another, for the stream.
 
     ValueError naming the first frame with NaN or inf, which would otherwise be written as black or white.
     """
@@ -192,9 +192,9 @@ def overlap(window: int, patch: int) -> int:
 
 
 def blend(tail: Tensor | None, z: Tensor) -> Tensor:
-    """A window's latents z [B, C, F, h, w], the first n mixed with the n of the window before it, None for the first.
+    """A window's latents z [B, C, F, h, w], the first n mixed with `tail`, the last n of the window before (or None).
 
-    Its weights rise linearly, k / (n + 1) for k = 1 to n; the tail's are 1 minus these.
+    The weights of z rise linearly, k / (n + 1) for k = 1 to n; the tail's are 1 minus these.
     """
     if tail is None:
         return z

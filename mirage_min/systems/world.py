@@ -34,7 +34,7 @@ from ..method.latent_memory import Memory, pixel_frame
 from ..networks.checked import Within
 from . import world_folder
 
-CELL = 16  # pixels: frames are padded to it, the cell of Wan 2.2; of Wan 2.1's, 8, it is a multiple
+CELL = 16  # frames are padded to multiples of so many pixels: Wan 2.2's cell, twice Wan 2.1's
 
 
 @dataclass
@@ -67,7 +67,7 @@ Observe = Callable[[Tensor, list[Camera]], Geometry]  # (frames [3, n, H, W] in 
 
 @dataclass
 class State:
-    """Where a video has come to."""
+    """A video as far as it has been made."""
 
     memory: Memory
     past: Tensor           # [1, 3, 4k - 3, H', W'], padded: the frames that the next chunk is given
@@ -76,7 +76,7 @@ class State:
 
 
 class World(nn.Module):
-    """The loop over chunks, around networks that are given."""
+    """The loop over chunks, around the given networks."""
 
     Options = WorldSettings
     from_base, from_pretrained = classmethod(world_folder.from_base), classmethod(world_folder.from_pretrained)
@@ -170,9 +170,9 @@ class World(nn.Module):
         return Memory.empty(self.dit.config.in_channels, like.dtype, like.device)
 
     def control(self, memory: Memory, cameras: list[Camera], like: Tensor) -> Tensor:
-        """What the branch is shown for a chunk that begins with these frames' cameras: as `look` at each latent's.
+        """What the branch is shown for a chunk whose frames have these cameras: `look` at the camera of each latent.
 
-        Where cameras end, the last one stays.
+        Where there are fewer cameras than frames, the last one stays.
         """
         views = [cameras[min(pixel_frame(f), len(cameras) - 1)] for f in range(self.settings.latents)]
         return self.look(memory, views, like)

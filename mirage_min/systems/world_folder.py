@@ -1,7 +1,7 @@
 """A world model's folder: what is in it, and how it is read and written (the loop itself: world.py).
 
     model_index.json       the class World, the settings of the loop, and where the VAE is, if not in vae/
-    transformer/           a WanDiT, a LoRA merged
+    transformer/           a WanDiT, its LoRA merged
     branch/                a WanBranch, whose control is a latent and its mask
     vae/                   a WanVAE or Wan22VAE; or model_index.json names another folder, seen from this one, or an id
     prompt.safetensors     `text`, the encoded prompt (encode_prompt.py)
@@ -61,12 +61,12 @@ def from_pretrained(cls, path: str | Path, device=None, dtype=None, **settings) 
 
 def from_base(cls, base: str | Path, branch: str | Path | int, vae: str | Path | None = None,
               text: Tensor | None = None, device=None, dtype=None, **settings) -> nn.Module:
-    """A world model of parts, each a folder or hub id: of a Wan, a branch, and another VAE than that Wan's.
+    """A world model from parts, each a folder or hub id: a Wan, a branch and, if not that Wan's, a VAE.
 
-    branch    a number n: a new one, which changes nothing yet, with a hint after one layer in n
+    branch    or a number n: a new one, which changes nothing yet, with a hint after one layer in every n
     text      [1, L, D]; None: one token of zeros
     settings  of cls.Options
-    ValueError as of weights.from_pretrained, and unless text and branch fit the transformer.
+    ValueError as in weights.from_pretrained, and unless text and branch fit the transformer.
     """
     place = dict(device=device, dtype=dtype)
     dit = WanDiT.from_pretrained(base, subfolder(base, "transformer"), **place)
