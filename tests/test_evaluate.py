@@ -223,6 +223,13 @@ def test_files_and_folders_and_clips_are_compared_with_each_other_and_an_equal_v
 
 
 @pytest.mark.skipif(not find_spec("DISTS_pytorch"), reason="needs pip install --no-deps DISTS_pytorch")
+def test_a_clip_is_one_however_its_ending_is_spelt(tmp_path):
+    dark, bright = (torch.full((3, 2, 32, 32), level, dtype=torch.uint8) for level in (0, 255))
+    for name in ("a.safetensors", "b.SAFETENSORS"):
+        save_file({"x_ni": dark, "x_dr": bright}, tmp_path / name)
+        assert [int(x.min()) for x in results.frames(tmp_path / name, "x_dr")] == [1, 1], "the result, not the input"
+
+
 def test_dists_is_scored_where_vgg_reaches_its_last_tap(tmp_path, capsys):
     torch.manual_seed(0)
     save_file(vgg16().state_dict(), tmp_path / "vgg16_features.safetensors")

@@ -512,10 +512,12 @@ def test_folders_that_are_not_one_thing_and_outputs_that_do_not_fit_are_refused(
     fail(capsys, "clips: is the input: name another folder", clips, clips)
     fail(capsys, "No such file or directory", clips, tmp_path / "nowhere" / "out")
     encode(clips / "a.mkv", pictures(2))
+    encode(clips / "a.mob.mp4", pictures(2))  # by the alphabet between the two
     fail(capsys, "the results of a.mkv and a.mp4 would have one name", clips, tmp_path / "out")
     (clips / "a.mkv").unlink()
     Image.fromarray(picture(0)).save(clips / "0.png")
-    fail(capsys, r"holds pictures \(0.png\), the frames of one video, and videos \(a.mp4\)", clips, tmp_path / "out")
+    fail(capsys, r"holds pictures \(0.png\), the frames of one video, and videos \(a.mob.mp4\)", clips,
+         tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -7,7 +7,6 @@ import re
 import warnings
 from collections.abc import Iterator
 from fractions import Fraction
-from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -149,9 +148,10 @@ def videos_in(folder: Path) -> list[Path]:
     if files and (pictures := pictures_of(folder)):
         raise ValueError(f"{folder}: holds pictures ({pictures[0].name}), the frames of one video, and videos "
                          f"({files[0].name}): wanted the one or the other")
-    for one, other in pairwise(files):
-        if one.stem == other.stem:
-            raise ValueError(f"{folder}: the results of {one.name} and {other.name} would have one name")
+    named = {}
+    for file in files:
+        if (other := named.setdefault(file.stem, file)) != file:
+            raise ValueError(f"{folder}: the results of {other.name} and {file.name} would have one name")
     return files
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..networks import checked, weights
 from .pictures import IMAGES, pictures_of
+from .place import is_clip
 from .video import Video, from_bytes
 
 # Files of these endings are videos, and an error if they do not open; others are if they do.
@@ -60,7 +61,7 @@ def frames(path: Path, key: str) -> Iterator[Tensor]:
 
     ValueError if the video cannot be read, or the clip has no such uint8 tensor.
     """
-    if path.suffix == ".safetensors":
+    if is_clip(path):
         x = tensor(path, key, 3, None, None, None)
         if x.dtype != torch.uint8:
             raise ValueError(f"{path}: wanted a video in uint8, got {x.dtype}")
