@@ -339,6 +339,12 @@ def test_a_field_that_would_change_the_result_is_refused_by_name(saved, change):
         weights.read_config(CosmosDiT, config | change, "changed")
 
 
+def test_a_number_that_torch_cannot_take_is_refused_in_one_line(saved):
+    fields = json.loads((saved / "config.json").read_text()) | {"mlp_ratio": 1e30}
+    with pytest.raises(ValueError, match=r"^a.json: describes no CosmosDiT: .*\Z"):
+        weights.without_weights(CosmosDiT, fields, "a.json")
+
+
 def test_a_field_that_is_missing_is_not_guessed(saved):
     config = json.loads((saved / "config.json").read_text())
     for field in ("rope_scale", "max_size", "num_attention_heads"):

@@ -85,7 +85,8 @@ def without_weights(cls, config: dict, where: Path) -> nn.Module:
         with torch.device("meta"):
             return cls(config)
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{where}: describes no {cls.__name__}: {error}") from error
+        reason = str(error).partition("\n")[0]  # what torch says more are lines of C++
+        raise ValueError(f"{where}: describes no {cls.__name__}: {reason}") from error
 
 
 def save_pretrained(self: nn.Module, folder: str | Path) -> None:
