@@ -571,6 +571,12 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(folder, monkeypatch)
     assert sorted(f.name for f in folder.iterdir()) == ["config.json", FILE]
 
 
+@pytest.mark.parametrize("name", ["x" * 243 + ".safetensors", "\u00e9" * 121 + ".safetensors"])
+def test_a_name_as_long_as_the_file_system_takes_is_written(tmp_path, name):
+    weights.save_tensors(tmp_path / name, {"a": torch.zeros(1)})
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_the_bytes_are_on_the_disk_before_the_file_has_its_name(tmp_path, monkeypatch):
     events, replace = [], os.replace
     monkeypatch.setattr(os, "fsync", lambda number: events.append(("fsync", os.fstat(number).st_ino)))

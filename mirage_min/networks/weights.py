@@ -237,7 +237,13 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[st
 
     Equal contents make equal files: the note is sorted, while safetensors itself writes it in a random order.
     """
-    data = memoryview(save({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, metadata))
+    plain, storages = {}, set()
+    for key, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        plain[key] = tensor.clone() if storage in storages else tensor  # safetensors takes no two that share memory
+        storages.add(storage)
+    data = memoryview(save(plain, metadata))
     length = int.from_bytes(data[:8], "little")
     header = json.loads(bytes(data[8 : 8 + length]))
     if metadata:
@@ -271,7 +277,7 @@ def whole_file(path: Path):
     The bytes are on the disk before the name is, so a power cut leaves the old file or the new one. An OSError that
     names no file (a full disk) gets the name of this one.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name[:60]}.{os.getpid()}.tmp")  # a name of 255 bytes has no room for an ending
     try:
         yield temporary
         with open(temporary, "rb+") as file:
