@@ -40,9 +40,9 @@ from torch import Tensor
 
 from mirage_min.data import desk
 from mirage_min.data.place import taking_place
-from mirage_min.networks import weights
+from mirage_min.networks import checked, weights
 from mirage_min.networks.dit_cosmos import CosmosDiT, CosmosDiTConfig
-from mirage_min.networks.vae_wan import WanVAE, WanVAEConfig
+from mirage_min.networks.vae_wan import WanVAE
 from mirage_min.systems import harmonizer
 
 State = dict[str, Tensor]
@@ -162,7 +162,7 @@ def cosmos_config(state: State, where: str, text: bool) -> CosmosDiTConfig:
     """The config that a transformer's shapes tell; ValueError if a tensor is missing. DEVIATION: they do not tell
     rope_scale and max_size, which are those of every text-to-image model of Predict2."""
     def shape(name: str) -> torch.Size:
-        if name not in state or state[name].ndim != (1 if "norm_q" in name else 2):
+        if name not in state or state[name].ndim != (1 if "norm_q" in name else 2) or not state[name].numel():
             raise ValueError(f"{where}: a transformer of Cosmos-Predict2 has a {name}, this has none that fits")
         return state[name].shape
 
@@ -170,11 +170,16 @@ def cosmos_config(state: State, where: str, text: bool) -> CosmosDiTConfig:
     D, columns = shape("patch_embed.proj.weight")
     d = shape(f"{block}.attn1.norm_q.weight")[0]
     numbers = [int(name.split(".")[1]) for name in state if re.match(r"transformer_blocks\.\d+\.", name)]
-    return CosmosDiTConfig(
+    return config_of(CosmosDiT, where, dict(
         in_channels=columns // 4 - 1, out_channels=shape("proj_out.weight")[0] // 4, num_attention_heads=D // d,
         attention_head_dim=d, num_layers=max(numbers) + 1, mlp_ratio=shape(f"{block}.ff.net.0.proj.weight")[0] / D,
         text_embed_dim=shape(f"{block}.attn2.to_k.weight")[1] if text else CosmosDiTConfig.text_embed_dim,
-        adaln_lora_dim=shape(f"{block}.norm1.linear_1.weight")[0], qk_eps=1e-6, cross_attention=text)
+        adaln_lora_dim=shape(f"{block}.norm1.linear_1.weight")[0], qk_eps=1e-6, cross_attention=text))
+
+
+def config_of(network: type, where: str, fields: dict):
+    """The network's Config; ValueError for sizes that none has, such as the number of layers a name may claim."""
+    return checked.record(network.Config, fields, where, integers=checked.COUNT)
 
 
 def wan_vae(state: State, where: str) -> Part:
@@ -183,7 +188,8 @@ def wan_vae(state: State, where: str) -> Part:
     if len(prefixes) != 1:
         raise ValueError(f"{where}: wanted one VAE in Wan's original layout, got {len(prefixes)} tensors {WAN}")
     found = {wan_name(name.removeprefix(prefixes[0])): v for name, v in state.items()}
-    config = WanVAEConfig(base_dim=len(found["encoder.conv_in.weight"]))
+    base_dim = next(iter(found["encoder.conv_in.weight"].shape), 0)
+    config = config_of(WanVAE, where, dict(base_dim=base_dim))
     return checked_part(Part("vae", WanVAE, config, found), where)
 
 

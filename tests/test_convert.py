@@ -312,6 +312,25 @@ def test_a_missing_an_unknown_and_a_wrongly_shaped_entry_are_named(tmp_path, cap
     assert "left out: 1 of conditioner.* (--drop)" in capsys.readouterr().out
 
 
+def test_weights_that_share_memory_are_both_written(tmp_path):
+    table = torch.randn(5, 3)
+    torch.save({"embed.weight": table, "head.weight": table, "rows": table[1:3]}, tmp_path / "tied.pt")
+    assert convert.cli([str(tmp_path / "tied.pt"), str(tmp_path / "out")]) == 0
+    found = load_file(tmp_path / "out" / FILE)
+    assert torch.equal(found["embed.weight"], table) and torch.equal(found["head.weight"], table)
+    assert torch.equal(found["rows"], table[1:3])
+
+
+@pytest.mark.parametrize("name, tensor, said", [
+    ("net.blocks.999999999.mlp.layer1.weight", torch.zeros(1), "num_layers: wanted an integer from 1 to 1000"),
+    ("net.x_embedder.proj.1.weight", torch.zeros(0, 20), "patch_embed.proj.weight, this has none that fits"),
+    ("net.blocks.0.self_attn.q_norm.weight", torch.zeros(0), "attn1.norm_q.weight, this has none that fits"),
+    ("net.x_embedder.proj.1.weight", torch.zeros(48, 4), "in_channels: wanted an integer from 1")])
+def test_sizes_that_no_transformer_has_are_refused_before_it_is_built(tmp_path, capsys, name, tensor, said):
+    torch.save(nvidia_state() | {name: tensor}, tmp_path / "model.pt")
+    assert said in refused(capsys, tmp_path / "model.pt", tmp_path / "out")
+
+
 def test_video_to_world_and_another_vae_are_refused(tmp_path, capsys):
     torch.save(nvidia_state(in_channels=17, out_channels=16), tmp_path / "v2w.pt")
     assert "in_channels" in refused(capsys, tmp_path / "v2w.pt", tmp_path / "out")
@@ -319,6 +338,8 @@ def test_video_to_world_and_another_vae_are_refused(tmp_path, capsys):
     del state["conv2.bias"]
     torch.save(state, tmp_path / "vae.pth")
     assert "1 missing: post_quant_conv.bias" in refused(capsys, tmp_path / "vae.pth", tmp_path / "out")
+    torch.save(state | {"encoder.conv1.weight": torch.tensor(1.0)}, tmp_path / "vae.pth")
+    assert "base_dim: wanted an integer from 1" in refused(capsys, tmp_path / "vae.pth", tmp_path / "out")
 
 
 def test_a_folder_that_holds_something_is_left_alone_and_an_empty_one_is_filled(tmp_path, capsys):
