@@ -1,6 +1,7 @@
 """world_scene.py: every value of a world model's scene at the door, and the ways through it."""
 
 import json
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -103,6 +104,24 @@ def test_a_depth_file_of_another_kind_is_refused_in_one_line(tmp_path, name, con
         read_depth(tmp_path / "gone.npy")
 
 
+@pytest.mark.parametrize("header", [False, True])
+def test_a_depth_picture_that_is_broken_or_too_large_is_one_line(tmp_path, header):
+    """Pillow raises a SyntaxError within the pixels, and an error of its own for a picture beyond all memory."""
+    file = tmp_path / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(1, 2**16, (200, 300)).astype(np.uint16)).save(file)
+    data = bytearray(file.read_bytes())
+    if header:
+        data[16:24] = 2 * (100_000).to_bytes(4, "big")
+        data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    else:
+        second = data.index(b"IDAT", data.index(b"IDAT") + 4)
+        data[second : second + 4] = b"\0\1\2\3"
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match="a.png: ") as error:
+        read_depth(file)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("name", ["a.npy", "a.npz"])
 def test_every_broken_array_file_is_a_valueerror_of_one_line(tmp_path, name):
     """Cut off in many places, and with each of its first bytes changed: numpy raises a dozen kinds of error."""
@@ -195,6 +214,8 @@ def test_the_releases_file_gives_the_same_scene(folder, tmp_path_factory):
     (dict(depths=np.ones((5, 4))), "depths: wanted numbers"),
     (dict(poses_c2w=np.ones((5, 4, 4))), r"poses_c2w\[0\]: wanted a rotation and a translation"),
     (dict(intrinsics=np.full((5, 3, 3), np.nan)), "intrinsics: wanted finite numbers"),
+    (dict(intrinsics=np.zeros((5, 3, 3))), "intrinsics: wanted finite numbers, focal lengths above 0"),
+    (dict(intrinsics=np.eye(3)[None].repeat(5, 0) + 1), "intrinsics: .* 0 0 1 in the last row"),
     (dict(depths=np.zeros((5, 32, 48))), r"depths\[0\]: wanted depth, got no value above 0"),
     (dict(extra=np.array([Trap()], dtype=object)), "geometry.npz: .*allow_pickle")])
 def test_a_releases_file_that_does_not_fit_is_refused_by_its_field(tmp_path, changes, message):

@@ -19,6 +19,7 @@ measures.
 """
 
 import argparse
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -133,8 +134,9 @@ def from_npz(file: Path) -> WorldScene:
             raise ValueError(f"{file}: {name}: wanted numbers {list(shape)}, got {given[name].dtype} "
                              f"{list(given[name].shape)}")
     K, poses = (torch.from_numpy(given[name].astype(np.float64)) for name in ("intrinsics", "poses_c2w"))
-    if not K.isfinite().all():
-        raise ValueError(f"{file}: intrinsics: wanted finite numbers")
+    pinholes = (K.diagonal(dim1=1, dim2=2) > 0).all() and (K[:, 2] == torch.tensor([0, 0, 1])).all()
+    if not (K.isfinite().all() and pinholes):
+        raise ValueError(f"{file}: intrinsics: wanted finite numbers, focal lengths above 0 and 0 0 1 in the last row")
     cameras = [Camera.from_pose(K[t], rigid(poses[t], f"{file}: poses_c2w[{t}]"), W, H, integer_pixels=True)
                for t in range(T)]
     if "frames" in given and given["frames"].dtype == np.uint8:
@@ -162,7 +164,7 @@ def read_depth(file: Path) -> Tensor:
     """A depth file -> [H, W] in metres, float32, 0 where it is unknown. ValueError that names it."""
     kind = file.suffix.lower()
     if kind == ".png":
-        with one_line(file), Image.open(file) as image:
+        with any_error(file), Image.open(file) as image:
             mode, array = image.mode, np.asarray(image).astype(np.float32) * 1e-3
         if not mode.startswith("I"):
             raise ValueError(f"{file}: wanted 16 bits a pixel, depth in mm, got a picture of mode {mode}")
@@ -183,17 +185,24 @@ def read_depth(file: Path) -> Tensor:
 def read_arrays(file: Path) -> dict[str, np.ndarray]:
     """The arrays of NAME.npz by name, or the one of NAME.npy under "". Nothing is unpickled; ValueError that names the
     file."""
+    with any_error(file):
+        found = np.load(file, allow_pickle=False)
+        if isinstance(found, np.lib.npyio.NpzFile):
+            with found as arrays:
+                return {name: arrays[name] for name in arrays.files}
+    return {"": found}
+
+
+@contextmanager
+def any_error(file: Path):
+    """one_line, for numpy and Pillow: what they raise on a broken file has no class in common."""
     with one_line(file):
         try:
-            found = np.load(file, allow_pickle=False)
-            if isinstance(found, np.lib.npyio.NpzFile):
-                with found as arrays:
-                    return {name: arrays[name] for name in arrays.files}
+            yield
         except OSError:
             raise
-        except Exception as error:  # what numpy raises on a broken file has no class in common
+        except Exception as error:
             raise ValueError(" ".join(str(error).split())) from error
-    return {"": found}
 
 
 def known_depth(depth: Tensor, where) -> Tensor:
