@@ -363,6 +363,10 @@ def test_a_pipe_or_a_device_is_refused_and_not_waited_for(tmp_path):
     for path in (tmp_path / "pipe.mp4", "/dev/null", "/dev/zero"):
         with pytest.raises(ValueError, match="is no file"):
             Video(path)
+    (tmp_path / "pictures").mkdir()
+    os.mkfifo(tmp_path / "pictures" / "0.png")
+    with pytest.raises(ValueError, match=r"frame 0 \(0.png\) does not decode"):
+        Video(tmp_path / "pictures")
 
 
 # ---- damage ---------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ ANIMATED = {"AVIF", "GIF", "PNG", "WEBP"}
 ORIENTATIONS = {2: Turn(False, True, False), 3: Turn(False, True, True), 4: Turn(False, False, True),  # EXIF, 4.6.4
                 5: Turn(True, False, False), 6: Turn(True, True, False), 7: Turn(True, True, True),
                 8: Turn(True, False, True)}
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # it is an error from 179 megapixels on
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata; and of large pictures, errors from 179 megapixels
 
 
 class Folder:
@@ -166,6 +166,8 @@ def read_picture(path: Path) -> np.ndarray | None:
     ValueError if it may not be read.
     """
     try:
+        if not path.is_file():
+            return None  # a pipe would be waited for
         with Image.open(path, formats=FORMATS) as image:
             return pixels_of(image)
     except PermissionError as error:
