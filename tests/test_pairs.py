@@ -137,7 +137,8 @@ def test_a_pair_that_breaks_later_is_replaced_by_another_draw(tmp_path):
 
 
 @pytest.mark.parametrize("boxes", [torch.tensor(3.0), torch.zeros(4), torch.zeros(12, 5), torch.zeros(11, 4),
-                                   torch.zeros(12, 4, dtype=torch.complex64)],
+                                   torch.zeros(12, 4, dtype=torch.complex64),
+                                   torch.zeros(12, 4).to(torch.float8_e4m3fn)],
                          ids=lambda boxes: f"{boxes.dtype} {list(boxes.shape)}")
 def test_boxes_of_another_rank_length_or_kind_are_named_and_the_pair_is_left_out(tmp_path, boxes):
     save(tmp_path / "a.safetensors")

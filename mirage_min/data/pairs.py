@@ -20,6 +20,7 @@ from .photometric import vary
 from .real_clips import RealClips, random_piece, resize
 from .video import Video, from_bytes, read_clip, to_bytes
 
+NUMBERS = {"F16", "BF16", "F32", "F64", "U8", "I8", "I16", "I32", "I64"}  # safetensors' names of what boxes may be
 
 class Pairs:
     """The usable pairs of a folder; `left_out` has a line for each of the others, which says why.
@@ -203,7 +204,7 @@ class Pairs:
                         raise ValueError(f"wanted uint8 [3, T, H, W], got {x.get_dtype()} {x.get_shape()}")
                 if "boxes" in file.keys():
                     boxes, T = file.get_slice("boxes"), both[0].get_shape()[1]
-                    if boxes.get_dtype()[0] not in "FBIU" or boxes.get_shape() != [T, 4]:
+                    if boxes.get_dtype() not in NUMBERS or boxes.get_shape() != [T, 4]:
                         raise ValueError(f"wanted boxes [{T}, 4], got {boxes.get_dtype()} {boxes.get_shape()}")
                 T, H, W = both[1].get_shape()[1:]
                 if "flow" in file.keys():

@@ -19,6 +19,10 @@ from .video import Video, from_bytes
 # Files of these endings are videos, and an error if they do not open; others are if they do.
 VIDEOS = {".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".safetensors", ".webm"}
 
+# What torch computes with; 8-bit floats and large unsigned integers it cannot even compare
+NUMBERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,
+           torch.float32, torch.float64}
+
 
 def videos(folder: Path) -> tuple[dict[str, Path], list[str]]:
     """{name without suffix: path} of the videos, clips and folders of pictures in a folder; and what was passed over.
@@ -77,8 +81,8 @@ def tensor(path: Path, key: str, *shape: int | None) -> Tensor:
     x = weights.load_tensors(path)[0].get(key)
     if x is None or x.ndim != len(shape) or any(wanted not in (None, n) for wanted, n in zip(shape, x.shape)):
         raise ValueError(f"{path}: wanted {key} {list(shape)}, got {'none' if x is None else list(x.shape)}")
-    if x.is_complex() or (x.is_floating_point() and not x.isfinite().all()):
-        raise ValueError(f"{path}: {key}: wanted finite real numbers")
+    if x.dtype not in NUMBERS or not x.isfinite().all():
+        raise ValueError(f"{path}: {key}: wanted finite real numbers, got {x.dtype}")
     return x
 
 
@@ -89,7 +93,7 @@ def read_boxes(source: Path, name: str, T: int) -> Tensor:
     ValueError naming the source and the video, for boxes that are missing or no boxes.
     """
     if source.is_dir():
-        boxes = tensor(source / f"{name}.safetensors", "boxes", T, 4)
+        boxes = tensor(source / f"{name}.safetensors", "boxes", T, 4).double()
     else:
         rows = weights.read_json(source).get(name)
         if not isinstance(rows, list) or len(rows) != T:
