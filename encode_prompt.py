@@ -70,6 +70,9 @@ def main(args: argparse.Namespace) -> None:
                            torch_dtype=args.dtype, use_safetensors=True, output_loading_info=True)
     if missing := sorted(report["missing_keys"]):  # transformers fills these with random numbers
         raise ValueError(f"{args.base}: text_encoder lacks {len(missing)} weights: {', '.join(missing[:5])}")
+    largest, known = int(tokens.input_ids.max()), encoder.get_input_embeddings().num_embeddings
+    if largest >= known:
+        raise ValueError(f"{args.base}: the tokenizer has a token {largest}, the text_encoder knows 0 to {known - 1}")
     text = encode(encoder.eval().to(args.device), tokens.to(args.device), kind)
     if not text.isfinite().all():
         raise ValueError(f"{args.base}: what the text_encoder makes of the text is not finite (its weights, --dtype)")

@@ -44,9 +44,10 @@ MODEL_TYPE = {"cogvideox": "t5", "wan": "umt5", "sd": "clip_text_model"}
 PAD = {"cogvideox": "<pad>", "wan": "<pad>", "sd": "snow"}  # SD 2.x pads with a word too, "!"
 
 
-def save_tokenizer(folder, pad: str) -> None:
+def save_tokenizer(folder, pad: str, more: int = 0) -> None:
     """A token a word, one for every space, unknown words alike; </s> at the end, as T5 has it."""
     words = ["<pad>", "</s>", "<unk>", " ", "remove", "degradation", "<", "&lt;", "add", "snow"]
+    words += [f"more{i}" for i in range(more)]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
@@ -219,6 +220,8 @@ MISTAKES = {
     "another width": (lambda f: spoil(f, "config.json", {"d_model": 12, "hidden_size": 12}), [],
                       r"wanted (d_model|hidden_size) 8, which the (transformer|unet) takes, got 12"),
     "a weight missing": (lambda f: spoil(f, "model.safetensors", LAYER), [], f"lacks 1 weights: .*{LAYER}"),
+    "another tokenizer": (lambda f: save_tokenizer(f / "base" / "tokenizer", "<unk>", more=40), ["--text", "more39"],
+                          r"has a token \d\d, the text_encoder knows 0 to 15"),
     "NaN": (poison, [], "what the text_encoder makes of the text is not finite"),
     "half a file": (lambda f: (p := f / "base/text_encoder/model.safetensors").write_bytes(p.read_bytes()[:999]), [],
                     "transformers cannot load text_encoder"),
