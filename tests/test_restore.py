@@ -18,6 +18,7 @@ from mirage_min.data.video import read_clip, write_clip
 from mirage_min.method.one_step import alpha_bar
 from mirage_min.method.schedules import WAN
 from mirage_min.networks import weights
+from mirage_min.networks.card import fields_of_card
 from mirage_min.systems import load, restore, restore_folder
 from mirage_min.systems.restore import Restorer
 from mirage_min.systems.restore_folder import Settings
@@ -161,6 +162,10 @@ def folders(tmp_path_factory):
     small_restorer(Settings("upscale", scale=3)).save_pretrained(root / "1")
     small_restorer(Settings("inpaint")).save_pretrained(root / "2", vae="../1/vae")
     return {"upscale": root / "1", "inpaint": root / "2"}
+
+
+def test_a_folder_that_is_written_has_a_card(folders):
+    assert all(fields_of_card(folder) >= {"license", "pipeline_tag", "tags"} for folder in folders.values())
 
 
 @pytest.fixture(scope="module")

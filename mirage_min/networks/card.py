@@ -17,7 +17,7 @@ from . import hub
 from .weights import whole_file
 
 TASKS = {"Mirage": "video-to-video", "Harmonizer": "video-to-video", "R3D2": "image-to-image",
-         "World": "image-to-video"}
+         "Restorer": "video-to-video", "World": "image-to-video"}
 TAGS = ("video-harmonization", "one-step-diffusion")
 UNWRITTEN = "What it does well, and what not, has not been written down yet."
 CARD = """---

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..method.one_step import STEPS, T_WAN
 from ..networks import checked, frugal, hub, weights
+from ..networks.card import write_card
 from ..networks.checked import COUNT, Within
 from .mirage_folder import SCHEDULER, read_base
 from .prompt import PROMPT, read_prompt, write_prompt
@@ -149,6 +150,7 @@ def save_pretrained(restorer: "Restorer", path: str | Path, vae: str | None = No
     index = {"_class_name": CLASS_NAME} | asdict(restorer.settings) | ({"vae": vae} if vae else {}) | (about or {})
     write_json(path / "scheduler" / SCHEDULER, restorer.schedule)
     write_json(path / INDEX, index)
+    write_card(path, "Restorer", about=about)
 
 
 def write_json(file: Path, content: dict) -> None:
