@@ -99,6 +99,9 @@ def build(args, recipe: Recipe) -> tuple[World, dict[str, nn.Parameter]]:
         world = World(vae, dit, new_branch(dit, recipe.every_layer), text, WorldSettings(**settings))
     else:
         branch = args.base if (Path(args.base) / "branch").is_dir() else recipe.every_layer
+        if args.part == "lora" and recipe.freeze_branch and branch != args.base:
+            raise ValueError(f"{args.base}: has no branch, and a new one that stays frozen shows nothing: wanted the "
+                             "result of the part branch, or --set freeze_branch=no")
         world = World.from_base(args.base, branch, args.vae, text, dtype=torch.float32, **settings)
     world.requires_grad_(False).eval()
     world.dit.activation_checkpointing = world.branch.activation_checkpointing = recipe.checkpoint_dit
@@ -251,8 +254,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("part", choices=STAGES, help="what is trained, in this order")
     parser.add_argument("--data", type=Path, default=Path("data/world"), help="folder of clips (default data/world)")
     parser.add_argument("--val", type=Path, help="folder of held-out clips, whose loss is logged")
-    parser.add_argument("--base", help="folder or hub id of a Wan, or of a world model to train on (default: a small "
-                        f"new transformer; of the other recipes {WAN})")
+    parser.add_argument("--base", help="folder or hub id of a Wan, or the folder of a world model to train on "
+                        f"(default: a small new transformer; of the other recipes {WAN})")
     parser.add_argument("--vae", help="folder or hub id of the VAE, if not that of --base")
     parser.add_argument("--prompt", type=Path, help="the prompt's embedding (encode_prompt.py; default: that of "
                         "--base, else zeros)")

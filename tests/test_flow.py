@@ -140,6 +140,9 @@ def test_bfloat16_is_kept_and_small_steps_are_not_lost_in_it():
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="clean must be from 0 to 3.* got 4"):
         flow_loss(Shown(0), latents(), Generator(), clean=4)
+    for n in (1, 3):
+        with pytest.raises(ValueError, match=f"wanted a generator for each of 2 samples, got {n}"):
+            flow_loss(Shown(0), latents(), [Generator() for _ in range(n)])
     with pytest.raises(ValueError, match=r"given must be the first latents of .*, got \[2, 3, 1, 2, 4\]"):
         sample(Shown(0), latents(), 2, given=latents()[:, :, :1, :, 1:])
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):

@@ -379,6 +379,16 @@ def test_a_saved_harmonizer_loads_with_its_wiring_and_a_setting_may_replace_it(p
     assert Harmonizer.from_pretrained(tmp_path, wiring="release", past=4).settings == Settings("release", 4, 0.5)
 
 
+def test_parts_of_two_types_compute_in_the_transformers(parts, tmp_path):
+    model = harmonizer(parts)
+    deepcopy(model.vae).bfloat16().save_pretrained(tmp_path / "wan")
+    model.save_pretrained(tmp_path / "harmonizer", vae="../wan")
+    again = Harmonizer.from_pretrained(tmp_path / "harmonizer")
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
+    with torch.no_grad():
+        assert again(video(1, 16, 16)).shape == (1, 3, 1, 16, 16)
+
+
 def test_the_vae_may_be_another_folders(parts, tmp_path):
     model, x = harmonizer(parts), video(2, 16, 16)
     model.vae.save_pretrained(tmp_path / "wan")

@@ -249,7 +249,12 @@ def test_a_checkpoint_that_peft_wrapped_is_merged_with_the_scale_that_peft_had()
     (lambda state: state.pop("a.lora_B.skip.weight"), r"1 layers .*\['a.weight'\]"),
     (lambda state: state.pop("a.base_layer.weight"), r"1 layers .*\['a.weight'\]"),
     (lambda state: state.update({"a.lora_A.more.weight": torch.ones(2, 3), "a.lora_B.more.weight": torch.ones(4, 2)}),
-     r"wanted one LoRA, got \['more', 'skip'\]")])
+     r"wanted one LoRA, got \['more', 'skip'\]"),
+    (lambda state: state.update({"a.lora_A.skip.weight": torch.ones(0, 3), "a.lora_B.skip.weight": torch.ones(4, 0)}),
+     r"a.weight \[4, 3\]: does not fit its lora_A \[0, 3\]"),
+    (lambda state: state.update({"a.lora_A.skip.weight": torch.tensor(1.0)}), r"does not fit its lora_A \[\]"),
+    (lambda state: state.update({"a.lora_A.skip.weight": torch.ones(2, 5)}), r"lora_A \[2, 5\] and lora_B \[4, 2\]"),
+    (lambda state: state.update({"a.lora_B.skip.weight": torch.ones(1, 2)}), r"lora_A \[2, 3\] and lora_B \[1, 2\]")])
 def test_an_unpaired_or_second_adapter_in_a_wrapped_checkpoint_is_refused(change, message):
     state = {"a.base_layer.weight": torch.ones(4, 3), "a.base_layer.bias": torch.ones(4), "b.weight": torch.ones(1),
              "a.lora_A.skip.weight": torch.ones(2, 3), "a.lora_B.skip.weight": torch.ones(4, 2)}

@@ -166,6 +166,18 @@ def test_where_nothing_is_seen_in_both_frames_the_warp_loss_is_zero_and_so_is_it
     assert loss.item() == 0 and other.grad.abs().max() == 0 and x.grad.abs().max() == 0
 
 
+@pytest.mark.parametrize("unknown", [math.nan, math.inf, -math.inf])
+def test_an_unknown_flow_is_never_seen_and_its_gradient_writes_nowhere_else(unknown):
+    x, other = torch.rand(2, 1, 3, 8, 8, requires_grad=True)
+    flow, visible = torch.zeros(1, 2, 8, 8), torch.ones(1, 1, 8, 8)
+    known = visible.clone()
+    flow[:, :, 2:4], known[:, :, 2:4] = unknown, 0
+    loss = warp_loss(x, other, flow, visible)
+    assert torch.equal(loss, warp_loss(x, other, 0 * visible.expand(1, 2, 8, 8), known))
+    for grad in torch.autograd.grad(loss.sum(), (x, other)):
+        assert grad.isfinite().all() and grad[:, :, 2:4].abs().max() == 0 < grad.abs().max()
+
+
 def test_the_warp_loss_names_the_shapes_it_refuses():
     x, flow, visible = torch.zeros(1, 3, 4, 6), torch.zeros(1, 2, 4, 6), torch.ones(1, 1, 4, 6)
     for wrong in ((x, x[..., :5], flow, visible), (x, x, flow, visible[..., :5]), (x, x, flow[..., :5], visible)):

@@ -199,20 +199,27 @@ def test_a_folder_says_its_task_and_infer_runs_it(folders, frames, tmp_path, tas
     ("inpaint", ["--mask", "large.png"], "large.png: wanted a mask as large as the video, 22x18, got 23x18"),
     ("inpaint", ["--mask", "short"], "the mask has 5 frames, and the video has more"),
     ("inpaint", ["--mask", "long"], "the mask has more than the 6 frames of the video"),
+    ("inpaint", ["--mask", "black.png"], "black.png: covers nothing: wanted white where frames are to be filled"),
     ("inpaint", ["--mask", "absent.png"], "absent.png: no such file, and not a box"),
     ("inpaint", ["--mask", "0,0,4,4", "--set", "scale=2"], "was trained for task=inpaint and scale=1, got .*scale=2"),
     ("upscale", ["--set", "scale=4"], "was trained for task=upscale and scale=3, got task=upscale and scale=4"),
     ("upscale", ["--set", "task=dove"], "got task=dove"),
     ("upscale", ["--set", "at_height=16"], "enlarges 3 times, which at_height and keep do not follow"),
     ("upscale", ["--set", "window=2"], "window: wanted an integer from 3"),
+    ("wan", ["--set", "task=dove"], "DOVE's is a CogVideoXPipeline, got a WanPipeline"),
     ("published", [], "does not say what it was trained for: a DOVE checkpoint takes --set task=dove"),
     ("published", ["--set", "task=dove"], 'no such file; python encode_prompt.py --base .* --text "" --out')])
 def test_what_does_not_fit_is_one_line(folders, published, frames, tmp_path, capsys, monkeypatch, task, flags, said):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (23, 18), "white").save("large.png")
+    Image.new("RGB", (22, 18), "black").save("black.png")
     for name, T in (("short", 5), ("long", 7)):
         write_clip(name, torch.ones(3, T, 18, 22))
     model = folders.get(task, published)
+    if task == "wan":
+        model = tmp_path / "wan"
+        model.mkdir()
+        (model / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
     assert infer.cli([str(v) for v in (frames, "out", "--model", model, "--device", "cpu", *flags)]) == 2
     line, = capsys.readouterr().err.splitlines()
     assert re.search(said, line), line

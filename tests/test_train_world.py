@@ -148,6 +148,9 @@ def test_a_new_branch_is_made_for_a_wan_and_the_small_one_starts_from_nothing(wo
     weights.save_tensors(tmp_path / "prompt.safetensors", {"text": torch.ones(1, 3, 8)})
     args.prompt = tmp_path / "prompt.safetensors"
     assert train_world.build(args, train_world.Recipe(**RECIPE))[0].text.shape == (1, 3, 8)
+    args.part = "lora"
+    with pytest.raises(ValueError, match="wan: has no branch, and a new one that stays frozen shows nothing"):
+        train_world.build(args, train_world.Recipe(**RECIPE | dict(freeze_branch=True)))
     args.prompt = tmp_path / "gone"
     with pytest.raises(ValueError, match="gone: no such file"):
         train_world.build(args, train_world.Recipe(**RECIPE))

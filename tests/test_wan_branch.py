@@ -162,3 +162,6 @@ def test_wrong_shapes_are_named(models):
     wider = WanDiT(WanDiTConfig(**SMALL | dict(attention_head_dim=16))).double()
     with pytest.raises(ValueError, match="the branch is 24 channels wide, the transformer 32"):
         branch(wider, z, t, text, control)
+    shallower = WanDiT(WanDiTConfig(**SMALL | dict(num_layers=1))).double()
+    with pytest.raises(ValueError, match=r"hints after layers \[.*, 2\], the transformer has 1"):
+        branch(shallower, z, t, text, control)

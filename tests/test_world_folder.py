@@ -54,6 +54,13 @@ def test_settings_replace_those_of_the_folder_and_float16_is_computed_in_float32
     assert World.from_pretrained(tmp_path, dtype=torch.bfloat16).text.dtype == torch.bfloat16
 
 
+def test_parts_of_two_types_compute_in_the_transformers(tmp_path):
+    world = small.world()
+    world.vae.save_pretrained(tmp_path / "vae")
+    world.bfloat16().save_pretrained(tmp_path / "world", vae="../vae")
+    assert {p.dtype for p in World.from_pretrained(tmp_path / "world").parameters()} == {torch.bfloat16}
+
+
 def test_the_vae_may_be_elsewhere_and_parts_may_come_from_several_folders(tmp_path):
     world = small.world()
     world.vae.save_pretrained(tmp_path / "vae_wan")

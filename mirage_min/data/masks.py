@@ -33,7 +33,10 @@ def read_mask(given: str | Path, H: int, W: int) -> Tensor | Iterator[Tensor]:
     if not path.exists():
         raise ValueError(f"{given}: no such file, and not a box x0,y0,x1,y1 of whole pixels")
     if path.is_file() and path.suffix.lower() in IMAGES:
-        return covered(read_image(path), path, H, W)
+        mask = covered(read_image(path), path, H, W)
+        if not mask.any():
+            raise ValueError(f"{path}: covers nothing: wanted white where frames are to be filled")
+        return mask
     return masks_of_video(path, H, W)
 
 

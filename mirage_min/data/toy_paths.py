@@ -83,15 +83,18 @@ def loop(path: Tensor, way: float, width: float = 1.2, swing: float = 0.25) -> T
     return found
 
 
-def along(name: str, path: Tensor, bodies: list[Body]) -> Tensor:
-    """The path [T, 4, 4] of a name (of PATHS) that begins as the drive `path` does; ValueError for another name."""
+def along(name: str, path: Tensor, bodies: list[Body], way: float = 0.0) -> Tensor:
+    """The path [T, 4, 4] of a name (of PATHS) that begins as the drive `path` does; ValueError for another name.
+
+    way  metres ahead, of paths that come back; 0: what is free, of a loop 8 at most
+    """
     if name == "drive":
         return path
-    way = free_way(bodies, path[0])
+    free = free_way(bodies, path[0])
     if name == "out_and_back":
-        return out_and_back(path, way)
+        return out_and_back(path, way or free)
     if name == "loop":
-        return loop(path, min(way, 8.0))
+        return loop(path, way or min(free, 8.0))
     raise ValueError(f"path must be one of {', '.join(PATHS)}, got {name!r}")
 
 

@@ -226,13 +226,16 @@ def way_through(scene: WorldScene, name: str, frames: int, way: float = 0.0) -> 
     """The cameras of a path of toy_paths that begins at the scene's first.
 
     way  metres ahead; 0: a made-up scene's free way, elsewhere .3 of the median depth of the first frame
-    In a made-up scene the path keeps to the ground, elsewhere it goes where the first camera looks.
+    In a made-up scene the path keeps to the ground, and out and back is no longer than a drive; elsewhere it goes where
+    the first camera looks. ValueError for the way of a drive through a made-up scene, whose speed is the scene's.
     """
     first = scene.cameras[0]
     if scene.toy is not None:
+        if way and name == "drive":
+            raise ValueError(f"{scene.source}: a drive through a made-up scene has a speed: wanted way=0, got {way:g}")
         drive, _ = toy_paths.drive(Draws(scene.toy.seed), replace(scene.toy.config(), frames=frames))
         drive[:, :3, 3] += first.camera_to_world[:3, 3] - drive[0, :3, 3]
-        poses = toy_paths.along(name, drive, toy_scene(scene.toy).bodies)
+        poses = toy_paths.along(name, drive, toy_scene(scene.toy).bodies, way)
     else:
         depth = scene.known[0].depth
         way = way or 0.3 * float(depth[depth > 0].median())

@@ -39,11 +39,13 @@ def flow_loss(predict: Predict, z: Tensor, draws: Generator | list[Generator], s
     z      [B, C, F, h, w], latents of the data
     draws  a generator, or one for each sample: then its noise does not depend on the rest of the batch
     clean  how many of the first latents are given as they are, at t = 0, and left out of the loss
-    ValueError unless 0 <= clean < F.
+    ValueError unless 0 <= clean < F, and for another number of generators.
     """
     F = z.shape[2]
     if not 0 <= clean < F:
         raise ValueError(f"clean must be from 0 to {F - 1}, so that a latent is left to judge, got {clean}")
+    if not isinstance(draws, Generator) and len(draws) != len(z):
+        raise ValueError(f"wanted a generator for each of {len(z)} samples, got {len(draws)}")
     if isinstance(draws, Generator):
         u, eps = noise_like(z, draws)
     else:

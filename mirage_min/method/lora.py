@@ -192,7 +192,7 @@ def unwrap(state: dict[str, Tensor], alpha: float = PEFT_ALPHA) -> dict[str, Ten
         <layer>.base_layer.weight,  <layer>.lora_A.NAME.weight,  <layer>.lora_B.NAME.weight  ->  <layer>.weight
 
     A [r, in, …], B [out, r, …], with s = alpha / r; other keys stay. ValueError for an A without its B or its layer, or
-    the other way round, and for several names.
+    the other way round, for several names, and for shapes that do not fit.
     """
     plain, found, names = {}, {}, set()
     for key, tensor in state.items():
@@ -208,7 +208,10 @@ def unwrap(state: dict[str, Tensor], alpha: float = PEFT_ALPHA) -> dict[str, Ten
     if len(names) > 1:
         raise ValueError(f"wanted one LoRA, got {sorted(names)}")
     for key, pair in found.items():
-        W, r = plain[key], len(pair["A"])
+        W, a, b = plain[key], pair["A"].shape, pair["B"].shape
+        r = a[0] if a else 0
+        if r < 1 or W.ndim < 2 or a[1:] != W.shape[1:] or b != (len(W), r, *[1] * (W.ndim - 2)):
+            raise ValueError(f"{key} {list(W.shape)}: does not fit its lora_A {list(a)} and lora_B {list(b)}")
         A, B = (pair[m].flatten(1).to(torch.promote_types(W.dtype, torch.float32)) for m in "AB")
         # W <- W + s · B A
         plain[key] = (W + alpha / r * (B @ A).view(W.shape)).to(W.dtype)

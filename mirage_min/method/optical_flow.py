@@ -22,7 +22,8 @@ def warp(x: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
     """Fetch x [B, C, H, W] along flow [B, 2, H, W]: y(p) = x(p + flow(p)), bilinear.
 
     flow is in pixels, first to the right, then down. Returns y in float64, differentiable in x, and `inside`
-    [B, 1, H, W], true where p + flow(p) falls between the pixel centres of the frame. ValueError if they do not match.
+    [B, 1, H, W], true where p + flow(p) falls between the pixel centres of the frame, and never where the flow is nan.
+    ValueError if they do not match.
     """
     B, C, H, W = x.shape
     if flow.shape != (B, 2, H, W):
@@ -31,6 +32,7 @@ def warp(x: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
     v = flow[:, 1].double() + torch.arange(H, device=x.device)[:, None]
     inside = (u >= 0) & (u <= W - 1) & (v >= 0) & (v <= H - 1)
     grid = torch.stack([(2 * u + 1) / W - 1, (2 * v + 1) / H - 1], dim=-1)  # [B, H, W, 2]
+    grid = grid.nan_to_num(0.0, torch.inf, -torch.inf)  # at nan the backward of grid_sample writes to any address
     y = nnf.grid_sample(x.double(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     return y, inside[:, None]
 

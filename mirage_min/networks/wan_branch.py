@@ -73,7 +73,8 @@ class WanBranch(nn.Module):
     def forward(self, dit: WanDiT, z_t: Tensor, t: int | Tensor, text: Tensor, control: Tensor) -> dict[int, Tensor]:
         """Hints for dit(z_t, t, text, hints): {layer: [B, patches, D]}; control [B, vace_in_channels, F, h, w].
 
-        ValueError if control does not fit z_t, or the branch is not as wide as the transformer.
+        ValueError if control does not fit z_t, and for a branch that is not as wide as the transformer, or gives hints
+        after layers that it lacks.
         """
         wanted = [z_t.shape[0], self.config.vace_in_channels, *z_t.shape[2:]]
         if list(control.shape) != wanted:
@@ -82,6 +83,9 @@ class WanBranch(nn.Module):
         if x.shape[2] != self.vace_patch_embedding.out_channels:
             raise ValueError(f"the branch is {self.vace_patch_embedding.out_channels} channels wide, the transformer "
                              f"{x.shape[2]}")
+        if self.config.vace_layers[-1] >= len(dit.blocks):
+            raise ValueError(f"the branch gives hints after layers {list(self.config.vace_layers)}, the transformer "
+                             f"has {len(dit.blocks)}")
         c = rearrange(self.vace_patch_embedding(even_size(control)), "b d f h w -> b (f h w) d")
         # c_0 = proj_in(patches(control)) + x
         c = self.vace_blocks[0].proj_in(c) + x

@@ -192,6 +192,7 @@ class Harmonizer(nn.Module):
         place = dict(device=device, dtype=dtype)
         vae, dit = (part.from_pretrained(name, subfolder(name, folder), **place)
                     for part, name, folder in ((WanVAE, vae, "vae"), (CosmosDiT, dit, "transformer")))
+        vae.to(next(dit.parameters()).dtype)  # both compute in one type: NVIDIA's file has a VAE in bfloat16
         return cls(frugal.apply(vae), dit, Settings(**settings)).requires_grad_(False).eval()
 
     @classmethod

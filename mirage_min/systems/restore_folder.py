@@ -119,6 +119,8 @@ def read_settings(file: Path, index: dict, task: str, scale: int) -> Settings:
         if not task:
             raise ValueError(f"{file}: a {index['_class_name']}, which does not say what it was trained for: a DOVE "
                              "checkpoint takes --set task=dove, and train_restore.py makes others")
+        if task == "dove" and index["_class_name"] != PIPELINES[0]:
+            raise ValueError(f"{file}: DOVE's is a {PIPELINES[0]}, got a {index['_class_name']}")
         known = asdict(DOVE) if task == "dove" else {"task": task}
         return checked.record(Settings, known | ({"scale": scale} if scale else {}), file)
     settings = checked.record(Settings, index, file)

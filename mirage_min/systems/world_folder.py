@@ -79,7 +79,7 @@ def from_base(cls, base: str | Path, branch: str | Path | int, vae: str | Path |
         raise ValueError(f"wanted a prompt [1, L, {dit.config.text_dim}], as wide as this transformer takes it, "
                          f"got {list(text.shape)} (encode_prompt.py)")
     like = next(dit.parameters())
-    network = read_vae(base if vae is None else vae, **place)
+    network = read_vae(base if vae is None else vae, **place).to(like)  # both compute in one type
     return cls(network, dit, steer.to(like), text.to(like), cls.Options(**settings)).requires_grad_(False).eval()
 
 
