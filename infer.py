@@ -15,7 +15,7 @@ the output appears when it is complete, or never. Which system the model's folde
 is read from the folder (systems/load.py).
 
 Of a folder of videos each becomes NAME.mp4 in the output, whole. Existing ones are skipped, so the same command
-continues; one that cannot be done is reported, and the others are done.
+continues; one that cannot be done is reported, and the others are done. What is no video is passed over and named.
 
 Exit status: 0 done; 1 a video of a folder could not be done; 2 the input, the model or a flag is wrong, and one line
 says how; 128 + its number after a signal.
@@ -69,7 +69,7 @@ class Settings:
 
 
 def main(args: argparse.Namespace) -> int:
-    args.videos = videos_in(args.input)
+    args.videos, args.passed_over = videos_in(args.input)
     if not args.videos:
         place.check_output(args.input, args.output, args.overwrite)
     device = desk.choose_device(args.device)
@@ -111,7 +111,9 @@ def harmonise_all(videos: list[Path], load: Callable, args: argparse.Namespace, 
         except (ValueError, OSError, av.FFmpegError) as error:
             desk.say_error(f"infer.py: {error}")
             failed += 1
-    desk.say(f"{args.output}: {len(left) - failed} videos done, {len(videos) - len(left)} were there, {failed} failed")
+    passed_over = ", ".join(args.passed_over[:8]) + ", ..." * (len(args.passed_over) > 8)
+    desk.say(f"{args.output}: {len(left) - failed} videos done, {len(videos) - len(left)} were there, {failed} failed"
+             + f"; passed over: {passed_over}" * bool(passed_over))
     return 1 if failed else 0
 
 

@@ -18,8 +18,9 @@ from .containers import gif_images, png_images, webp_images
 from .demux import open_file
 
 IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}  # what a folder's frames end in
-VIDEOS = {".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv",
-          ".safetensors", ".ts", ".webm", ".wmv"}  # and what a folder's videos end in
+VIDEOS = {".3g2", ".3gp", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".gif", ".h264", ".h265", ".hevc", ".ivf",
+          ".m2ts", ".m2v", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpe", ".mpeg", ".mpg", ".mts", ".mxf",
+          ".nut", ".obu", ".ogm", ".ogv", ".safetensors", ".ts", ".vob", ".webm", ".wmv", ".y4m"}  # its videos
 Image.init()  # all of Pillow's formats
 FORMATS = [name for name in ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP") if name in Image.OPEN]
 ANIMATED = {"AVIF", "GIF", "PNG", "WEBP"}
@@ -136,15 +137,17 @@ def pictures_of(folder: Path) -> list[Path]:
     return sorted(files, key=lambda file: natural_order(file.name))
 
 
-def videos_in(folder: Path) -> list[Path]:
-    """The videos and clips of a folder in natural order; none where the path is not a folder, or is one of pictures.
+def videos_in(folder: Path) -> tuple[list[Path], list[str]]:
+    """The videos and clips of a folder in natural order, by their endings; and the names of all other visible entries.
 
-    ValueError if it holds videos and pictures, or two videos that differ in their ending alone.
+    No videos where the path is not a folder, or is one of pictures. ValueError if it holds videos and pictures, or two
+    videos that differ in their ending alone.
     """
     if not folder.is_dir():
-        return []
-    files = [file for file in folder.iterdir() if file.suffix.lower() in VIDEOS and not file.name.startswith(".")]
-    files.sort(key=lambda file: natural_order(file.name))
+        return [], []
+    entries = sorted((entry for entry in folder.iterdir() if not entry.name.startswith(".")),
+                     key=lambda entry: natural_order(entry.name))
+    files = [entry for entry in entries if entry.suffix.lower() in VIDEOS]
     if files and (pictures := pictures_of(folder)):
         raise ValueError(f"{folder}: holds pictures ({pictures[0].name}), the frames of one video, and videos "
                          f"({files[0].name}): wanted the one or the other")
@@ -152,7 +155,7 @@ def videos_in(folder: Path) -> list[Path]:
     for file in files:
         if (other := named.setdefault(file.stem, file)) != file:
             raise ValueError(f"{folder}: the results of {other.name} and {file.name} would have one name")
-    return files
+    return files, [entry.name for entry in entries if entry.suffix.lower() not in VIDEOS]
 
 
 def natural_order(name: str) -> list:
