@@ -312,6 +312,14 @@ def test_a_fragment_that_does_not_fit_is_spoilt(tmp_path, old, new):
     assert spoilt(tmp_path / "a.mp4")
 
 
+def test_boxes_in_boxes_beyond_any_depth_are_spoilt(tmp_path):
+    nested = b""
+    for _ in range(2000):
+        nested = box(b"moov", nested)
+    (tmp_path / "a.mp4").write_bytes(HEAD + MOVIE + DATA + nested)
+    assert spoilt(tmp_path / "a.mp4")
+
+
 def test_a_run_of_millions_of_samples_has_their_size():
     check_run((0xF00).to_bytes(4, "big") + (2**24).to_bytes(4, "big"), 8 + 16 * 2**24)
     with pytest.raises(ValueError, match="16777216 samples in 12 bytes"):

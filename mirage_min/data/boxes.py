@@ -45,7 +45,7 @@ def spoilt(path: Path) -> bool:
                     return True
                 try:
                     follow(file, name, start, end, tracks)
-                except ValueError:
+                except (ValueError, RecursionError):  # the latter of boxes in boxes in boxes
                     return True
     except ValueError:  # where a box on top does not fit; a movie without fragments has tables
         return bool(tracks)
