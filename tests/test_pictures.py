@@ -163,6 +163,14 @@ def test_an_animation_that_was_cut_off_is_refused_or_filled_up(tmp_path, kind):
         assert len(frames) == 7 and video.broken == [6] and (frames[6] == frames[5]).all()
 
 
+def test_of_a_tiff_of_several_pages_the_first_is_read_and_named(tmp_path):
+    first, *others = (Image.fromarray(picture(20 * t)) for t in range(3))
+    first.save(tmp_path / "a.tif", save_all=True, append_images=others)
+    frames, _, video = read(tmp_path / "a.tif")
+    assert (frames == np.asarray(first)).all() and len(frames) == 1
+    assert video.notes == [f"{tmp_path / 'a.tif'}: holds 3 pictures; read is the first"]
+
+
 @pytest.mark.parametrize("skip_broken", [False, True])
 def test_a_picture_that_may_not_be_read_is_said_to_be_that_and_not_skipped(tmp_path, monkeypatch, skip_broken):
     Image.fromarray(picture(0)).save(tmp_path / "0.png")

@@ -65,6 +65,8 @@ class Animation:
             self.image = Image.open(path, formats=FORMATS)
             moves = self.image.format in ANIMATED
             self.images = self.image.n_frames if moves and self.image.format != "GIF" else 1
+            if self.image.format == "TIFF" and self.image.n_frames > 1:
+                self.notes.append(f"{path}: holds {self.image.n_frames} pictures; read is the first")
         except Exception as error:  # Pillow's decoders raise whatever comes
             raise ValueError(f"{path}: cannot be read as a picture: {error}") from error
         self.whole = True
