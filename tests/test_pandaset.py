@@ -56,6 +56,13 @@ def test_a_car_ahead_is_where_a_pinhole_sees_it(tmp_path, capsys):
     assert pictures[1].read_bytes() == (tmp_path / "002/camera/front_camera/01.jpg").read_bytes()
 
 
+def test_every_file_may_begin_with_a_byte_order_mark(tmp_path):
+    files = list(sequence(tmp_path / "002").rglob("*.json"))
+    for file in files:
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert len(files) == 3 and write_scene(tmp_path / "002", tmp_path / "out", "front_camera") == (2, 1)
+
+
 def test_yaw_turns_to_the_left_and_what_is_not_in_front_is_not_visible(tmp_path):
     quarter = [*CAR[:9], math.pi / 2, 0]
     beside = ["a-text-id", "Bus", "", 3.0, 0.5, 1.0, 2.5, 9.0, 3.0, 0.0, 0]
@@ -78,6 +85,9 @@ def test_yaw_turns_to_the_left_and_what_is_not_in_front_is_not_visible(tmp_path)
     (lambda f: (f / "camera/front_camera/poses.json").write_text("[]"), "poses: wanted a list"),
     (lambda f: (f / "camera/front_camera/poses.json").write_text('[{"position": {"x": 0, "y": 0, "z": 0}}]'),
      r"poses\[0\].heading: wanted an object, got nothing"),
+    (lambda f: (f / "camera/front_camera/poses.json").write_text(json.dumps(
+        [{"position": dict.fromkeys("xyz", 0.0), "heading": dict.fromkeys("wxyz", 0.0)}] * 2)),
+     r"poses\[0\].heading: wanted a rotation, got \[0.0, 0.0, 0.0, 0.0\]"),
     (lambda f: (f / "camera/front_camera/intrinsics.json").write_text('{"fx": 1000}'), "fy: wanted"),
     (lambda f: [Image.new("RGB", (100, 100)).save(p) for p in (f / "camera/front_camera").glob("*.jpg")],
      "wanted images of 1920x1080 or as much smaller on both sides, got 100x100")])

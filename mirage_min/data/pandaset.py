@@ -14,6 +14,7 @@ object is not annotated, and poses of moving objects are those of the lidar's sw
 """
 
 import argparse
+import json
 import math
 import shutil
 import sys
@@ -146,11 +147,13 @@ def read_cameras(folder: Path, width: int, height: int) -> list[Camera]:
     K = torch.tensor([[k.fx, 0, k.cx], [0, k.fy, k.cy], [0, 0, 1]], dtype=torch.float64)
     path = folder / "poses.json"
     with one_line(path):
-        content = checked.parse(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     cameras = []
-    for pose in checked.value(tuple[Pose, ...], content, path, "poses"):
+    for t, pose in enumerate(checked.value(tuple[Pose, ...], content, path, "poses")):
         camera_to_world = torch.eye(4, dtype=torch.float64)
         heading = torch.tensor([list(vars(pose.heading).values())], dtype=torch.float64)
+        if not heading.any():
+            raise ValueError(f"{path}: poses[{t}].heading: wanted a rotation, got {heading[0].tolist()}")
         camera_to_world[:3, :3] = rotations(heading)[0]
         camera_to_world[:3, 3] = torch.tensor(list(vars(pose.position).values()), dtype=torch.float64)
         cameras.append(Camera.from_pose(K, camera_to_world, *SIZE).resized(width, height))
