@@ -109,7 +109,7 @@ def text_shape(base: str) -> tuple[str, int]:
     """
     about, where = read_config(base, "text_encoder")
     name = about.get("model_type")
-    if name not in KINDS:
+    if name not in tuple(KINDS):  # JSON may have a list there, which a dict cannot look up
         raise ValueError(f"{where}: wanted model_type {', '.join(KINDS)}, got {name}")
     kind = KINDS[name]
     network = weights.read_config(kind.network, *read_config(base, kind.folder))

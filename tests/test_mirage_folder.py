@@ -81,6 +81,11 @@ def test_a_pickled_base_is_refused_with_the_way_to_convert_it_and_without_anothe
 
 def test_a_base_of_another_kind_is_refused_by_its_class(folder):
     config = folder / "base" / "vae" / "config.json"
+    whole = config.read_text()
+    config.write_text(whole.replace('"AutoencoderKLCogVideoX"', '["AutoencoderKLCogVideoX"]'))
+    with pytest.raises(ValueError, match=r"config.json: wanted _class_name .*, got \['AutoencoderKLCogVideoX'\]"):
+        Mirage.from_base(folder / "base", folder / "vae_2d")
+    config.write_text(whole)
     config.write_text(config.read_text().replace("AutoencoderKLCogVideoX", "AutoencoderKL"))
     with pytest.raises(ValueError, match="config.json: wanted _class_name 'AutoencoderKLCogVideoX' or "
                                          "'AutoencoderKLWan', got 'AutoencoderKL'"):

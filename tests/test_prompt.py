@@ -217,6 +217,8 @@ MISTAKES = {
     "no tokenizer": (lambda f: (f / "base/tokenizer").rename(f / "gone"), [], "transformers cannot load tokenizer"),
     "no base": (lambda f: (f / "base").rename(f / "gone"), [], "base: no such folder"),
     "another kind": (lambda f: spoil(f, "config.json", {"model_type": "bert"}), [], "wanted model_type .* got bert"),
+    "a list of kinds": (lambda f: spoil(f, "config.json", {"model_type": ["t5"]}), [],
+                        r"wanted model_type .* got \['t5'\]"),
     "another width": (lambda f: spoil(f, "config.json", {"d_model": 12, "hidden_size": 12}), [],
                       r"wanted (d_model|hidden_size) 8, which the (transformer|unet) takes, got 12"),
     "a weight missing": (lambda f: spoil(f, "model.safetensors", LAYER), [], f"lacks 1 weights: .*{LAYER}"),

@@ -113,7 +113,7 @@ def family(base: str | Path) -> tuple[type[nn.Module], type[nn.Module]]:
     """The classes of a base's VAE and transformer. ValueError unless its folder or hub id holds one of BASES."""
     file = weights.locate(nn.Module, base, subfolder(base, "vae")) / weights.CONFIG
     name = weights.read_json(file).get("_class_name")
-    if name not in BASES:
+    if name not in tuple(BASES):  # JSON may have a list there, which a dict cannot look up
         raise ValueError(f"{file}: wanted _class_name {' or '.join(map(repr, BASES))}, got {name!r}")
     return BASES[name]
 
