@@ -66,6 +66,11 @@ def test_weights_that_are_missing_or_of_another_network_are_named(vgg, folder, t
     save_file({**state, "2.weight": torch.zeros(64, 64, 1, 1)}, tmp_path / "odd.safetensors")
     with pytest.raises(ValueError, match=r"2\.weight \(wanted \[64, 64, 3, 3\], got \[64, 64, 1, 1\]\)"):
         Features("vgg", tmp_path / "odd.safetensors")
+    for bias, said in ((torch.full((64,), torch.nan), r"2\.bias is not finite"),
+                       (torch.ones(64, dtype=torch.int64), r"2\.bias: wanted floating-point numbers .*int64")):
+        save_file({**state, "2.bias": bias}, tmp_path / "odd.safetensors")
+        with pytest.raises(ValueError, match=said):
+            Features("vgg", tmp_path / "odd.safetensors")
     with pytest.raises(ValueError, match=r"vgg: wanted frames \[N, 3, H, W\] of 16x16 at least, got \[3, 64, 64\]"):
         vgg(torch.zeros(3, 64, 64))
 

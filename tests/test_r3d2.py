@@ -340,6 +340,7 @@ def changed(folder: Path, to: Path, file: str, **fields) -> Path:
     ("model_index.json", {"unet": None}, "model_index.json: unet: wanted a list"),
     ("model_index.json", {"t": 1000}, "model_index.json: t: wanted an integer from 0 to 999"),
     ("vae/config.json", {"_class_name": "SkipVAE"}, "config.json: _class_name: wanted AutoencoderKL or .*'SkipVAE'"),
+    ("vae/config.json", {"_class_name": ["AutoencoderKL"]}, r"_class_name: wanted .*, got \['AutoencoderKL'\]"),
     ("vae/config.json", {"gamma": 0.5}, "config.json: gamma: wanted 1.0, got 0.5"),
     ("vae/config.json", {"use_skips": True}, "config.json: AutoencoderKL does not know the field use_skips"),
     ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "scheduler_config.json: prediction_type"),
@@ -349,6 +350,16 @@ def test_a_folder_that_says_something_else_is_refused_with_the_file_and_what_was
                                                                                         message):
     with pytest.raises(ValueError, match=message):
         R3D2.from_pretrained(changed(folders[True], tmp_path / "a", file, **fields))
+
+
+def test_whole_numbers_and_nan_among_the_vaes_weights_are_named(folders, tmp_path):
+    file = Path(shutil.copytree(folders[True], tmp_path / "a")) / "vae" / weights.WEIGHTS
+    state = weights.load_tensors(file)[0]
+    for name in ("decoder.conv_in.bias", "decoder.skip_conv_1.weight"):
+        for spoilt in (state[name].long(), torch.full_like(state[name], torch.nan)):
+            weights.save_tensors(file, state | {name: spoilt})
+            with pytest.raises(ValueError, match=f"{name.removeprefix('decoder.')}(: wanted floating| is not finite)"):
+                R3D2.from_pretrained(tmp_path / "a")
 
 
 def test_a_base_without_skips_is_no_system_and_a_folder_without_a_prompt_says_how_to_make_one(folders, tmp_path):

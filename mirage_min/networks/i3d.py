@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from .weights import check_match, load_tensors
+from .weights import fill, load_tensors
 
 LEAST = 9  # frames: fewer leave nothing for the last pooling
 MIXED = {  # channels of the six convolutions of each block
@@ -118,8 +118,7 @@ class I3D(nn.Module):
         with torch.device("meta"):
             i3d = cls()
         state, _ = load_tensors(path)
-        check_match(i3d.state_dict(), state, str(path), "I3D")
-        i3d.load_state_dict(state, assign=True)
+        fill(i3d, state, path, "I3D")
         return i3d.requires_grad_(False).eval()
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from . import backbones
-from .weights import check_match, load_tensors, save_tensors
+from .weights import fill, load_tensors, save_tensors
 
 FILES = {"vgg": "vgg16_features", "alex": "alexnet_features", "squeeze": "squeezenet1_1_features"}
 TAPS = {  # {tap: its index in torchvision's `features`}
@@ -157,8 +157,7 @@ def _load(net: str, file: Path) -> tuple[list[str], nn.Sequential]:
     if not taps:
         raise ValueError(f"{file}: no weights of {net} up to its first tap, got the keys {sorted(state)[:4]}")
     layers = layers[: TAPS[net][taps[-1]] + 1]
-    check_match(layers.state_dict(), state, str(file), f"{net} up to {taps[-1]}")
-    layers.load_state_dict(state, assign=True)
+    fill(layers, state, file, f"{net} up to {taps[-1]}")
     return taps, layers
 
 

@@ -227,6 +227,17 @@ def check_finite(name: str, tensor: Tensor, file: str | Path) -> None:
         raise ValueError(f"{file}: {name} is not finite (NaN or inf)")
 
 
+def fill(network: nn.Module, state: dict[str, Tensor], file: str | Path, target: str) -> None:
+    """Give a network the tensors of a file, which become its own; `target` says what the network is, for the error.
+
+    ValueError unless their names and shapes are just the network's, and all their numbers finite.
+    """
+    check_match(network.state_dict(), state, str(file), target)
+    for name, tensor in state.items():
+        check_finite(name, tensor, file)
+    network.load_state_dict(state, assign=True)
+
+
 def shapes(named: Named) -> dict[str, list[int]]:
     """{name: shape} of named tensors; named shapes pass through, as lists."""
     return {key: list(value.shape if isinstance(value, Tensor) else value) for key, value in named.items()}

@@ -263,9 +263,10 @@ def read_vae(path: str | Path, subfolder: str | None, start: float | None) -> tu
     folder = weights.locate(AutoencoderKL, path, subfolder)
     config = folder / weights.CONFIG
     fields = weights.read_json(config)
-    kind = VAES.get(fields.get("_class_name"))
-    if kind is None:
-        raise ValueError(f"{config}: _class_name: wanted {' or '.join(VAES)}, got {fields.get('_class_name')!r}")
+    name = fields.get("_class_name")
+    if name not in tuple(VAES):  # JSON may have a list there, which a dict cannot look up
+        raise ValueError(f"{config}: _class_name: wanted {' or '.join(VAES)}, got {name!r}")
+    kind = VAES[name]
     fields.pop("lora_rank", None)  # Difix's; the shapes say it too
     for name, wanted in DIFIX.items():
         if (given := fields.pop(name, wanted)) != wanted:
@@ -283,20 +284,16 @@ def read_vae(path: str | Path, subfolder: str | None, start: float | None) -> tu
     trained = {key: state.pop(key) for key in list(state) if key.startswith("decoder.skip_conv_")}
     if kind is AutoencoderKL:
         state = {kind.translate_key(key): tensor for key, tensor in state.items()}
-    fill(vae, state, where, config)
+    model = f"the model that {config} describes"
+    weights.fill(vae, state, where, model)
     skips = Skips(vae.skip_channels(), start or 0.0)
     if trained:
-        fill(skips, {key.removeprefix("decoder."): tensor for key, tensor in trained.items()}, where, config)
+        trained = {key.removeprefix("decoder."): tensor for key, tensor in trained.items()}
+        weights.fill(skips, trained, where, model)
     elif start is None:
         raise ValueError(f"{where}: wanted skip convolutions in the decoder (decoder.skip_conv_1.weight, ...), got a "
                          "plain VAE: this is a base, which train_r3d2.py --base starts from")
     return vae.eval(), skips
-
-
-def fill(network: nn.Module, state: dict[str, Tensor], file: str, config: Path) -> None:
-    """Give a network the tensors of a file; ValueError unless their names and shapes are exactly its own."""
-    weights.check_match(network.state_dict(), state, file, f"the model that {config} describes")
-    network.load_state_dict(state, assign=True)
 
 
 def save_json(path: Path, content: dict) -> None:
