@@ -328,8 +328,11 @@ def test_an_original_config_that_is_not_text_to_video_is_refused(change):
     assert weights.read_config(WanDiT, config, "t2v").ffn_dim == 8960
     with pytest.raises(ValueError, match=next(iter(change)).replace("in_dim", "in_channels")):
         weights.read_config(WanDiT, config | change, "changed")
-    with pytest.raises(ValueError, match="num_heads"):
+    with pytest.raises(ValueError, match="^incomplete: .*num_heads"):
         weights.read_config(WanDiT, {k: v for k, v in config.items() if k != "num_heads"}, "incomplete")
+    for spoilt in ({"num_heads": 0}, {"dim": "1536"}, {"num_heads": [12]}):
+        with pytest.raises(ValueError, match="^spoilt: WanDiT does not understand this layout"):
+            weights.read_config(WanDiT, config | spoilt, "spoilt")
 
 
 def test_wrong_shapes_are_named(saved):

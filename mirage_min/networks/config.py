@@ -31,7 +31,9 @@ def read_config(cls, config: dict, where: str | Path):
     if hasattr(cls, "translate_config"):
         try:
             config = cls.translate_config(config)
-        except (LookupError, TypeError) as error:
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        except (ArithmeticError, LookupError, TypeError) as error:
             raise ValueError(f"{where}: {cls.__name__} does not understand this layout: {error!r}") from error
     if (name := config.get("_class_name")) != cls.CLASS_NAME:
         raise ValueError(f"{where}: wanted _class_name {cls.CLASS_NAME!r}, got {name!r}{hint(cls)}")
