@@ -31,6 +31,16 @@ def test_sound_that_mp4_players_do_not_know_becomes_aac(tmp_path):
     assert error < 0.1, f"the tone came back with an error of {error:.3f} of its own size"
 
 
+def test_sound_of_an_unknown_codec_is_left_out_and_that_is_said(tmp_path):
+    data = encode(tmp_path / "in.mkv", pictures(3), sound="aac").read_bytes()
+    assert data.count(b"A_AAC") == 1
+    (tmp_path / "in.mkv").write_bytes(data.replace(b"A_AAC", b"A_XYZ"))
+    with Video(tmp_path / "in.mkv") as video:
+        assert video.notes == [f"{tmp_path / 'in.mkv'}: holds sound of an unknown codec, which is left out"]
+    with av.open(str(copy(tmp_path / "in.mkv", tmp_path / "out.mp4"))) as out:
+        assert not out.streams.audio and len(list(out.decode(video=0))) == 3
+
+
 def test_sound_of_a_file_that_was_cut_off_ends_there(tmp_path):
     source = encode(tmp_path / "in.mp4", [np.random.default_rng(t).integers(0, 255, (HEIGHT, WIDTH, 3), np.uint8)
                                           for t in range(20)], sound="aac", container={"movflags": "faststart"})

@@ -49,6 +49,8 @@ class File:
         self.decoder, self.codec = stream.codec_context, stream.codec_context.codec.canonical_name
         if hidden := hidden_by_edits(path, self.container, stream):
             self.notes.append(f"{path}: its edit list hides {hidden} frames")
+        if any(sound.codec_context is None for sound in self.container.streams.audio):
+            self.notes.append(f"{path}: holds sound of an unknown codec, which is left out")
         alpha = any(name.lower() == "alpha_mode" and value == "1" for name, value in stream.metadata.items())
         if alpha and self.codec in ("vp8", "vp9"):  # libav's own decoders leave the alpha of a WebM out
             self.decoder = av.CodecContext.create({"vp8": "libvpx", "vp9": "libvpx-vp9"}[self.codec], "r")
