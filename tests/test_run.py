@@ -159,7 +159,10 @@ def test_a_script_gets_its_recipe_and_writes_into_its_runs_folder_unless_told_ot
     assert first == Recipe() and second == Recipe(steps=9, lr=0.5)
     assert one.out == one.run == tmp_path / "run" and one.out.is_dir()
     assert two.out == tmp_path / "elsewhere" and two.out.is_dir()
-    default = run.flags(None, "stage_x", {"small": Recipe()}).parse_args([])
+    parser = run.flags(None, "stage_x", {"small": Recipe(), "other": Recipe()})
+    default = parser.parse_args([])
+    parser.set_defaults(recipe="other")
+    assert "settings (default other)" in " ".join(parser.format_help().split())
     assert default.run is None and default.out is None, "and so nothing is written to the shipped weights"
 
 

@@ -25,7 +25,8 @@ GREY = 0.0  # what a network sees in place of what it is to fill
 def read_mask(given: str | Path, H: int, W: int) -> Tensor | Iterator[Tensor]:
     """A mask [1, H, W] of booleans for all frames, or an iterator of one for each, of frames of H x W.
 
-    ValueError naming what was given, if it is of another size, covers nothing, or cannot be read.
+    ValueError naming what was given, if it is of another size, cannot be read, or is a box or a picture that covers
+    nothing; single frames of a video may.
     """
     if re.fullmatch(r"-?\d+(,-?\d+){3}", str(given)):
         return box_mask([int(n) for n in str(given).split(",")], H, W)

@@ -97,7 +97,7 @@ def flags(doc: str | None, stage: str, recipes: dict) -> argparse.ArgumentParser
     # not --run: torchrun would take that for its own --run-path, even after the script's name
     parser.add_argument("--run-folder", type=Path, dest="run", metavar="FOLDER",
                         help=f"checkpoints and logs (default runs/{stage}_RECIPE)")
-    parser.add_argument("--recipe", choices=list(recipes), default="small", help="settings (default small)")
+    parser.add_argument("--recipe", choices=list(recipes), default="small", help="settings (default %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                         help="change a value of the recipe (a wrong key names them all)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
