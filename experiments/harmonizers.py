@@ -34,10 +34,15 @@ def train(args: argparse.Namespace, to: Path, seed: int, data: Path, base: Path 
                        "--run-folder", to / "run")
 
 
+def latents(args: argparse.Namespace) -> dict:
+    """The settings of the part that learns from latents."""
+    return {"latent_until": args.steps, "latent_clips": min(1_000, 16 * args.steps)}
+
+
 def beginning(args: argparse.Namespace, seed: int, data: Path, name: str = "all") -> Path:
     """A harmonizer after latents and single frames: it has seen no past. name: of the data, for its folder."""
     never = 2 * args.steps
-    make = partial(train, args, seed=seed, data=data, steps=never, latent_until=args.steps, temporal_from=never)
+    make = partial(train, args, seed=seed, data=data, steps=never, temporal_from=never, **latents(args))
     settings = tables.trained_with(args, pairs=args.pairs, streams=name)
     return tables.once(args.runs / "harmonizer_beginning" / name / f"seed_{seed}", settings, make)
 

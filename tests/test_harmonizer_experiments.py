@@ -60,7 +60,7 @@ def test_the_losses_are_trained_from_nothing_on_the_same_pairs(commands):
     ran = commands("losses")
     assert all("--base" not in given for _, _, given in ran.values())
     assert len({given["--data"] for _, _, given in ran.values()}) == 1
-    common = {"steps": "6", "seed": "1", "latent_until": "3", "temporal_from": "6"}
+    common = {"steps": "6", "seed": "1", "latent_until": "3", "latent_clips": "48", "temporal_from": "6"}
     assert ran["patch"][1] == common and ran["L2"][1] == common | {"lambda_patch": "0.0"}
     assert ran["LPIPS"][1] == common | {"lambda_patch": "0.0", "lambda_lpips": "1.0", "lpips": "vgg"}
 

@@ -17,7 +17,7 @@ from mirage_min.networks import imagenet, weights
 from mirage_min.networks.dit_cosmos import CosmosDiT, CosmosDiTConfig
 from mirage_min.networks.vae_wan import WanVAE, WanVAEConfig
 from mirage_min.systems.harmonizer import Harmonizer, Settings
-from mirage_min.training import memory, watch
+from mirage_min.training import memory, run, watch
 from train_online import Batch
 
 DIT = CosmosDiTConfig(num_attention_heads=1, attention_head_dim=12, num_layers=2, mlp_ratio=2.0, text_embed_dim=4,
@@ -60,7 +60,7 @@ def quick(monkeypatch):
 
 def recipe(**settings):
     return train_online.Recipe(**dict(steps=4, batch=2, lr=1e-3, frames=FRAMES, height=SIZE, width=SIZE, past=4,
-                                      temporal_from=1, lpips="squeeze", bf16=False, every=1) | settings)
+                                      temporal_from=1, lpips="squeeze", bf16=False, every=1, latent_clips=2) | settings)
 
 
 def train(work, out, data="moving", base="base", **settings):
@@ -201,16 +201,21 @@ def test_no_gradient_goes_through_the_past(models, monkeypatch):
     assert calls == [(False, []), (False, [False]), (False, [False] * 2), (True, [False] * 3), (True, [False] * 4)]
 
 
-def test_the_loss_of_latents_is_that_of_the_current_frames(models):
+@torch.no_grad()
+def test_the_loss_of_latents_is_that_of_frames_which_see_no_past(models):
     networks, x_ni, x_gt, _ = models
-    harmonizer, terms = networks[0], defaultdict(float)
-    harmonizer.settings = Settings("paper", 4)
-    train_online.forward_and_backward(networks, recipe(batch=2), x_ni, x_gt, terms, Batch(False, 0, True))
-    with torch.no_grad():
-        z, z_gt = (harmonizer.vae.encode(x[:, :, -1:]) for x in (x_ni, x_gt))
-        z_hat = 0.8 * z - 0.2 * harmonizer.dit(0.8 * z, 0.2)
-    assert terms.keys() == {"latent"}
-    assert terms["latent"].item() == pytest.approx((z_hat - z_gt).square().mean().item(), rel=1e-6)
+    harmonizer = networks[0]
+    z, z_gt = (harmonizer.vae.encode(x[:, :, -1:]) for x in (x_ni, x_gt))
+    z_hat = 0.8 * z - 0.2 * harmonizer.dit(0.8 * z, 0.2)
+    got = train_online.latent_loss(harmonizer, z, z_gt)
+    assert got.item() == pytest.approx((z_hat - z_gt).square().mean().item(), rel=1e-6)
+
+
+def test_latents_are_those_of_the_last_frames_of_drawn_clips(work):
+    data, r = Pairs(work / "pairs", FRAMES, (SIZE, SIZE)), recipe()
+    x_ni, x_gt, names = train_online.last_frames(data, r, 7, range(2))
+    whole_ni, whole_gt, wanted = run.batch(data, r, 7, range(2), "cpu")
+    assert torch.equal(x_ni, whole_ni[:, :, -1:]) and torch.equal(x_gt, whole_gt[:, :, -1:]) and names == wanted
 
 
 # ---- which batch when ------------------------------------------------------------------------------------------------
@@ -233,10 +238,9 @@ def test_the_release_sees_all_of_the_past_or_none_for_half_of_the_batches():
 
 def test_the_small_recipe_begins_with_latents():
     small = train_online.RECIPES["small"]
-    kinds = [train_online.batch_of(step, small) for step in (0, small.latent_until - 1, small.latent_until,
-                                                             small.temporal_from, small.temporal_from + 1)]
-    assert [kind.latent for kind in kinds] == [True, True, False, False, False]
-    assert [kind.temporal for kind in kinds] == [False, False, False, True, False]
+    steps = small.latent_until, small.temporal_from, small.temporal_from + 1
+    assert 0 < small.latent_until < small.temporal_from < small.steps
+    assert [train_online.batch_of(step, small).temporal for step in steps] == [False, True, False]
 
 
 def test_the_papers_recipe_is_the_papers_in_every_number():

@@ -117,15 +117,15 @@ class Harmonizer(nn.Module):
         Left out: attention to the null text, which adds nothing; the past's queries in the last block; and decoding the
         past. `constants` are what the method of that name returns; None: they are computed here.
         """
-        z_hat = self.denoise(frame, past, constants)
-        return self.vae.decode(z_hat)[:, :, 0, : frame.shape[-2], : frame.shape[-1]]
-
-    def denoise(self, frame: Tensor, past: list[Tensor], constants: tuple | None = None) -> Tensor:
-        """The first half of `enhance`: ẑ_t [B, C, 1, h, w] of the padded frame."""
         with torch.no_grad():  # the VAE is frozen
             z = self.latents(self.pad(frame), past)
+        z_hat = self.denoise(z, constants or self.constants(frame))
+        return self.vae.decode(z_hat)[:, :, 0, : frame.shape[-2], : frame.shape[-1]]
+
+    def denoise(self, z: Tensor, constants: tuple | None = None) -> Tensor:
+        """z [B, C, F, h, w] of `latents` -> the current frame's ẑ_t [B, C, 1, h, w]."""
         t = self.timestep
-        prediction = self.dit.predict((1 - t) * z, constants or self.constants(frame), keep=1)
+        prediction = self.dit.predict((1 - t) * z, constants or self.constants(z), keep=1)
         # ẑ_t = (1 − τ) z_t − τ F((1 − τ) z, τ)_t
         return (1 - t) * z[:, :, :1] - t * prediction
 
@@ -151,7 +151,7 @@ class Harmonizer(nn.Module):
 
     def constants(self, like: Tensor) -> tuple:
         """What the timestep alone decides: the transformer's modulations (CosmosDiT.modulations), in the dtype and on
-        the device of `like`, a video [B, 3, ...]."""
+        the device of `like`."""
         return self.dit.modulations(torch.tensor(self.timestep, device=like.device), like.dtype)
 
     @property
