@@ -288,8 +288,8 @@ def cli(argv: list[str] | None = None) -> int:
                         help="where to render (default: cuda if there is one, else cpu)")
     args = parser.parse_args(argv)
     names = [folder.resolve().name for folder in args.scenes]
-    if args.frames < 1 or len(set(names)) < len(names):
-        parser.error("frames must be at least 1, and the scene folders' names must differ")
+    if args.frames < 1 or len(set(names)) < len(names) or not 0 <= args.min_iou <= 1:  # nor nan, which leaves out none
+        parser.error("frames must be at least 1, min-iou from 0 to 1, and the scene folders' names must differ")
     with torch.no_grad():
         return desk.serve("build_pairs.py", lambda: min(main(args), 1), lambda: "; the same command continues")
 

@@ -499,7 +499,8 @@ def test_a_pair_that_lacks_a_tensor_is_made_anew(single, tmp_path):
     assert weights.load_tensors(file)[0].keys() == tensors.keys()
 
 
-@pytest.mark.parametrize("flags", [["--frames", "0"], ["--asset-axes", "RUF"], ["--asset-axes", "X"], ["--range", "3"]])
+@pytest.mark.parametrize("flags", [["--frames", "0"], ["--asset-axes", "RUF"], ["--asset-axes", "X"], ["--range", "3"],
+                                   ["--min-iou", "nan"], ["--min-iou", "-1"]])
 def test_a_wrong_flag_is_status_2(scenes, flags):
     with pytest.raises(SystemExit) as stop:
         build_pairs.cli([str(scenes / "s0"), *flags])
