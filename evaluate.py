@@ -122,6 +122,8 @@ def load_features(path: Path, device: str) -> Callable[[Tensor], Tensor]:
     """
     if str(path) == backbones.AUTO:
         return I3D.from_file(backbones.fetch("i3d")).to(device)
+    if not path.is_file():
+        raise ValueError(f"{path}: is no file")  # a pipe would be waited for, without end
     try:
         network = torch.jit.load(path, map_location=device).eval()
         known = {argument.name for argument in network.forward.schema.arguments}
@@ -268,6 +270,10 @@ def add_vfid(means: dict, features: dict[tuple[str, str], list[Tensor]]) -> dict
     """
     remarks = {}
     for region, method in features:
+        rows = [*features[region, method], *features[region, TRUTH]]
+        if len({row.shape for row in rows}) > 1:
+            remarks[f"vFID, {region}"] = "absent: the network's features are not of one size"
+            continue
         a, b = (torch.cat(features[region, m]) for m in (method, TRUTH))
         if len(a) < 2:
             remarks[f"vFID, {region}"] = "absent: one clip has no covariance"

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import shutil
 import weakref
 from importlib.util import find_spec
@@ -377,7 +378,8 @@ def test_what_is_missing_or_does_not_fit_is_named_in_one_line(work, tmp_path, ca
         (broken(put("gt/one.safetensors", x_gt=x), *of_flow), "one.safetensors: wanted flow [2, 17, 40, 48], got none"),
         (broken(nothing, "--flow", "@/nowhere"), "nowhere/one.safetensors"),
         (broken(nothing, "--vfid", "@/boxes.json"), "boxes.json: not a TorchScript network"),
-        (broken(nothing, "--vfid", "@/nowhere.pt"), "nowhere.pt"),
+        (broken(nothing, "--vfid", "@/nowhere.pt"), "nowhere.pt: is no file"),
+        (broken(lambda copy: os.mkfifo(copy / "pipe.pt"), "--vfid", "@/pipe.pt"), "pipe.pt: is no file"),
         (broken(nothing, "--perceptual", "@/nowhere"), "nowhere"),
         (broken(nothing, "--pred", "@/good"), "the name 'good' is taken"),
         (broken(nothing, "--pred", "ground truth=@/good"), "the name 'ground truth' is taken"),
@@ -453,6 +455,14 @@ def test_a_feature_network_of_another_kind_is_one_line(tmp_path, network, said):
     features = evaluate.load_features(tmp_path / "net.pt", "cpu")
     with pytest.raises(ValueError, match=f"net.pt: {said}"):
         features(torch.zeros(1, 3, 10, 4, 4))
+
+
+def test_features_whose_number_depends_on_the_clip_have_no_vfid():
+    clips = {(evaluate.FULL, method): [torch.ones(1, 16), torch.ones(1, 10)] for method in ("ours", evaluate.TRUTH)}
+    means = {evaluate.FULL: {"ours": {}}}
+    said = evaluate.add_vfid(means, clips)
+    assert said == {"vFID, full frame": "absent: the network's features are not of one size"}
+    assert means == {evaluate.FULL: {"ours": {}}}
 
 
 def test_one_feature_has_a_distance_too():
