@@ -259,7 +259,7 @@ def write(folder: Path, means: dict, scores: dict, remarks: dict[str, str], text
     folder.mkdir(parents=True, exist_ok=True)
     for suffix, content in (("json", json.dumps(plain, indent=2) + "\n"), ("csv", table.getvalue()), ("md", text)):
         with weights.whole_file(folder / f"scores.{suffix}") as file:
-            file.write_text(content)
+            file.write_text(content, encoding="utf-8", errors="replace")  # of names, and arrows
     report.write(folder / "scores.html", "scores", pages, text)
 
 

@@ -181,11 +181,13 @@ def test_23_names_as_long_as_the_file_system_takes_are_written(tmp_path, name):
 
 @reported
 def test_24_scores_are_written_whatever_becomes_of_the_table(tmp_path):
-    line = "set -o pipefail; PYTHONIOENCODING=cp1252 $PY evaluate.py --pred $1 --gt $2 --out $3 | true"
+    ascii_files = "LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0"  # as Windows' files are cp1252, if nothing is said
+    line = f"set -o pipefail; {ascii_files} PYTHONIOENCODING=cp1252 $PY evaluate.py --pred $1 --gt $2 --out $3 | true"
     case = CASES / "24_scores_lost_in_cp1252"
     done = shell(line, case / "pred", case / "gt", tmp_path / "scores")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "scores" / "scores.json").read_text())
+    assert "PSNR \u2191" in (tmp_path / "scores" / "scores.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture

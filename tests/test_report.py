@@ -86,6 +86,11 @@ def test_the_page_asks_for_nothing_from_outside_and_holds_each_picture_once(tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["a.html"]
 
 
+def test_a_name_that_is_no_text_is_shown_with_a_question_mark(tmp_path):
+    report.write(tmp_path / "a.html", "a\udcff.mp4", {"a\udcff": compare(1)})
+    assert "<h1>a?.mp4</h1>" in (tmp_path / "a.html").read_text(encoding="utf-8")
+
+
 def test_two_files_are_compared_and_of_two_lengths_the_shorter_is_named(tmp_path):
     encode(tmp_path / "a.mp4", pictures(3)), encode(tmp_path / "b.mp4", pictures(2))
     c = report.compare(tmp_path / "a.mp4", tmp_path / "a.mp4")

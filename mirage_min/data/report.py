@@ -113,7 +113,7 @@ def write(path: str | Path, title: str, comparisons: dict[str, Comparison], pref
     text = PAGE.substitute(title=html.escape(title), preface=f"<pre>{html.escape(preface)}</pre>" if preface else "",
                            sections=sections, images=",\n".join(f'"{url}"' for url in images))
     with whole_file(Path(path)) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="replace")  # a file's name may be no text
 
 
 def section(heading: str, comparison: Comparison, images: dict[str, int]) -> str:
