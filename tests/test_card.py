@@ -25,6 +25,12 @@ def test_the_hub_reads_the_card_of_a_training(tmp_path):
     assert f"python infer.py in.mp4 out.mp4 --model {tmp_path.name}" in text
 
 
+def test_a_folder_whose_name_is_no_text_has_a_card_too(tmp_path):
+    (tmp_path / "run\udcff").mkdir()
+    write_card(tmp_path / "run\udcff", "Mirage")
+    assert "--model run?\n" in (tmp_path / "run\udcff" / "README.md").read_text(encoding="utf-8")
+
+
 def test_a_base_on_the_disk_is_no_model_of_the_hub(tmp_path):
     (tmp_path / "runs" / "base").mkdir(parents=True)
     write_card(tmp_path, "R3D2", "runs/base")

@@ -58,7 +58,7 @@ def write_card(folder: str | Path, system: str, base: str | Path | None = None, 
                        tags="\n".join(f"- {tag}" for tag in TAGS), command=command,
                        about="\n".join(["", "| | |", "|---|---|", *rows, ""]) if rows else "")
     with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="replace")  # the folder's name may be no text
 
 
 def fields_of_card(folder: str | Path) -> set[str]:
