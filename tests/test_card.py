@@ -37,6 +37,14 @@ def test_a_base_on_the_disk_is_no_model_of_the_hub(tmp_path):
     assert "base_model" not in fields(tmp_path) and fields(tmp_path)["pipeline_tag"] == "image-to-image"
 
 
+def test_what_does_not_harmonise_is_not_tagged_as_if_it_did(tmp_path):
+    wanted = {"World": ["world-model"], "Restorer": ["video-restoration", "one-step-diffusion"]}
+    for system, tags in wanted.items():
+        (tmp_path / system).mkdir()
+        write_card(tmp_path / system, system)
+        assert fields(tmp_path / system)["tags"] == tags
+
+
 def test_what_a_person_wrote_stays_and_an_unwritten_card_is_brought_up_to_date(tmp_path):
     write_card(tmp_path, "Mirage", about={"steps": "1"})
     write_card(tmp_path, "Mirage", about={"steps": "2"})

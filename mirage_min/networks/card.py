@@ -16,9 +16,14 @@ from pathlib import Path
 from . import hub
 from .weights import whole_file
 
-TASKS = {"Mirage": "video-to-video", "Harmonizer": "video-to-video", "R3D2": "image-to-image",
-         "Restorer": "video-to-video", "World": "image-to-video"}
-TAGS = ("video-harmonization", "one-step-diffusion")
+HARMONISES = ("video-harmonization", "one-step-diffusion")
+TASKS = {  # {system: (the hub's name for its task, tags)}
+    "Mirage": ("video-to-video", HARMONISES),
+    "Harmonizer": ("video-to-video", HARMONISES),
+    "R3D2": ("image-to-image", HARMONISES),
+    "Restorer": ("video-to-video", ("video-restoration", "one-step-diffusion")),
+    "World": ("image-to-video", ("world-model",)),
+}
 UNWRITTEN = "What it does well, and what not, has not been written down yet."
 CARD = """---
 license: {license}
@@ -45,6 +50,7 @@ def write_card(folder: str | Path, system: str, base: str | Path | None = None, 
     """
     if system not in TASKS:
         raise ValueError(f"wanted one of the systems {', '.join(TASKS)}, got {system!r}")
+    task, tags = TASKS[system]
     path = Path(folder) / "README.md"
     if path.exists() and UNWRITTEN not in path.read_text(encoding="utf-8", errors="replace"):
         return
@@ -53,9 +59,9 @@ def write_card(folder: str | Path, system: str, base: str | Path | None = None, 
     base = "" if base is None else str(base)
     named = hub.is_id(base) and not (Path(folder) / base).is_dir()
     command = "" if system == "World" else COMMAND.format(folder=Path(folder).name)  # infer.py takes no world
-    text = CARD.format(license=license, task=TASKS[system], system=system, unwritten=UNWRITTEN,
+    text = CARD.format(license=license, task=task, system=system, unwritten=UNWRITTEN,
                        base=f"base_model: {hub.split(base)[0]}\n" if named else "",
-                       tags="\n".join(f"- {tag}" for tag in TAGS), command=command,
+                       tags="\n".join(f"- {tag}" for tag in tags), command=command,
                        about="\n".join(["", "| | |", "|---|---|", *rows, ""]) if rows else "")
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="replace")  # the folder's name may be no text
