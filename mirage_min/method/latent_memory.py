@@ -79,9 +79,9 @@ def add(memory: Memory, z: Tensor, depth: Tensor, camera: Camera, *, dynamic: Te
     d = cell_depth(depth.to(memory.points), h, w)                      # [h, w]
     keep = d > 0
     if dynamic is not None:
-        keep &= ~blocks(dynamic, h, w).any(dim=-1)
+        keep &= ~blocks(dynamic.to(d.device), h, w).any(dim=-1)
     if sky is not None:
-        keep &= blocks(sky, h, w).double().mean(dim=-1) <= 0.5
+        keep &= blocks(sky.to(d.device), h, w).double().mean(dim=-1) <= 0.5
     if known is not None:
         seen = nearest(memory, camera, h, w)[1].view(h, w)
         keep &= ~((seen - d).abs() <= known * d)
