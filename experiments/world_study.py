@@ -92,7 +92,10 @@ def read_world(folder: Path, args: argparse.Namespace) -> World:
 
 def untrained(args: argparse.Namespace) -> World:
     """For what needs no generator: of --vae, or of --model, its VAE, around random transformers."""
-    vae = read_vae(args.vae or args.model, dtype=torch.float32)
+    if args.vae:
+        vae = read_vae(args.vae, dtype=torch.float32)
+    else:
+        vae = World.from_pretrained(args.model, dtype=torch.float32).vae
     C = vae.config.z_dim
     dit = WanDiT(replace(small_base.DIT_WAN, in_channels=C, out_channels=C, num_layers=1))
     text = torch.zeros(1, 1, dit.config.text_dim)
