@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,8 +10,11 @@ import torch
 from torch import nn
 
 import generate
+from experiments import world_study
+from experiments.world_memories import Known, NoMemory, as_kind
 from mirage_min.data.video import read_clip
 from mirage_min.data.world_scene import Toy, write_toy
+from mirage_min.method import metrics
 from mirage_min.networks import weights
 from tests import small
 
@@ -125,3 +129,16 @@ def test_depth_that_does_not_fit_is_refused_with_its_error(work, tmp_path, capsy
     assert run(work, tmp_path / "scene", tmp_path / "out.mp4") == 2
     said = capsys.readouterr().err
     assert "depth and poses do not fit" in said and "with depth times 0.001 by" in said
+
+
+def test_the_shipped_model_finds_the_street_again_where_its_memory_shows_it():
+    """Two chunks out and back: what frame 0 shows comes back nearer to it with the memory than without."""
+    world = world_study.read_world(generate.SHIPPED, SimpleNamespace(steps=4, frames=17))
+    clip, path = world_study.make(1_200_000, 17, "out_and_back", True)
+    seen = world_study.seen_first(world, clip, path)[None, :, [16]]
+    first = clip.x_gt[None, :, [0]]
+    found = []
+    for kind in (world, as_kind(NoMemory, world)):
+        x = world_study.rollout(kind, clip, path, Known(clip, path), seed=0)
+        found.append(float(metrics.psnr(x[None, :, [16]], first, seen)))
+    assert found[0] > found[1] + 1, found
