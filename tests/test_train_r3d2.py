@@ -97,8 +97,10 @@ def test_a_step_is_the_equation_written_out(backbones, kl, step, gram, mse):
     assert terms.keys() == wanted.keys()
     for name, value in wanted.items():
         assert terms[name].item() == pytest.approx(value.item(), rel=1e-9), name
-    difference = max(((a - b).norm() / b.norm().clamp_min(1e-12)).item()
-                     for a, b in zip(got, torch.autograd.grad(loss, params)))
+    wanted = torch.autograd.grad(loss, params)
+    # attention to a text of one token has queries and keys without a gradient: what is there is rounding
+    least = 1e-9 * max(b.norm() for b in wanted)
+    difference = max(((a - b).norm() / b.norm().clamp_min(least)).item() for a, b in zip(got, wanted))
     assert difference < 1e-8, f"largest relative difference of a gradient {difference:.1e}, allowed 1e-8"
 
 
