@@ -104,11 +104,11 @@ def read(path: Path) -> dict:
 def tensors(content: dict, where: str, drop: list[str]) -> tuple[State, Counter]:
     """The tensors of a state dict, and how many other entries it holds: of which type, or dropped by their prefix.
 
-    No two of them share memory, as tied layers do. ValueError if it is not a dict, or if a tensor is not dense.
+    ValueError if it is not a dict, or if a tensor is not dense.
     """
     if not isinstance(content, dict):
         raise ValueError(f"{where}: wanted tensors by name, got a {type(content).__name__}")
-    state, others, seen = {}, Counter(), set()
+    state, others = {}, Counter()
     for name, v in content.items():
         prefix = next((prefix for prefix in drop if str(name).startswith(prefix)), None)
         if prefix is not None:
@@ -117,9 +117,7 @@ def tensors(content: dict, where: str, drop: list[str]) -> tuple[State, Counter]
             if v.layout != torch.strided or v.is_quantized or v.is_meta:
                 raise ValueError(f"{where}: {name}: wanted a dense tensor of numbers, got {v.layout}, {v.dtype}, on "
                                  f"{v.device}")
-            place = v.untyped_storage().data_ptr()
-            state[str(name)] = v.clone() if place in seen else v
-            seen.add(place)
+            state[str(name)] = v
         else:
             others[f"type {type(v).__name__}, which is no tensor"] += 1
     return state, others

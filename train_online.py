@@ -69,8 +69,8 @@ class Recipe(run.Recipe):
     lpips: str = "vgg"             # its backbone
     flow: Literal["exact", "dis"] = "exact"  # of the warp loss: the clip's own; or, where it has none, OpenCV's DIS
     latent_until: int = 0          # until this step the latent loss alone, on single frames that were encoded once
-    latent_clips: int = 2_000      # of which there are so many, each of a clip drawn anew
-    latent_batch: int = 16         # and so many a step
+    latent_clips: int = 2_000      # how many frames those are, each of a clip drawn anew
+    latent_batch: int = 16         # how many of them a step takes
     checkpoint_dit: bool = run.may_change(False)
     seed: int = 3
 
@@ -200,7 +200,7 @@ def forward_and_backward(models: nn.ModuleList, recipe: Recipe, x_ni: Tensor, x_
 
 
 def latent_loss(harmonizer: Harmonizer, z_ni: Tensor, z_gt: Tensor) -> Tensor:
-    """Of single frames' latents [n, C, 1, h, w], the mean square.
+    """The mean square between the truth's latents and what is made of single frames, all [n, C, 1, h, w].
 
     DEVIATION: the papers have no such loss; their transformers are trained already.
     """

@@ -312,15 +312,6 @@ def test_a_missing_an_unknown_and_a_wrongly_shaped_entry_are_named(tmp_path, cap
     assert "left out: 1 of conditioner.* (--drop)" in capsys.readouterr().out
 
 
-def test_weights_that_share_memory_are_both_written(tmp_path):
-    table = torch.randn(5, 3)
-    torch.save({"embed.weight": table, "head.weight": table, "rows": table[1:3]}, tmp_path / "tied.pt")
-    assert convert.cli([str(tmp_path / "tied.pt"), str(tmp_path / "out")]) == 0
-    found = load_file(tmp_path / "out" / FILE)
-    assert torch.equal(found["embed.weight"], table) and torch.equal(found["head.weight"], table)
-    assert torch.equal(found["rows"], table[1:3])
-
-
 @pytest.mark.parametrize("name, tensor, said", [
     ("net.blocks.999999999.mlp.layer1.weight", torch.zeros(1), "num_layers: wanted an integer from 1 to 1000"),
     ("net.x_embedder.proj.1.weight", torch.zeros(0, 20), "patch_embed.proj.weight, this has none that fits"),

@@ -73,7 +73,8 @@ def test_both_sides_start_from_the_same_degraded_clip_and_a_seed_repeats(folders
     assert all(torch.equal(first[name], again[name]) for name in names)
     if task == "upscale":
         assert not torch.equal(first["bicubic"], other["bicubic"])
-        assert (first["bicubic"] - x_gt).square().mean() < x_gt.var() / 2
+        errors = [(found["bicubic"] - x_gt).square().mean() for found in (first, other)]
+        assert sum(errors) / 2 < x_gt.var() / 4
     else:
         mask = central_mask(96, 144)
         assert all(torch.equal(torch.where(mask, x_gt, x), x_gt) for x in first.values()), "outside nothing changes"

@@ -327,10 +327,11 @@ def test_the_transformer_moves_the_vae_and_attention_to_a_text_do_not_and_the_re
     assert json.loads(line).keys() == {"step", "seconds", "l2", "patch"}
 
 
-def test_a_run_in_two_halves_and_in_pieces_ends_bit_equal(work, tmp_path):
-    settings = dict(steps=4, temporal_from=2)
+@pytest.mark.parametrize("settings, half", [(dict(steps=4, temporal_from=2), 3),
+                                            (dict(steps=4, temporal_from=3, latent_until=2), 1)])
+def test_a_run_in_two_halves_and_in_pieces_ends_bit_equal(work, tmp_path, settings, half):
     one = train(work, tmp_path / "one", **settings)
-    train(work, tmp_path / "two", **settings | dict(steps=3))
+    train(work, tmp_path / "two", **settings | dict(steps=half))
     two = train(work, tmp_path / "two", **settings)
     a, b = (weights.load_tensors(out / "transformer" / "diffusion_pytorch_model.safetensors")[0] for out in (one, two))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
@@ -353,8 +354,10 @@ def test_a_past_longer_than_the_clips_is_one_line(work, tmp_path):
 
 def test_without_a_base_a_small_transformer_is_trained_from_nothing(work, tmp_path, monkeypatch):
     monkeypatch.setattr(train_online.small_base, "DIT_COSMOS", DIT)
-    out = train(work, tmp_path, base=None, steps=1, latent_until=1)
-    assert (out / "transformer" / "config.json").exists()
+    new, out = (train(work, tmp_path / str(n), base=None, steps=n, latent_until=1) for n in (0, 1))
+    assert json.loads((out / "run" / "log.jsonl").read_text()).keys() == {"step", "seconds", "latent"}
+    before, after = (weights.load_tensors(folder / "transformer" / weights.WEIGHTS)[0] for folder in (new, out))
+    assert before.keys() == after.keys() and any(not torch.equal(before[key], after[key]) for key in before)
 
 
 def test_the_plan_of_a_step_is_that_of_a_temporal_batch(work):

@@ -22,6 +22,7 @@ from .video import Video, from_bytes, read_clip, to_bytes
 
 NUMBERS = {"F16", "BF16", "F32", "F64", "U8", "I8", "I16", "I32", "I64"}  # safetensors' names of what boxes may be
 
+
 class Pairs:
     """The usable pairs of a folder; `left_out` has a line for each of the others, which says why.
 
