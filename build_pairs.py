@@ -42,9 +42,10 @@ from tqdm import tqdm
 
 from mirage_min.data import align, desk
 from mirage_min.data.insertion import Insertion, align_asset, composite
+from mirage_min.data.pixels import to_bytes
 from mirage_min.data.scene import SceneFolder, moved, on, read_scene
 from mirage_min.data.splat import load_ply, render
-from mirage_min.data.video import Video, to_bytes
+from mirage_min.data.video import Video
 from mirage_min.method.metrics import actor_crops, cropped, psnr
 from mirage_min.networks import checked, weights
 

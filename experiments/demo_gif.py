@@ -17,7 +17,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from experiments import common
-from mirage_min.data.video import Video, read_clip, to_uint8
+from mirage_min.data.pixels import to_uint8
+from mirage_min.data.video import Video, read_clip
 from mirage_min.method import metrics
 from mirage_min.networks.weights import whole_file
 from mirage_min.systems.mirage import Mirage

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from experiments import common, harmonizers, tables
-from mirage_min.data.video import from_bytes
+from mirage_min.data.pixels import from_bytes
 from mirage_min.networks import weights
 
 METHODS = {"patch": {}, "LPIPS": {"lambda_patch": 0.0, "lambda_lpips": 1.0, "lpips": "vgg"},

@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 
 from experiments import common, harmonizers, tables
-from mirage_min.data.video import from_bytes
+from mirage_min.data.pixels import from_bytes
 from mirage_min.networks import weights
 
 METHODS = {"whole": {}, "no temporal loss": {"lambda_warp": 0.0}, "no past": {"past": 0}}

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from experiments import common, tables
-from mirage_min.data.video import from_bytes
+from mirage_min.data.pixels import from_bytes
 from mirage_min.method import lora
 from mirage_min.networks import weights
 from mirage_min.networks.vae_cogvideox import CogVideoXVAE

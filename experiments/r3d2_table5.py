@@ -21,9 +21,10 @@ from torch import Tensor
 
 from experiments import common, tables
 from experiments.mirage_table3 import HELD_OUT, TRAINING, pairs, scenes
+from mirage_min.data.pixels import to_bytes
 from mirage_min.data.scene import read_scene
 from mirage_min.data.splat import render
-from mirage_min.data.video import Video, to_bytes
+from mirage_min.data.video import Video
 from mirage_min.networks import weights
 
 PAPER = {"naive insertion": {"LPIPS": 0.211, "SSIM": 0.866, "PSNR": 24.48},

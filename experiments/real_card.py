@@ -24,7 +24,8 @@ from torch.nn import functional as nnf
 from tqdm import tqdm
 
 from experiments import common
-from mirage_min.data.video import from_bytes, read_clip
+from mirage_min.data.pixels import from_bytes
+from mirage_min.data.video import read_clip
 from mirage_min.method import metrics, optical_flow
 from mirage_min.method.perceptual import Lpips
 from mirage_min.networks.imagenet import Features

@@ -16,7 +16,7 @@ from torch.nn import functional as nnf
 from experiments import tables
 from mirage_min.data.degradations import central_mask, low_resolution
 from mirage_min.data.masks import hide
-from mirage_min.data.video import from_bytes, to_bytes
+from mirage_min.data.pixels import from_bytes, to_bytes
 from mirage_min.networks import weights
 from mirage_min.systems.restore import Restorer
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from experiments import common
 from mirage_min.data import desk
 from mirage_min.data.pairs import Pairs
-from mirage_min.data.video import from_bytes, to_bytes
+from mirage_min.data.pixels import from_bytes, to_bytes
 from mirage_min.method.perceptual import Lpips, gram_loss
 from mirage_min.networks import weights
 from mirage_min.networks.imagenet import Features

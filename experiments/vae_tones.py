@@ -22,8 +22,8 @@ from torch import Generator, Tensor
 from experiments import common, tables
 from experiments.real_card import shift, shrunk
 from mirage_min.data.photometric import vary
+from mirage_min.data.pixels import from_bytes
 from mirage_min.data.toy_world import WorldConfig, make_clip
-from mirage_min.data.video import from_bytes
 from mirage_min.method import metrics
 from mirage_min.networks import weights
 from mirage_min.networks.vae_cogvideox import CogVideoXVAE

@@ -28,10 +28,11 @@ import train_vae
 import train_world
 from mirage_min.data import desk, place, results
 from mirage_min.data.keep import read_boxes, weight
+from mirage_min.data.pixels import to_bytes
 from mirage_min.data.scene import read_tracks
 from mirage_min.data.scene_cameras import read_cameras
 from mirage_min.data.splat import Gaussians, load_ply, save_ply
-from mirage_min.data.video import Video, to_bytes, writing
+from mirage_min.data.video import Video, writing
 from mirage_min.data.world_scene import Toy, write_toy
 from mirage_min.method.camera import Camera
 from mirage_min.networks import checked, weights

@@ -49,6 +49,7 @@ TESTS = {  # {file or folder: its tests}, where they are not tests/test_NAME.py;
     "mirage_min/data/reconstruct.py": "streams", "mirage_min/data/vehicles.py": "vehicles",
     "mirage_min/data/video.py": "video sound", "mirage_min/data/clips.py": "crops build_pairs",
     "mirage_min/data/colour.py": "decode video", "mirage_min/data/demux.py": "decode sound",
+    "mirage_min/data/due.py": "decode", "mirage_min/data/pixels.py": "video",
     "mirage_min/data/matroska.py": "containers decode", "mirage_min/data/boxes.py": "containers decode",
     "mirage_min/data/containers.py": "containers decode",
     "mirage_min/data/results.py": "evaluate", "mirage_min/method/camera.py": "splat latent_memory street",

@@ -15,7 +15,8 @@ from tqdm import tqdm
 import build_pairs
 from mirage_min.data import align, insertion, scene, scene_cameras, splat, toy_render, toy_scene, toy_world
 from mirage_min.data.pairs import Pairs
-from mirage_min.data.video import read_clip, to_bytes, write_clip
+from mirage_min.data.pixels import to_bytes
+from mirage_min.data.video import read_clip, write_clip
 from mirage_min.networks import weights
 
 SEEDS, T, H, W = (0, 4), 4, 64, 96

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from experiments import harmonizer_losses, harmonizer_streams, harmonizer_temporal, harmonizers, tables
-from mirage_min.data.video import to_bytes
+from mirage_min.data.pixels import to_bytes
 from mirage_min.networks import weights
 
 EXPERIMENTS = {"temporal": harmonizer_temporal, "losses": harmonizer_losses, "streams": harmonizer_streams}

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from experiments import real_card
-from mirage_min.data.video import to_bytes, write_clip
+from mirage_min.data.pixels import to_bytes
+from mirage_min.data.video import write_clip
 from mirage_min.networks.weights import save_tensors
 
 

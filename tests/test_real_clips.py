@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from mirage_min.data import real_clips
+from mirage_min.data.pixels import to_bytes
 from mirage_min.data.real_clips import RealClips, Source
-from mirage_min.data.video import read_clip, to_bytes, write_clip
+from mirage_min.data.video import read_clip, write_clip
 from mirage_min.networks import weights
 from tests import scripts
 

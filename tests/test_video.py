@@ -11,17 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mirage_min.data.video import (
-    Format,
-    Video,
-    from_bytes,
-    read_clip,
-    to_bytes,
-    to_float,
-    to_uint8,
-    write_clip,
-    writing,
-)
+from mirage_min.data.pixels import from_bytes, to_bytes, to_float, to_uint8
+from mirage_min.data.video import Format, Video, read_clip, write_clip, writing
 from tests.media import HEIGHT, WIDTH, assert_close, copy, encode, picture, pictures, read, yuv_frame
 
 BT601, BT709 = (0.299, 0.114), (0.2126, 0.0722)  # Kr, Kb

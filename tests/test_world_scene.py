@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from mirage_min.data.pixels import from_bytes, to_uint8
 from mirage_min.data.toy_world import WorldConfig, make_clip
-from mirage_min.data.video import from_bytes, to_uint8
 from mirage_min.data.world_scene import Toy, read_depth, read_world_scene, way_through, write_toy
 
 TOY = Toy(3, 5, 32, 48, "loop")

@@ -8,7 +8,6 @@ decoders pass over damage, where a packet's time comes and goes without a frame.
     python -m mirage_min.data.decode          # a clip with a hole in it
 """
 
-import heapq
 import math
 from collections.abc import Iterator
 from fractions import Fraction
@@ -17,11 +16,11 @@ from pathlib import Path
 import av
 import numpy as np
 from av.stream import Disposition
-from av.video.frame import PictureType
 
 from . import containers
 from .colour import BT709, UNKNOWN, Turn, matrix_of, rgb, turn_of_angle, turn_of_matrix
 from .demux import decode_packet, hidden_by_edits, measured_rate, open_file, packets
+from .due import Due
 from .matroska import Matroska
 
 SILENT = {"hevc", "av1", "mpeg1video", "mpeg2video", "mpeg4"}  # codecs whose decoders lose a frame without saying so
@@ -127,43 +126,6 @@ class File:
     def close(self) -> None:
         """Close the file; no frame can be read after that."""
         self.container.close()
-
-
-class Due:
-    """The times of the packets whose frames are still to come."""
-
-    def __init__(self):
-        self.heap: list[tuple[int, bool, bool]] = []  # time, whether its packet failed, whether it promises a frame
-        self.latest, self.rising, self.begun = -math.inf, True, False
-        self.of_decoding = False                      # whether the times are those of decoding, not of showing
-
-    def add(self, time: int, failed: bool, promised: bool) -> None:
-        """Note that a packet of this time, in ticks, was decoded, whether that failed, and whether it owes a frame."""
-        heapq.heappush(self.heap, (time, failed, promised))
-        self.rising &= time > self.latest
-        self.latest = max(time, self.latest)
-
-    def take(self, frame: av.VideoFrame) -> tuple[list[int], int | None]:
-        """Match a decoded frame with its packet -> the times of frames lost before it, and its own, in ticks."""
-        if frame.pts is None:
-            return [], None
-        # A B-frame follows a frame in the file that it precedes on the screen. Where the times of packets rise all the
-        # same, they were made up on the way (AVI has no others): the frames take them in the order in which they come.
-        self.of_decoding |= self.rising and frame.pict_type == PictureType.B
-        lost = []
-        while self.heap and (self.of_decoding or self.heap[0][0] <= frame.pts):
-            time, failed, promised = heapq.heappop(self.heap)
-            if self.of_decoding and not failed:
-                return lost, time
-            # A stream may start with packets whose references were cut away, and a field is not a frame: no losses.
-            if time < frame.pts and (failed or (promised and self.begun and not frame.interlaced_frame)):
-                lost.append(time)
-        self.begun = True
-        return lost, None if self.of_decoding else frame.pts
-
-    def rest(self) -> list[int]:
-        """The times, in ticks and rising, of the frames that never came."""
-        return [time for time, failed, promised in sorted(self.heap) if failed or promised]
 
 
 if __name__ == "__main__":

@@ -30,9 +30,9 @@ from torch.nn import functional as nnf
 from . import desk, toy_render, toy_world
 from .masks import hide
 from .photometric import integer, uniform
+from .pixels import to_float, to_uint8
 from .shots import Sample, save_sample, toy_shot
 from .toy_world import WorldConfig, height_x_width
-from .video import to_float, to_uint8
 
 Range = tuple[float, float]
 

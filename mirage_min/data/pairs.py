@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..method.metrics import actor_crops
 from .photometric import vary
+from .pixels import from_bytes, to_bytes
 from .real_clips import RealClips, random_piece, resize
-from .video import Video, from_bytes, read_clip, to_bytes
+from .video import Video, read_clip
 
 NUMBERS = {"F16", "BF16", "F32", "F64", "U8", "I8", "I16", "I32", "I64"}  # safetensors' names of what boxes may be
 

@@ -118,8 +118,8 @@ def integer(draws: Generator, n: int) -> int:
 if __name__ == "__main__":
     from PIL import Image
 
+    from .pixels import to_uint8
     from .toy_world import WorldConfig, make_clip
-    from .video import to_uint8
 
     x = make_clip(0, WorldConfig(frames=3)).x_gt
     draws = torch.Generator().manual_seed(0)

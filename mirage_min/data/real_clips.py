@@ -34,7 +34,8 @@ from torch.nn import functional as nnf
 from ..networks.weights import one_line, save_tensors
 from . import desk
 from .photometric import uniform
-from .video import Video, from_bytes, to_bytes
+from .pixels import from_bytes, to_bytes
+from .video import Video
 
 RAW = "https://raw.githubusercontent.com"
 WIDEST = 960  # columns

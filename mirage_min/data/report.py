@@ -30,7 +30,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..networks.weights import whole_file
-from .video import Video, to_uint8
+from .pixels import to_uint8
+from .video import Video
 
 GAIN = 4
 SIDE = 640                     # pixels: larger frames are shown shrunk

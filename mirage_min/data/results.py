@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..networks import checked, weights
 from .pictures import IMAGES, pictures_of
+from .pixels import from_bytes
 from .place import is_clip
-from .video import Video, from_bytes
+from .video import Video
 
 # Files of these endings are videos, and an error if they do not open; others are if they do.
 VIDEOS = {".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".safetensors", ".webm"}

@@ -17,9 +17,9 @@ from torch import Generator, Tensor
 from ..networks.weights import save_tensors
 from . import street, toy_world
 from .photometric import integer
+from .pixels import to_bytes
 from .toy_render import Scene
 from .toy_world import WorldConfig
-from .video import to_bytes
 
 SEEDS = 1_000_000      # of made-up scenes; those from here on are held out
 

@@ -15,7 +15,7 @@ import av
 from .demux import decode_packet, open_file, packets
 
 MP4_SOUND = {"aac", "ac3", "alac", "eac3", "flac", "mp3", "mp3float", "opus"}
-AAC_RATES = {8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000}
+AAC_RATES = av.Codec("aac", "w").audio_rates
 AAC_LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "4.0", 5: "5.0", 6: "5.1", 8: "7.1"}
 
 
@@ -26,13 +26,11 @@ def copy_sound(path: Path, out: av.container.OutputContainer) -> Iterator[float]
         tracks = {s.index: Track(s, out) for s in streams}
         yield -math.inf
         for packet in packets(container, streams):
-            if packet is None:
-                continue
-            end = packet.dts is None
-            second = None if end else float(packet.dts * packet.stream.time_base)
-            tracks[packet.stream.index].add(packet, end)
-            if not end:  # the ends of all streams come together, and all of them must be written
-                yield second
+            if packet is not None:
+                second = packet.dts and float(packet.dts * packet.stream.time_base)
+                tracks[packet.stream.index].add(packet)
+                if second is not None:  # the ends of all streams come together, and all of them must be written
+                    yield second
 
 
 class Track:
@@ -45,8 +43,9 @@ class Track:
         aac = {"codec_name": "aac", "rate": rate, "layout": AAC_LAYOUTS.get(stream.layout.nb_channels, "stereo")}
         self.track = out.add_stream_from_template(stream) if self.copied else out.add_stream(**aac)
 
-    def add(self, packet: av.Packet, end: bool) -> None:
-        """Take over the next packet, or at the end what the coders still hold."""
+    def add(self, packet: av.Packet) -> None:
+        """Take over the next packet, or at the end, a packet without a time, what the coders still hold."""
+        end = packet.dts is None
         if self.copied:
             if not end:
                 self._copy(packet)

@@ -45,6 +45,7 @@ from . import desk, reconstruct, street, toy_render, toy_scene, toy_world
 from .insertion import align_asset, composite
 from .isp import develop_object
 from .photometric import integer, uniform
+from .pixels import from_bytes, to_uint8
 from .scene import read_scene
 from .shots import Sample, StreetShot, ToyShot, save_sample, toy_shot
 from .splat import Gaussians, load_ply, render
@@ -52,7 +53,7 @@ from .street_camera import Street, clips_of_known_streets
 from .toy_light import Light, sample_light
 from .toy_world import WorldConfig, height_x_width
 from .vehicles import RecordedShot, Vehicles, shoot_vehicle, vehicles_of
-from .video import Video, from_bytes, to_uint8
+from .video import Video
 
 LEAST_SHADOW = 0.0008  # share of the clip's pixels that the object must darken
 DARKER = 2 / 127.5     # by how much, at least

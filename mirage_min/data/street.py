@@ -31,6 +31,7 @@ from ..networks.weights import save_tensors
 from . import desk
 from .align import mask_box
 from .photometric import uniform
+from .pixels import from_bytes, to_bytes, to_uint8
 from .real_clips import shape_of, shrink, window_about
 from .street_camera import Street, clips_of_known_streets, intrinsics
 from .toy_light import Light, contact, shade
@@ -38,7 +39,6 @@ from .toy_render import Scene, blocked, cast, project, to_pixels
 from .toy_shapes import Body, albedo, car
 from .toy_street import CAR_COLORS, turned
 from .toy_world import height_x_width
-from .video import from_bytes, to_bytes, to_uint8
 
 GAMMA = 2.2  # between a file's values and linear light, roughly
 

@@ -43,8 +43,8 @@ from ..networks import checked
 from ..networks.checked import Within
 from ..networks.weights import read_json
 from . import desk
+from .pixels import from_bytes, to_uint8
 from .real_clips import resize, shape_of
-from .video import from_bytes, to_uint8
 
 
 @dataclass(frozen=True)

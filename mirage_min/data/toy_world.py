@@ -34,12 +34,13 @@ from torch import Tensor
 from ..networks import weights
 from . import desk
 from .align import mask_box
+from .pixels import from_bytes, to_bytes, to_uint8
 from .toy_light import sample_light
 from .toy_paths import PATHS, along, drive
 from .toy_render import Scene, frame, intrinsics, motion
 from .toy_shapes import CARS
 from .toy_street import Draws, actor_and_traffic, roadside, sample_road
-from .video import from_bytes, to_bytes, to_uint8, write_clip
+from .video import write_clip
 
 
 @dataclass

@@ -44,10 +44,10 @@ from .align import mask_box
 from .box_light import box_normals, relight
 from .pandaset import SIZE, Cuboid, read_cameras, read_cuboids
 from .photometric import integer
+from .pixels import from_bytes
 from .real_clips import shrink, window_about
 from .shots import Sample
 from .toy_light import Light
-from .video import from_bytes
 
 LABELS = ("Car", "Pickup Truck", "Medium-sized Truck", "Semi-truck", "Bus", "Other Vehicle - Construction Vehicle")
 LEAST = 0.04           # the share of the image's width that a vehicle must have

@@ -4,7 +4,7 @@
         for frame in video:                              # one after another: never the whole video in memory
             out.write(frame, *video.times.popleft())     # at its own time, regular or not
 
-Bytes become numbers, and numbers bytes, here and nowhere else. What that takes:
+What that takes:
 
     colour   an mp4 is written with the matrix of the input (colour.py) in limited range, and says so: reading it again
              shifts no colour.
@@ -39,6 +39,7 @@ from .clips import Clip
 from .colour import BT709, EXACTLY, FULL, LIMITED, UNKNOWN, swscale_matrix
 from .decode import File
 from .pictures import Animation, Folder, animates, read_picture
+from .pixels import to_bytes, to_float, to_uint8
 from .place import is_clip, is_mp4, taking_place
 from .sound import copy_sound
 
@@ -57,37 +58,6 @@ class Format:
     matrix: int = BT709                    # this and the next two as H.273 numbers them
     primaries: int = UNKNOWN
     transfer: int = UNKNOWN
-
-
-# ---- pixels ---------------------------------------------------------------------------------------------------------
-
-
-def from_bytes(x: Tensor) -> Tensor:
-    """uint8 of any shape -> float32 in [-1, 1], in new storage: 0 is -1, 255 is 1."""
-    return x.to(torch.float32, copy=True).div_(127.5).sub_(1)
-
-
-def to_bytes(x: Tensor) -> Tensor:
-    """Numbers in [-1, 1] of any shape -> uint8, rounded to the nearest, others clamped. ValueError for NaN and inf."""
-    x = x.detach().float()
-    if not x.is_meta and not x.isfinite().all():  # a meta tensor is a shape without values
-        raise ValueError("a frame is not finite (NaN or inf), so it has no colours")
-    return ((x + 1) * 127.5).round().clamp(0, 255).byte()
-
-
-def in_eight_bits(x: Tensor) -> Tensor:
-    """x in [-1, 1], of any shape, rounded to the values that 8 bits can hold, in x's dtype; NaN stays NaN."""
-    return (((x.float() + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1).to(x)
-
-
-def to_float(pixels: np.ndarray) -> Tensor:
-    """Pixels, uint8 [H, W, 3] -> a frame [3, H, W] in [-1, 1]."""
-    return from_bytes(torch.from_numpy(pixels).permute(2, 0, 1).contiguous())
-
-
-def to_uint8(x: Tensor) -> np.ndarray:
-    """A frame [3, H, W] in [-1, 1] -> uint8 [H, W, 3]; ValueError for NaN and inf."""
-    return to_bytes(x.cpu()).permute(1, 2, 0).contiguous().numpy()
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------

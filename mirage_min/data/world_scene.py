@@ -34,13 +34,14 @@ from ..networks.checked import Within
 from ..networks.weights import one_line, read_json
 from . import desk, toy_paths, toy_world
 from .pictures import IMAGES
+from .pixels import to_float
 from .scene_cameras import OPENGL_TO_OPENCV, camera, ordered, read_views, rigid
 from .scene_fit import Known, Misfit, check_fit
 from .toy_paths import PATHS
 from .toy_render import Scene
 from .toy_scene import write_json
 from .toy_street import Draws
-from .video import read_clip, read_image, to_float, write_clip
+from .video import read_clip, read_image, write_clip
 
 GEOMETRY, TRANSFORMS = "geometry.npz", "transforms.json"
 

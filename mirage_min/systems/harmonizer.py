@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from ..data.video import in_eight_bits
+from ..data.pixels import in_eight_bits
 from ..networks import checked, frugal, hub, weights
 from ..networks.card import write_card
 from ..networks.dit_cosmos import CosmosDiT

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Generator, Tensor, nn
 
 from ..data import desk
-from ..data.video import from_bytes
+from ..data.pixels import from_bytes
 from ..method.camera import Camera
 from ..method.latent_memory import pixel_frame
 from ..networks import weights

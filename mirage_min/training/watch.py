@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..data.pairs import Pairs
-from ..data.video import to_uint8
+from ..data.pixels import to_uint8
 from ..method import metrics
 from ..networks import weights
 from .processes import print_once, rank
