@@ -5,6 +5,7 @@
 
 import argparse
 import functools
+import tempfile
 from pathlib import Path
 
 import torch
@@ -12,9 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from experiments import common
+from experiments import common, tables
 from experiments.chopgrad_locality import influence
 from mirage_min.data.toy_world import WorldConfig, make_clip
+from mirage_min.data.video import read_image
 from mirage_min.method.one_step import alpha_bar
 from mirage_min.networks.vae_cogvideox import CogVideoXVAE
 from mirage_min.networks.weights import load_tensors
@@ -133,6 +135,16 @@ def draw_figure_2(mirage: Mirage, x_ni: Tensor) -> Figure:
     return draw_row(shown)
 
 
+def draw_pairs() -> Figure:
+    """The contact sheet that build_pairs.py makes of the example scene, in its three panels of 240 pixels."""
+    with tempfile.TemporaryDirectory() as folder:
+        tables.python("-m", "mirage_min.data.toy_world", "--scene", f"{folder}/scene")
+        tables.python("build_pairs.py", f"{folder}/scene", "--out", f"{folder}/pairs")
+        sheet = read_image(f"{folder}/pairs/scene.png")
+    titles = "asset placed by position alone", "aligned twice: x_NI", "truth: x_GT"
+    return draw_row({title: sheet[:, :, 244 * i : 244 * i + 240] for i, title in enumerate(titles)})
+
+
 def draw_row(pictures: dict[str, Tensor]) -> Figure:
     """Pictures [3, H, W] in [-1, 1] next to each other, with their titles."""
     figure = Figure(figsize=(2.2 * len(pictures), 1.8), layout="constrained")
@@ -159,6 +171,7 @@ def main(args: argparse.Namespace) -> None:
     save(args.out / "walkthrough_stages.png", draw_stages(args.model, x_ni, x_gt), dpi=80)
     mirage = Mirage.from_pretrained(args.model, dtype=torch.float32)
     save(args.out / "walkthrough_figure_2.png", draw_figure_2(mirage, x_ni), dpi=80)
+    save(args.out / "walkthrough_pairs.png", draw_pairs(), dpi=100)
     save(args.out / "walkthrough_schedule.png", draw_schedule(alpha_bar()))
     save(args.out / "walkthrough_influence.png", draw_influence(table))
 
