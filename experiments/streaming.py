@@ -13,6 +13,7 @@
 """
 
 import argparse
+import datetime
 import json
 import subprocess
 import sys
@@ -98,7 +99,7 @@ def tiled(mirage: Mirage, x: Tensor, tiles: int, margins: list[int]) -> list[dic
 
 REPORT = """# What a stream costs, and whether one sees it
 
-Made by `{command}`; more digits in [streaming.json](streaming.json). The shipped model, float32, CPU.
+Made by `{command}`; more digits in [streaming.json](streaming.json). The shipped model, float32, CPU, {date}.
 
 ## Peak memory of infer.py above the loaded model, 64x96
 
@@ -150,8 +151,8 @@ def report(result: dict) -> str:
                         for name, s in seams],
         "tiles": [f"| {name} | {r['tiles']}x{r['tiles']} | {r['margin']} | {r['mean']:.2f} | {r['largest']:.0f} |"
                   for name, rows in result["tiles"].items() for r in rows]}
-    return REPORT.format(command=result["command"], window=first["window"], offsets=first["offsets"],
-                         **{name: "\n".join(lines) for name, lines in tables.items()})
+    return REPORT.format(command=result["command"], date=result["date"], window=first["window"],
+                         offsets=first["offsets"], **{name: "\n".join(lines) for name, lines in tables.items()})
 
 
 def clips(real: Path | None, T: int) -> dict[str, Tensor]:
@@ -173,7 +174,8 @@ def main(args: argparse.Namespace) -> None:
     else:
         memory = memory_above_model(args.model, [33, 330, 3300] if args.long else [33, 330])
     command = "python -m experiments.streaming" + " --real REAL" * bool(args.real) + " --long" * ("3300" in memory)
-    result = {"torch": torch.__version__, "threads": args.threads, "command": command, "memory": memory}
+    result = {"torch": torch.__version__, "threads": args.threads, "date": datetime.date.today().isoformat(),
+              "command": command, "memory": memory}
     mirage, found = Mirage.from_pretrained(args.model), clips(args.real, args.frames)
     result["seams"] = {name: seams(mirage, x, args.window) for name, x in found.items()}
     result["tiles"] = {name: tiled(mirage, x[:, :9], 2, [0, 1, 2, 4]) for name, x in found.items() if name != "static"}

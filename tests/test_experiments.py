@@ -193,10 +193,10 @@ def test_tiles_are_compared_with_the_whole_frame_and_the_report_has_every_figure
     assert 0 < rows[1]["mean"] < rows[0]["mean"] <= rows[0]["largest"]
     figures = {"frames": 9, "window": 5, "overlap": 1, "borders": 2, "offsets": 4, "input": 1.0, "across": 3.0,
                "inside": 2.0, "offset_mean": 0.25, "offset_p99": 4.5, "offset_largest": 17.0}
-    text = streaming.report({"command": "python x", "memory": {"33": 12.34}, "seams": {"toy": figures},
-                             "tiles": {"toy": rows}})
-    for line in ("Made by `python x`", "| 33 | 12.3 |", "| toy | 9 | 3.000 | 2.000 | 1.500 | 1.000 |",
-                 "| toy | 0.25 | 4.5 | 17 |", f"| toy | 2x2 | 2 | {rows[1]['mean']:.2f} |"):
+    text = streaming.report({"command": "python x", "date": "2001-02-03", "memory": {"33": 12.34},
+                             "seams": {"toy": figures}, "tiles": {"toy": rows}})
+    for line in ("Made by `python x`", "CPU, 2001-02-03.", "| 33 | 12.3 |", "| toy | 0.25 | 4.5 | 17 |",
+                 "| toy | 9 | 3.000 | 2.000 | 1.500 | 1.000 |", f"| toy | 2x2 | 2 | {rows[1]['mean']:.2f} |"):
         assert line in text, f"{line} is not in the report"
 
 
