@@ -26,6 +26,7 @@ import html
 import os
 import re
 import sys
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -65,7 +66,10 @@ def main(args: argparse.Namespace) -> None:
     kind, L = text_shape(args.base)
     transformers = import_transformers()
     tokenizer = load(transformers.AutoTokenizer, args.base, "tokenizer")
-    tokens = tokenize(tokenizer, args.text, L, kind)
+    with refusing(args.base, "use the tokenizer"):
+        tokens = tokenize(tokenizer, args.text, L, kind)
+    if (count := tokens.input_ids.shape[1]) > L:  # DEVIATION: the published pipelines warn, and cut it off
+        raise ValueError(f"the text has {count} tokens, this base takes at most {L}")
     encoder, report = load(getattr(transformers, KINDS[kind].encoder), args.base, "text_encoder",
                            torch_dtype=args.dtype, use_safetensors=True, output_loading_info=True)
     if missing := sorted(report["missing_keys"]):  # transformers fills these with random numbers
@@ -73,7 +77,8 @@ def main(args: argparse.Namespace) -> None:
     largest, known = int(tokens.input_ids.max()), encoder.get_input_embeddings().num_embeddings
     if largest >= known:
         raise ValueError(f"{args.base}: the tokenizer has a token {largest}, the text_encoder knows 0 to {known - 1}")
-    text = encode(encoder.eval().to(args.device), tokens.to(args.device), kind)
+    with refusing(args.base, "run the text_encoder"):
+        text = encode(encoder.eval().to(args.device), tokens.to(args.device), kind)
     if not text.isfinite().all():
         raise ValueError(f"{args.base}: what the text_encoder makes of the text is not finite (its weights, --dtype)")
     base = os.path.relpath(args.base, args.out.parent) if Path(args.base).is_dir() else args.base
@@ -128,19 +133,23 @@ def read_config(base: str, part: str) -> tuple[dict, Path]:
 
 def load(cls, base: str, part: str, **settings):
     """One part of the base by transformers, which takes folders and hub ids; whatever goes wrong is a ValueError."""
-    try:
+    with refusing(base, f"load {part}"):
         name, revision = hub.split(base) if hub.is_id(base) and not Path(base).is_dir() else (base, None)
         return cls.from_pretrained(name, subfolder=part, revision=revision, **settings)
+
+
+@contextmanager
+def refusing(base: str, what: str):
+    """Whatever transformers raises in here is a ValueError of one line: a file of the base made it fail."""
+    try:
+        yield
     except Exception as error:  # it has many ways to fail, and every version its own classes
-        raise ValueError(f"{base}: transformers cannot load {part}: {error}") from error
+        raise ValueError(f"{base}: transformers cannot {what}: {error}") from error
 
 
 def tokenize(tokenizer, text: str, L: int, kind: str):
-    """text -> input_ids and attention_mask [1, L], padded on the right; a longer text is a ValueError."""
+    """text -> input_ids and attention_mask [1, L], padded on the right, or longer if the text is."""
     text = clean(text) if kind == "umt5" else text
-    # DEVIATION: the published pipelines warn, and cut a longer text off
-    if (count := len(tokenizer(text).input_ids)) > L:
-        raise ValueError(f"the text has {count} tokens, this base takes at most {L}")
     return tokenizer(text, padding="max_length", max_length=L, return_tensors="pt")
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mirage_min.data import containers
-from mirage_min.data.boxes import check_run, spoilt
+from mirage_min.data.boxes import check_run, samples_told, spoilt
 from mirage_min.data.containers import (
     avi_frames,
     flv_is_broken,
@@ -139,6 +139,35 @@ def test_the_images_of_a_gif_are_counted_and_its_trailer_is_missed(tmp_path, set
         counts.append(count)
         assert not whole
     assert counts == sorted(counts) and counts[-1] == 5
+
+
+def test_an_image_of_a_gif_that_swallows_the_next_is_noticed(tmp_path):
+    """A spoilt length lets pixels run on into the head of the next image, and the chain may come right later."""
+    head = b"GIF89a" + bytes([2, 0, 2, 0, 0, 0, 0])
+    image = b"\x21\xf9\x04\0\x0a\0\0\0" + b"\x2c" + bytes([0, 0, 0, 0, 2, 0, 2, 0, 0]) + b"\2" + b"\3abc" + b"\0"
+    path = tmp_path / "a.gif"
+    path.write_bytes(head + 3 * image + b"\x3b")
+    assert gif_images(path) == (3, True)
+    longer = bytearray(head + 3 * image + b"\x3b")
+    at = len(head) + len(image) - 5
+    assert longer[at] == 3
+    longer[at] += len(image)
+    path.write_bytes(longer)
+    assert gif_images(path) == (2, False)
+
+
+def test_the_samples_that_a_track_tells_of_are_counted(tmp_path):
+    def box(name: bytes, *content: bytes) -> bytes:
+        return (8 + len(b"".join(content))).to_bytes(4, "big") + name + b"".join(content)
+
+    def track(samples: int) -> bytes:
+        sizes = box(b"stsz", bytes(8) + samples.to_bytes(4, "big"))
+        return box(b"trak", box(b"mdia", box(b"minf", box(b"stbl", box(b"stts", bytes(8)), sizes))))
+    path = tmp_path / "a.avif"
+    for data, wanted in ((box(b"ftyp", b"avis"), 0), (box(b"moov", track(6)), 6),
+                         (box(b"moov", track(2), track(300)), 300), (box(b"moov", track(6))[:-1], 0)):
+        path.write_bytes(data)
+        assert samples_told(path) == wanted
 
 
 def test_numbers_of_ebml_are_those_of_its_definition():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from mirage_min.data.pictures import rate_of
+from mirage_min.data.pictures import FORMATS, rate_of
 from mirage_min.data.video import Video
 from tests.media import HEIGHT, WIDTH, assert_close, picture, pictures, read
 
@@ -161,6 +161,21 @@ def test_an_animation_that_was_cut_off_is_refused_or_filled_up(tmp_path, kind):
     if kind == "GIF":
         frames, _, video = read(path, skip_broken=True)
         assert len(frames) == 7 and video.broken == [6] and (frames[6] == frames[5]).all()
+
+
+@pytest.mark.skipif("AVIF" not in FORMATS, reason="this Pillow has no AVIF")
+def test_an_avif_whose_tables_disagree_about_its_frames_is_refused(tmp_path):
+    images = [Image.fromarray(picture(20 * t)) for t in range(6)]
+    path = tmp_path / "a.avif"
+    images[0].save(path, save_all=True, append_images=images[1:], duration=100)
+    assert len(read(path)[0]) == 6
+    data = bytearray(path.read_bytes())
+    samples = data.index(b"stsc") + 16  # after version, flags, number of entries, first chunk: samples of a chunk
+    assert int.from_bytes(data[samples : samples + 4], "big") == 6
+    data[samples : samples + 4] = (2).to_bytes(4, "big")
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="frame 2 .* does not decode"):
+        read(path)
 
 
 def test_of_a_tiff_of_several_pages_the_first_is_read_and_named(tmp_path):

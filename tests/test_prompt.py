@@ -244,6 +244,19 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(case, capsys,
     assert not list(folder.glob("prompt.safetensors*"))
 
 
+@pytest.mark.parametrize("step, said", [("tokenize", "use the tokenizer"), ("encode", "run the text_encoder")])
+def test_what_transformers_raises_at_work_is_one_line_too(case, capsys, monkeypatch, step, said):
+    """A spoilt number in a JSON file may only tell when the tokenizer or the text encoder runs."""
+    _, folder = case
+
+    def fail(*args):
+        raise IndexError("index out of range\nin self")
+    monkeypatch.setattr(encode_prompt, step, fail)
+    status, lines = run(capsys, folder)
+    assert status == 2 and len(lines) == 1, lines
+    assert f"base: transformers cannot {said}: index out of range" in lines[0]
+
+
 def test_the_token_that_pads_is_the_tokenizers_own_and_is_printed(case, capsys):
     kind, folder = case
     assert encode_prompt.cli(["--base", str(folder / "base"), "--out", str(folder / "p.safetensors")]) == 0

@@ -235,7 +235,9 @@ def test_a_field_that_would_change_the_result_is_refused_by_name(name, value):
 @pytest.mark.parametrize("changes, message", [
     ({"down_block_types": ("AttnDownBlock2D",) * 4}, "down_block_types must be 4 of.*AttnDownBlock2D"),
     ({"up_block_types": ("UpBlock2D",) * 3}, "up_block_types must be 4 of"),
-    ({"attention_head_dim": (5, 10)}, r"attention_head_dim must be one number or 4, got \[5, 10\]")])
+    ({"attention_head_dim": (5, 10)}, r"attention_head_dim must be one number or 4, got \[5, 10\]"),
+    ({"attention_head_dim": 7}, "attention_head_dim: wanted a number of heads that divides .* channels, got 7"),
+    ({"attention_head_dim": 0}, "attention_head_dim: wanted a number of heads that divides .* channels, got 0")])
 def test_other_stages_than_these_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         UNet2D(UNet2DConfig(**SMALL | changes))

@@ -73,6 +73,24 @@ def follow(file: BinaryIO, name: bytes, start: int, end: int, tracks: set[int]) 
         raise ValueError(f"{name} without {missing}")
 
 
+def samples_told(path: Path) -> int:
+    """The most samples that the table of sizes of any track tells of (stsz, 8.7.3.2), 0 without such a table."""
+    def most(file: BinaryIO, start: int, end: int) -> int:
+        found = 0
+        for name, first, last in boxes(file, start, end):
+            if name in (b"moov", b"trak", b"mdia", b"minf", b"stbl"):
+                found = max(found, most(file, first, last))
+            elif name == b"stsz":
+                file.seek(first + 8)  # after version, flags, and the size that all samples have
+                found = max(found, int.from_bytes(file.read(4), "big"))
+        return found
+    try:
+        with open(path, "rb") as file:
+            return most(file, 0, path.stat().st_size)
+    except (ValueError, RecursionError):  # boxes that do not fit
+        return 0
+
+
 def check_run(head: bytes, size: int) -> None:
     """ValueError if a run of samples (trun, 8.8.8) has another size than its number of samples takes."""
     flags, samples = int.from_bytes(head[1:4], "big"), int.from_bytes(head[4:], "big")

@@ -23,6 +23,7 @@ WEBP = {b"VP8X", b"VP8 ", b"VP8L", b"ANIM", b"ANMF", b"ALPH", b"ICCP", b"EXIF", 
 # What a chunk of an AVI may be called: False: elsewhere, True: among the packets.
 AVI_NAMES = {False: re.compile(rb"[ -~]{4}"), True: re.compile(rb"\d\d[ -~]{2}|ix\d\d|idx1|LIST|RIFF|JUN[KQ]|junk")}
 UNKNOWN = {0, 2**31 - 1, 2**32 - 1}  # the length of a RIFF that was never filled in
+GIF_HEAD = re.compile(rb"\0\x21\xf9\x04.{4}\0\x2c", re.DOTALL)  # an image's control block and how its descriptor begins
 AT_ONCE = 2**14  # packets of a transport stream
 
 
@@ -192,15 +193,19 @@ def png_images(path: Path) -> int:
 
 
 def gif_images(path: Path) -> tuple[int, bool]:
-    """How many images a GIF has, and whether its chain of blocks is whole to the trailer (GIF89a, appendix B)."""
-    data, images = path.read_bytes(), 0
+    """How many images a GIF has, and whether its chain of blocks is whole to the trailer (GIF89a, appendix B).
+
+    It is not where the pixels of one image have swallowed the head of the next: a spoilt length does that.
+    """
+    data, images, whole = path.read_bytes(), 0, True
 
     def colours(flags: int) -> int:
         return 3 << (flags & 7) + 1 if flags & 0x80 else 0
     try:
         at = 13 + colours(data[10])
         while data[at] != 0x3B:
-            if data[at] == 0x2C:
+            image, start = data[at] == 0x2C, at
+            if image:
                 images += 1
                 at += 11 + colours(data[at + 9])
             elif data[at] == 0x21:
@@ -210,9 +215,10 @@ def gif_images(path: Path) -> tuple[int, bool]:
             while data[at]:
                 at += data[at] + 1
             at += 1
+            whole &= not (image and GIF_HEAD.search(data, start, at))
     except IndexError:
         return images, False
-    return images, True
+    return images, whole
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import av
 import numpy as np
 from PIL import Image
 
+from .boxes import samples_told
 from .colour import BT709, UNKNOWN, Turn, over_black, rgb, turn_of_angle
 from .containers import gif_images, png_images, webp_images
 from .demux import open_file
@@ -77,6 +78,8 @@ class Animation:
             self.images = max(images, self.images)
         elif self.image.format == "PNG":
             self.whole = png_images(path) <= self.images
+        elif self.image.format == "AVIF":
+            self.whole = samples_told(path) <= self.images
         # A PNG may begin with a picture for viewers that cannot animate.
         self.start = int(getattr(self.image, "default_image", False) and self.images > 1)
         self.count = self.images - self.start

@@ -66,6 +66,8 @@ class Attention(nn.Module):
 
     def __init__(self, c: int, c_y: int, heads: int):
         super().__init__()
+        if heads < 1 or c % heads:
+            raise ValueError(f"attention_head_dim: wanted a number of heads that divides {c} channels, got {heads}")
         self.heads = heads
         self.to_q = nn.Linear(c, c, bias=False)
         self.to_k = nn.Linear(c_y, c, bias=False)
