@@ -187,8 +187,8 @@ def r3d2(name: str, device: str, dtype: torch.dtype = torch.float32) -> R3D2:
 
     def make() -> R3D2:
         vae = frugal.apply(AutoencoderTiny() if name == "R3D2" else AutoencoderKL(AutoencoderKLConfig(**SD_VAE)))
-        return R3D2(UNet2D(UNet2DConfig(**SD_TURBO)), vae, Skips(vae.skip_channels(), 0.01), torch.zeros(1, 77, 1024),
-                    table)
+        unet = frugal.apply(UNet2D(UNet2DConfig(**SD_TURBO)))
+        return R3D2(unet, vae, Skips(vae.skip_channels(), 0.01), torch.zeros(1, 77, 1024), table)
     return random_model(make, device, dtype)
 
 

@@ -10,6 +10,7 @@ from mirage_min.method import injection, lora
 from mirage_min.networks import bands, frugal
 from mirage_min.networks.bands import TakenCache, normed_conv
 from mirage_min.networks.causal_conv import CausalConv3d
+from mirage_min.networks.unet_2d import UNet2D, UNet2DConfig
 from mirage_min.networks.vae_2d import AutoencoderKL, AutoencoderKLConfig
 from mirage_min.networks.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
 from mirage_min.networks.vae_wan import WanVAE, WanVAEConfig
@@ -238,3 +239,37 @@ def test_with_gradients_the_image_vae_is_the_plain_one(images):
 def test_a_skip_of_another_shape_is_refused_in_place_too(images):
     with pytest.raises(ValueError, match="a skip must have the shape"):
         images[1].decode(torch.randn(2, 4, 2, 3), [torch.randn(1, 24, 2, 3)])
+
+
+# ---- the UNet --------------------------------------------------------------------------------------------------------
+
+UNET = dict(block_out_channels=(16, 24), norm_num_groups=4, attention_head_dim=2, cross_attention_dim=12,
+            layers_per_block=1, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+
+
+@torch.no_grad()
+def test_the_unet_computes_the_same_by_pieces_of_tokens_and_holds_less(monkeypatch):
+    """Of 2 x 1,024 tokens 300 at a time: the last piece is shorter."""
+    monkeypatch.setattr(frugal, "TOKENS", 300)
+    torch.manual_seed(0)
+    plain = UNet2D(UNet2DConfig(**UNET)).double()
+    in_pieces = frugal.apply(copy.deepcopy(plain))
+    z, text = torch.randn(2, 4, 32, 32, dtype=torch.float64), torch.randn(2, 7, 12, dtype=torch.float64)
+    peaks, results = [], []
+    for unet in (plain, in_pieces):
+        with small.unchanged(z, text), LiveBytes(unet) as live:
+            results.append(unet(z, 199, text, views=2))
+        peaks.append(live.peak)
+    close("ε", results[1], results[0])
+    assert peaks[1] < 0.7 * peaks[0], f"{peaks[1]} bytes, plain {peaks[0]}"
+
+
+def test_with_gradients_the_unet_is_the_plain_one(monkeypatch):
+    monkeypatch.setattr(frugal, "TOKENS", 5)
+    torch.manual_seed(0)
+    plain = UNet2D(UNet2DConfig(**UNET))
+    z, text = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 12)
+    grads = [torch.autograd.grad(unet(z, 199, text).square().mean(), list(unet.parameters()))
+             for unet in (plain, frugal.apply(copy.deepcopy(plain)))]
+    assert all(torch.equal(a, b) for a, b in zip(*grads))

@@ -1,9 +1,9 @@
-"""The VAEs in little memory where no gradient is asked for: the same numbers, computed in pieces and in place.
+"""VAEs and the UNet in little memory where no gradient is asked for: the same numbers, in pieces and in place.
 
     frugal.apply(vae)        # once, after injection.attach; the networks' own files stay the reference
 
-With gradients the plain forwards run and nothing changes. Without, the image VAE activates and adds in place; the
-causal VAEs do more, on tall frames:
+With gradients the plain forwards run and nothing changes. Without, the image VAE activates and adds in place, the
+UNet's feed-forward layers take an image's tokens in pieces, and the causal VAEs do more, on tall frames:
   - a norm, its SiLU and its convolution run by bands of rows (bands.py), and a residual sum overwrites a block's input;
   - layers that see single frames, and in Wan all layers at the full frame rate, run frame by frame;
   - a group takes over the cache that the group before it handed on, so that one cache is held and not two.
@@ -20,22 +20,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from . import vae_2d, vae_cogvideox, vae_wan, vae_wan22, wan_blocks
+from . import unet_attention, vae_2d, vae_cogvideox, vae_wan, vae_wan22, wan_blocks
 from .bands import TakenCache, is_tall, norm_of, normed_conv
 from .causal_conv import Cache, CausalConv3d
 
+TOKENS = 4096  # of an image that a feed-forward layer takes at a time
 
-def apply(vae: nn.Module) -> nn.Module:
-    """Give the layers of a VAE their frugal classes, in place, and return it. Applying it twice changes nothing more.
+
+def apply(network: nn.Module) -> nn.Module:
+    """Give the layers of a network their frugal classes, in place, and return it. Doing so twice changes nothing more.
 
     Layers of other classes stay as they are.
     """
-    for layer in [*vae.modules()]:
+    for layer in [*network.modules()]:
         layer.__class__ = FRUGAL.get(type(layer), type(layer))
-    for block in getattr(vae, "fusion", None) or ():
+    for block in getattr(network, "fusion", None) or ():
         if not isinstance(block, FusionBlock):
             block.__class__ = with_frugal(type(block), FusionBlock)
-    return vae
+    return network
 
 
 def with_frugal(plain: type, frugal: type) -> type:
@@ -275,6 +277,19 @@ class ImageDecoder:
         return x.add_(skip)
 
 
+# ---- the UNet --------------------------------------------------------------------------------------------------------
+
+class FeedForward:
+    """The UNet's feed-forward layer, whose inner width is eight times that of a token."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, L, C] -> like x; TOKENS of an image at a time."""
+        if torch.is_grad_enabled():
+            return super().forward(x)
+        forward = super().forward
+        return torch.cat([forward(tokens) for tokens in x.split(TOKENS, dim=1)], dim=1)
+
+
 FRUGAL = {plain: with_frugal(plain, frugal) for plain, frugal in {
     vae_cogvideox.CogVideoXVAE: VAE, vae_wan.WanVAE: VAE, vae_wan22.Wan22VAE: VAE,
     vae_cogvideox.Encoder: CogVideoXHalf, vae_cogvideox.Decoder: CogVideoXHalf,
@@ -283,7 +298,8 @@ FRUGAL = {plain: with_frugal(plain, frugal) for plain, frugal in {
     vae_cogvideox.ResnetBlock: CogVideoXBlock, wan_blocks.ResnetBlock: WanBlock,
     vae_cogvideox.Downsample: Resize, vae_cogvideox.Upsample: Resize,
     wan_blocks.Downsample: Resize, wan_blocks.Upsample: Resize,
-    vae_2d.ResnetBlock: ImageBlock, vae_2d.Decoder: ImageDecoder}.items()}
+    vae_2d.ResnetBlock: ImageBlock, vae_2d.Decoder: ImageDecoder,
+    unet_attention.FeedForward: FeedForward}.items()}
 
 
 if __name__ == "__main__":

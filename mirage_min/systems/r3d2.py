@@ -191,7 +191,7 @@ class R3D2(nn.Module):
         alpha_bar = schedule_from_config(weights.read_json(scheduler), Epsilon, file=scheduler)
         text = torch.zeros(1, 1, unet.config.cross_attention_dim) if text is None else text
         network, skips, text = frugal.apply(network).to(**place), skips.to(**place), text.to(**place)
-        return cls(unet, network, skips, text, alpha_bar, t=t).eval()
+        return cls(frugal.apply(unet), network, skips, text, alpha_bar, t=t).eval()
 
     @classmethod
     @hub.reads_hub
