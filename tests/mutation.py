@@ -38,7 +38,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = {  # {file or folder: its tests}, where they are not tests/test_NAME.py; test_mutation.py holds it
+TESTS = {  # {file or folder: its tests}, a file's where they are not tests/test_NAME.py; test_mutation.py holds it
     "mirage_min/data/toy_render.py": "toy_world toy_paths", "mirage_min/data/toy_shapes.py": "toy_world toy_shapes",
     "mirage_min/data/toy_light.py": "toy_world toy_shapes", "mirage_min/data/toy_street.py": "toy_world toy_paths",
     "mirage_min/data/toy_paths.py": "toy_paths toy_world",
@@ -57,7 +57,6 @@ TESTS = {  # {file or folder: its tests}, where they are not tests/test_NAME.py;
     "mirage_min/networks/wan_names.py": "vae_wan dit_wan",
     "mirage_min/networks/wan_blocks.py": "vae_wan vae_wan22", "mirage_min/networks/config.py": "weights",
     "mirage_min/networks/hub.py": "hub weights", "mirage_min/networks/i3d.py": "backbones",
-    "experiments/real_card.py": "real_card",
     "mirage_min/networks/rotary.py": "dit_wan dit_cogvideox dit_cosmos",
     "mirage_min/networks/small_base.py": "train_base", "mirage_min/training/latents.py": "train_base",
     "mirage_min/systems/mirage_folder.py": "mirage_folder adapters",
@@ -67,16 +66,20 @@ TESTS = {  # {file or folder: its tests}, where they are not tests/test_NAME.py;
     "encode_prompt.py": "prompt", "train_vae.py": "train_equations train distributed",
     "train_harmonize.py": "train_equations train distributed", "train_online.py": "train_online",
     "experiments": "experiments", "experiments/harmonizers.py": "harmonizer_experiments",
+    "experiments/harmonizer_losses.py": "harmonizer_experiments",
+    "experiments/harmonizer_streams.py": "harmonizer_experiments",
+    "experiments/harmonizer_temporal.py": "harmonizer_experiments",
+    "experiments/world_memories.py": "world_study", "experiments/world_report.py": "world_study",
+    "experiments/published.py": "experiments speed_gpu",
     "experiments/alignment.py": "align", "experiments/chopgrad_locality.py": "locality",
-    "experiments/chopgrad_memory.py": "locality chopgrad", "experiments/model_card.py": "model_card",
-    "experiments/demo_gif.py": "experiments", "experiments/walkthrough_figures.py": "locality",
+    "experiments/chopgrad_memory.py": "locality chopgrad", "experiments/walkthrough_figures.py": "locality",
     "experiments/walkthrough_notebook.py": "walkthrough",
     "experiments/skip_vae.py": "tables",
     "experiments/tables.py": "tables", "experiments/mirage_table1.py": "tables",
     "experiments/mirage_table2.py": "tables", "experiments/mirage_table3.py": "tables",
     "experiments/mirage_table4.py": "tables", "experiments/r3d2_table5.py": "tables",
     "experiments/chopgrad_table4.py": "tables", "experiments/stage_h_losses.py": "tables",
-    "experiments/restore_card.py": "restore_card", "experiments/restorers.py": "restore_tables",
+    "experiments/restorers.py": "restore_tables",
     "experiments/restore_table1.py": "restore_tables", "experiments/restore_table2.py": "restore_tables",
     "experiments/restore_table3.py": "restore_tables", "train_restore.py": "train_restore distributed",
 }
@@ -190,9 +193,11 @@ def sample(count: int, seed: int = 0) -> list[dict]:
 def tests_of(file: str) -> tuple[str, ...]:
     """The test files of a file, those that exist."""
     path = Path(file)
-    names = TESTS.get(file) or TESTS.get(path.parent.as_posix()) or path.stem
-    tests = (f"tests/test_{name}.py" for name in names.split())
-    return tuple(test for test in tests if (ROOT / test).exists())
+    for names in (TESTS.get(file, path.stem), TESTS.get(path.parent.as_posix(), "")):
+        tests = tuple(f"tests/test_{name}.py" for name in names.split())
+        if found := tuple(test for test in tests if (ROOT / test).exists()):
+            return found
+    return ()
 
 
 def copy_tree(folder: Path) -> Path:

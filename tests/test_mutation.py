@@ -20,6 +20,13 @@ def test_every_file_that_can_be_wrong_has_tests():
     assert [file for file in mutation.files() if mutation.candidates(file) and not mutation.tests_of(file)] == []
 
 
+def test_the_tests_of_a_file_come_before_those_of_its_folder():
+    for file, tests in (("experiments/vae_tones.py", ("vae_tones",)), ("experiments/streaming.py", ("experiments",)),
+                        ("experiments/world_report.py", ("world_study",)), ("mirage_min/data/shots.py", ("streams",)),
+                        ("mirage_min/method/chopgrad.py", ("chopgrad",)), ("infer.py", ("infer",))):
+        assert mutation.tests_of(file) == tuple(f"tests/test_{name}.py" for name in tests), file
+
+
 def test_mistakes_are_planted_in_the_package_the_scripts_and_the_experiments():
     planted = {file for file in mutation.files() if mutation.candidates(file)}
     assert {"mirage_min/method/chopgrad.py", "train_vae.py", "infer.py", "experiments/alignment.py"} <= planted
