@@ -115,8 +115,7 @@ def build(args, recipe: Recipe) -> tuple[nn.ModuleList, dict[str, nn.Parameter]]
     """(the restorer, LPIPS, DISTS where it has a weight), and what is trained by name."""
     if recipe.lambda_frame and not recipe.each_frame:
         raise ValueError("lambda_frame: ChopGrad never has two groups of frames at once: wanted each_frame=yes, or 0")
-    latents = (recipe.frames + 2) // 4 + 1  # of a clip; in a stream the transformer sees as many, if it can
-    settings = Settings(recipe.task, recipe.t, recipe.scale, window=max(5, latents - (latents + 1) % 2))
+    settings = Settings(recipe.task, recipe.t, recipe.scale, window=window_of(recipe.frames))
     text = read_prompt(args.prompt)[0] if args.prompt else None
     if args.base:
         restorer = Restorer.from_base(args.base, settings, text, args.vae, dtype=None if recipe.bf16 else torch.float32)
@@ -134,6 +133,12 @@ def build(args, recipe: Recipe) -> tuple[nn.ModuleList, dict[str, nn.Parameter]]
         vgg = judges[0].features if recipe.lpips == "vgg" else Features("vgg", args.perceptual)
         judges.append(Dists(vgg))
     return nn.ModuleList([restorer, *judges]), trained(restorer)
+
+
+def window_of(frames: int) -> int:
+    """How many latents the transformer sees at once in a stream: as in training, but an odd number, and 5 at least."""
+    latents = (frames + 2) // 4 + 1
+    return max(5, latents - (latents + 1) % 2)
 
 
 def trained(restorer: Restorer) -> dict[str, nn.Parameter]:

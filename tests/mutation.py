@@ -39,7 +39,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {  # {file or folder: its tests}, a file's where they are not tests/test_NAME.py; test_mutation.py holds it
-    "mirage_min/data/toy_render.py": "toy_world toy_paths", "mirage_min/data/toy_shapes.py": "toy_world toy_shapes",
+    "mirage_min/data/toy_render.py": "toy_world toy_paths toy_shapes",
+    "mirage_min/data/toy_shapes.py": "toy_world toy_shapes",
     "mirage_min/data/toy_light.py": "toy_world toy_shapes", "mirage_min/data/toy_street.py": "toy_world toy_paths",
     "mirage_min/data/toy_paths.py": "toy_paths toy_world",
     "mirage_min/data/scene.py": "scene build_pairs",

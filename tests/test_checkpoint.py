@@ -167,8 +167,13 @@ def test_a_digest_is_of_values_in_their_order_whatever_the_layout_and_of_so_many
     for y, same in ((x.to(memory_format=torch.channels_last), True), (other, False), (x.view(4, 1, 2, 3), False)):
         found = checkpoint.digest({"none": torch.zeros(0, 2), "x": y, "zero": torch.tensor(2.0)})
         assert (found == digest) is same
-    few = 3 * x.element_size()
-    assert checkpoint.digest({"x": x}, few) == checkpoint.digest({"x": other}, few) != checkpoint.digest({"x": x}, 1)
+    for most in (3 * x.element_size(), 4 * x.element_size() - 1):      # of each tensor, the elements that fit
+        first = checkpoint.digest({"x": x, "y": x}, most)
+        for place in range(24):
+            changed = x.clone().flatten()
+            changed[place] = 1 - changed[place].int()
+            found = checkpoint.digest({"x": x, "y": changed.view_as(x)}, most)
+            assert (found == first) is (place >= 3) or x.element_size() == 1, f"{most} bytes, element {place}"
 
 
 # ---- writing and reading ---------------------------------------------------------------------------------------------

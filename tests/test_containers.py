@@ -216,6 +216,19 @@ def test_the_frames_of_an_avi_are_counted_by_its_chunks(tmp_path):
         assert avi_frames(tmp_path / "a.avi", 0, 2) == count, what
 
 
+@pytest.mark.parametrize("last", [b"\5" * 6, b"\5" * 7])
+@pytest.mark.parametrize("index", [b"", chunk(b"idx1", bytes(32)), chunk(b"JUNK", bytes(3))])
+def test_whatever_follows_the_last_chunk_of_an_avi_is_no_part_of_its_chain(tmp_path, last, index):
+    """A few bytes are fewer than a chunk's head; more may look like one, behind a RIFF that says where it ends."""
+    packets, path = b"".join(PACKETS) + chunk(b"00dc", last), tmp_path / "a.avi"
+    for more in range(30):
+        path.write_bytes(avi(packets, index) + b"junk that somebody put there "[:more])
+        assert avi_frames(path, 0, 2) == 3, f"{more} bytes follow"
+    for more in range(8):
+        path.write_bytes(avi(packets, index, length=0) + b"01wb\1\0\0"[:more])
+        assert avi_frames(path, 0, 2) == 3, f"{more} bytes follow a RIFF whose length was never filled in"
+
+
 def test_the_chain_of_an_avi_breaks_where_a_byte_was_put_in_or_a_name_is_spoilt(tmp_path):
     data, path = avi(b"".join(PACKETS), chunk(b"idx1", bytes(32))), tmp_path / "a.avi"
     movi, index = data.index(b"movi") + 4, data.index(b"idx1")

@@ -92,6 +92,30 @@ def test_a_crop_of_the_real_video_has_its_proportions_a_random_scale_and_a_rando
     assert starts == {0, 1, 2}, f"of the first 5 frames pieces of 3 begin at {starts}"
 
 
+def test_of_what_moves_only_clips_that_say_so_know_the_motion_the_others_have_none(tmp_path):
+    flow, visible = torch.full((2, 11, 20, 28), 3.0), torch.ones(1, 11, 20, 28)
+    save(tmp_path / "a.safetensors", flow=flow, visible=visible)
+    save(tmp_path / "b.safetensors")
+    for side in ("ni", "gt"):
+        (tmp_path / side / "c").mkdir(parents=True)
+        for t in range(5):
+            Image.fromarray(np.full((20, 28, 3), 9 * t, np.uint8)).save(tmp_path / side / "c" / f"{t}.png")
+    (tmp_path / "real").mkdir()
+    weights.save_tensors(tmp_path / "real" / "road.safetensors", {"x": torch.zeros(3, 5, 32, 40).byte()})
+    pairs, seen = Pairs(tmp_path, 5, (16, 24), tmp_path / "real"), set()
+    for step in range(8):
+        x_ni, x_gt, flow, visible, names = pairs.moving_batch(draws(step, 4), real=0.3)
+        assert flow.shape == (4, 2, 4, 16, 24) and visible.shape == (4, 1, 4, 16, 24)
+        for name, along, still_seen in zip(names, flow, visible):
+            known = name == "a.safetensors"
+            assert (along.abs() == 3).all() if known else along.isnan().all(), name
+            assert torch.equal(still_seen, torch.full_like(still_seen, float(known))), name
+        same = pairs.batch(draws(step, 4), real=0.3)
+        assert torch.equal(x_ni, same[0]) and torch.equal(x_gt, same[1]) and names == same[2]
+        seen |= set(names)
+    assert seen == {"a.safetensors", "b.safetensors", "c", "road"}
+
+
 def test_what_is_broken_mismatched_or_too_small_is_named_and_left_out(tmp_path):
     save(tmp_path / "good.safetensors", boxes=torch.zeros(12, 4), mask=torch.zeros(12, 20, 28))
     save(tmp_path / "short.safetensors", T=8)

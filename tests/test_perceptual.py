@@ -10,8 +10,6 @@ from torch import nn
 
 from mirage_min.method import perceptual
 from mirage_min.method.perceptual import (
-    GRAM_WEIGHTS,
-    PATCH_WEIGHTS,
     Dists,
     L2Pool,
     Lpips,
@@ -25,6 +23,8 @@ from mirage_min.networks.imagenet import FILES, Features
 from tests.random_imagenet import BUILDERS, frames, save_networks, torchvision_features
 from tests.small import unchanged
 
+DIFIX = (1 / 2.6, 1 / 4.8, 1 / 3.7, 1 / 5.6, 10 / 1.5)              # the layers' weights in its src/loss.py
+PATCH_WEIGHTS = (1 / 0.41, 1 / 1.5, 1 / 3.1, 1 / 0.67, 1 / 0.12)    # the recipe's
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "perceptual"
 
 
@@ -98,7 +98,7 @@ def gram_loss_in_loops(taps_x, taps_y) -> list[float]:
     losses = []
     for n in range(len(taps_x[0])):
         loss = 0.0
-        for fx, fy, weight in zip(taps_x, taps_y, GRAM_WEIGHTS, strict=False):
+        for fx, fy, weight in zip(taps_x, taps_y, DIFIX, strict=False):
             _, d, h, w = fx.shape
             squares = 0.0
             for i in range(d):

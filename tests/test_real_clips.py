@@ -115,6 +115,20 @@ def test_a_crop_keeps_its_proportions_at_a_random_scale_place_and_time(streets):
     assert 70 < mirrored < 130 and len(starts) > 30 and 115 < counts["long"] < 185
 
 
+def test_a_window_about_a_box_holds_as_much_of_it_as_fits_and_lies_anywhere_that_does():
+    whole, size = (60, 100), (20, 50)                                  # rows and columns
+    for box in ((40.0, 25.0, 62.0, 31.0),
+                (2.0, 3.0, 30.0, 9.0), (80.0, 50.0, 98.0, 58.0),       # in two corners
+                (20.0, 10.0, 90.0, 45.0),                              # larger than the window
+                (-30.0, 52.0, 10.0, 75.0)):                            # partly outside of the frame
+        found = [real_clips.window_about(torch.tensor(box), whole, size, draws(seed)) for seed in range(300)]
+        for start, a, b, n, m in zip(zip(*found), (box[1], box[0]), (box[3], box[2]), whole, size):
+            held = [min(at + m, b) - max(at, a) for at in range(n - m + 1)]  # pixels of the box, by where it begins
+            places = [at for at, pixels in enumerate(held) if pixels > max(held) - 1]  # a window is of whole pixels
+            assert set(start) <= set(places), f"{box}: from {min(start)} to {max(start)}, wanted within {places}"
+            assert min(start) <= places[0] + 2 and max(start) >= places[-1] - 2, f"{box}: only {sorted(set(start))}"
+
+
 def test_a_folder_without_clips_and_a_file_without_x_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="wanted NAME.safetensors clips of at least 5 frames, found none"):
         RealClips(tmp_path, 5)

@@ -113,6 +113,32 @@ def test_the_ground_grid_lies_on_the_road_and_the_lanes_meet_at_the_horizon():
         assert abs(width - 4 * (row + 0.5 - 0.45 * H) / 1.4) < 4, f"row {row}: {width} columns"
 
 
+def test_the_camera_of_a_piece_sees_what_that_of_the_clip_saw_in_the_same_pixels(tmp_path):
+    """A clip that is a ramp along x, y and t in its three colours: its values say from where each pixel was cut."""
+    T, rows, columns = 6, 108, 192
+    t, y, x = torch.meshgrid(20 * torch.arange(T), torch.arange(rows), torch.arange(columns), indexing="ij")
+    weights.save_tensors(tmp_path / "ramp.safetensors", {"x": torch.stack([x, y, t]).byte()})
+    what, starts, steps = Street(0.9, 0.45, centre=0.4, near=8, far=9), set(), []
+    for seed in range(30):
+        shot = street.shoot(tmp_path / "ramp.safetensors", what, (40, 60), 2, draws(seed))
+        value, K = (shot.x + 1) * 127.5, shot.K
+        assert value.shape == (3, 2, 40, 60)
+        for ramp, focal, principal, ahead in ((value[0, 0, 20], K[0, 0], K[0, 2], 0.4 * columns),
+                                              (value[1, 0, :, 30], K[1, 1], K[1, 2], 0.45 * rows)):
+            step = (ramp[-5] - ramp[4]) / (len(ramp) - 9)              # pixels of the clip to one of the piece
+            begins = ramp[4] + 0.5 - 4.5 * step                        # where, in the clip's pixels
+            assert abs(begins + principal * step - ahead) < 0.6, f"wanted {ahead}, got {begins + principal * step:.1f}"
+            assert abs(focal * step / (0.9 * columns) - 1) < 0.02, "the focal length is the clip's"
+            steps.append(float(step))
+        times = value[2].mean(dim=(1, 2)) / 20
+        assert abs(times[1] - times[0] - 1) < 0.02, "frames in a row"
+        starts.add(round(float(times[0])))
+    assert starts == set(range(T - 1)), "anywhere in the clip"
+    assert 1.48 < min(steps) < 1.65 and 2.5 < max(steps) < 2.75, "108 rows are shrunk to 40 at least, to 72 at most"
+    with pytest.raises(ValueError, match="ramp.safetensors: wanted at least 7 frames, got 6"):
+        street.shoot(tmp_path / "ramp.safetensors", what, (40, 60), 7, draws())
+
+
 @pytest.fixture
 def clips(tmp_path):
     weights.save_tensors(tmp_path / "drive.safetensors", {"x": torch.full((3, 12, 108, 192), 120, dtype=torch.uint8)})

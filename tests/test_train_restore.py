@@ -145,6 +145,12 @@ def test_the_recipes_are_the_papers():
     assert train_restore.RECIPES["inpaint-rovi"].steps == 10_000
 
 
+@pytest.mark.parametrize("frames", [1, 9, 17, 18, 21, 24, 25, 26, 29, 49, 80, 81])
+def test_in_a_stream_the_transformer_sees_the_most_latents_of_a_clip_that_are_odd_and_five_at_least(frames):
+    latents = next(n for n in range(1, 30) if 4 * n - 3 >= frames)  # Wan's: n latents are 4n - 3 frames
+    assert train_restore.window_of(frames) == max(n for n in range(5, 30, 2) if n <= max(latents, 5))
+
+
 # ---- what is trained, and what comes out -----------------------------------------------------------------------------
 
 def test_the_transformer_is_trained_and_nothing_else_and_the_folder_runs(work, tmp_path):
