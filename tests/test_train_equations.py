@@ -74,6 +74,15 @@ def test_a_step_of_stage_a_is_equations_2_and_3_written_out(backbones):
     assert difference < 1e-12, f"the picture is of what is trained: largest difference {difference:.1e}"
 
 
+def test_the_picture_of_a_clip_of_any_size_is_that_of_the_padded_clip_cut_to_the_clips_frames_rows_and_columns():
+    mirage, _ = mirage_with(RECONSTRUCTION)
+    x_ni, x_gt = (x[:, :, :10, :17, :30] for x in clips())
+    shown = train_vae.reconstruct(mirage, train_vae.Recipe(bf16=False), x_ni, x_gt)
+    with torch.no_grad():
+        whole = mirage.vae.decode(mirage.vae.encode(mirage.pad(x_gt)), mirage.mids(mirage.pad(x_ni)))
+    assert whole.shape == (1, 3, 17, 32, 32) and torch.equal(shown, whole[:, :, :10, :17, :30])
+
+
 @pytest.mark.parametrize("step, gram", [(4, 0), (5, 1)])
 @pytest.mark.parametrize("shared", [False, True], ids=["two backbones", "one backbone"])
 def test_a_step_of_stage_h_is_equation_4_written_out_and_gram_counts_from_its_step_on(backbones, step, gram, shared):
