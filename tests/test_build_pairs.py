@@ -183,6 +183,23 @@ def test_a_reconstruction_has_floaters_on_every_side_of_its_object(seed):
     assert (place.amin(0) < -0.2).all() and (place.amax(0) > 1.2).all(), f"from {place.amin(0)} to {place.amax(0)}"
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_an_asset_is_the_vehicle_one_unit_long_turned_about_the_vertical_and_a_little_out_of_proportion(seed):
+    world = toy_world.sample_scene(seed, toy_world.WorldConfig(T, H, W))
+    points, _, _ = toy_scene.surface(world, 0, 0, world.naive, toy_scene.SPACING)
+    made = toy_scene.generated(world, 0, 0, torch.Generator().manual_seed(seed))
+    x, y = torch.cat([points, torch.ones(len(points), 1)], dim=1).double(), made.means.double()
+    A, at = torch.linalg.lstsq(x, y).solution.split([3, 1])            # y = x A + t, whatever the map is
+    assert (x[:, :3] @ A + at - y).abs().max() < 1e-5, "the vehicle's points, all of them moved alike"
+    stretch = (A @ A.T).diagonal().sqrt() * world.bodies[0].size[2]    # along each of the vehicle's own axes
+    assert (A @ A.T - (A @ A.T).diagonal().diag()).abs().max() < 1e-6, "its right angles stay right"
+    assert (stretch - 1).abs().max() < 0.0751 and (stretch - stretch.mean()).abs().max() > 0.01, stretch
+    assert A[1, [0, 2]].abs().max() < 1e-6 and A[1, 1] > 0, "up stays up"
+    angle = torch.atan2(A[2, 0], A[2, 2])
+    assert abs(angle) < 0.3001 and abs(torch.atan2(-A[0, 2], A[0, 0]) - angle) < 1e-5, f"turned by {angle:.2f}"
+    assert torch.allclose(at[0], torch.tensor([0.1, -0.05, 0.02]).double(), atol=1e-5)
+
+
 def test_the_assets_axes_are_named_by_where_they_point():
     """In the actor's frame forward is +x, left +y, up +z."""
     assert torch.equal(build_pairs.axes("FLU"), torch.eye(3))

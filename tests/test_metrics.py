@@ -174,7 +174,10 @@ def test_vfid_of_features_with_known_moments_equals_the_closed_form_for_gaussian
     got = vfid(white, white[torch.randperm(50)] * s + shift)
     wanted = (shift.square().sum() + (s - 1).square().sum()).item()  # commuting covariances: |Δμ|² + Σ (σ1 − σ2)²
     assert abs(got - wanted) <= 1e-6 * wanted, f"closed form {wanted}, got {got}"
-    assert vfid(white, white.flip(0)) <= 1e-9 and not recwarn.list, "50 clips are enough for 4 features"
+    assert vfid(white, white.flip(0)) <= 1e-9
+    assert vfid(white[:5], white) > 0 and not recwarn.list, "5 clips are enough for the rank of 4 features"
+    with pytest.warns(UserWarning, match="4 features from 4 clips: the covariance has rank 3 at most"):
+        vfid(white[:4], white)
 
 
 def test_vfid_of_few_clips_equals_the_nuclear_norm_and_says_they_are_few():

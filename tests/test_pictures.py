@@ -184,6 +184,8 @@ def test_of_a_tiff_of_several_pages_the_first_is_read_and_named(tmp_path):
     frames, _, video = read(tmp_path / "a.tif")
     assert (frames == np.asarray(first)).all() and len(frames) == 1
     assert video.notes == [f"{tmp_path / 'a.tif'}: holds 3 pictures; read is the first"]
+    first.save(tmp_path / "one.tif")
+    assert read(tmp_path / "one.tif")[2].notes == [], "of a single picture there is nothing to say"
 
 
 @pytest.mark.parametrize("skip_broken", [False, True])

@@ -65,6 +65,7 @@ def test_relighting_changes_the_object_alone_and_shadows_all_but_the_object(wher
 def test_in_made_up_scenes_the_sun_of_shadows_stands_anywhere_and_on_a_street_where_it_is(toy, road):
     suns = [streams.shadows(toy, draws(seed)).did for seed in range(4)]
     assert len({round(sun["azimuth"]) for sun in suns}) == 4 and all(20 <= sun["elevation"] <= 70 for sun in suns)
+    assert {sun["exposure"] for sun in suns} == {1}, "by a camera that does not change"
     here = streams.shadows(on_street(road), draws(5)).did
     assert (here["azimuth"], here["elevation"]) == pytest.approx((90, 40), abs=1e-3)
 
@@ -141,6 +142,20 @@ def test_a_feathered_edge_is_a_blurred_step():
     edge = isp.feather(mask, 2.0)[0, 0, 4]
     wanted = 0.5 * (1 + torch.erf((torch.arange(40) - 19.5) / (2 * 2**0.5)))
     assert (edge - wanted).abs().max() < 0.01 and torch.equal(isp.feather(mask, 2.0)[0, 0, 0], edge)
+
+
+def test_another_camera_is_brighter_or_darker_and_not_of_another_world():
+    for name, (low, high) in isp.RANGES.items():
+        neutral = {"exposure": 0, "brightness": 0, "blend": 1}.get(name, 1)
+        most = {"exposure": 0.6, "brightness": 0.04, "blend": 0.5}.get(name, 0.3)  # stops, a share of white; 30 %
+        assert neutral - most <= low < high <= neutral + most, f"{name}: from {low} to {high}"
+        assert low < neutral < high or name == "blend", f"{name}: {neutral} changes nothing"
+    found = [isp.develop_object(torch.zeros(3, 1, 8, 8), torch.ones(1, 1, 8, 8), draws(seed))[1] for seed in range(200)]
+    matrices = torch.tensor([did["matrix"] for did in found])
+    assert (matrices.mean(0) - torch.eye(3)).abs().max() < 0.01 and 0.03 < matrices.std(0).mean() < 0.04
+    for name, (low, high) in isp.RANGES.items():
+        drawn, near = [did[name] for did in found], 0.05 * (high - low)
+        assert min(drawn) < low + near and max(drawn) > high - near, f"{name}: from {min(drawn)} to {max(drawn)}"
 
 
 def test_isp_has_one_draw_for_all_frames_and_refuses_a_small_object(toy):

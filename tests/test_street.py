@@ -1,5 +1,7 @@
 """A rendered car on a real street: it stands on the road and darkens it away from the sun, and changes nothing else."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
@@ -64,6 +66,94 @@ def test_what_may_be_wrong_with_a_naive_car_is_its_light_and_its_shadow():
     car, road = (both.actor == alpha for alpha in (1, 0))
     for pair, wrong, right in ((light, car, road), (shadow, road, car)):
         assert torch.equal(pair.x_ni * right, both.x_gt * right) and torch.equal(pair.x_ni * wrong, both.x_ni * wrong)
+
+
+def angles(light):
+    """Azimuth and elevation of a sun in degrees."""
+    x, y, z = light.to_sun
+    return torch.stack([torch.atan2(x, z), torch.asin(-y)]).rad2deg()
+
+
+def test_a_car_drives_along_a_lane_of_its_street_and_every_draw_fills_its_range():
+    lanes = ((-3.0, 10.0), (4.0, 190.0))                               # metres to the right, degrees
+    what = Street(0.9, 0.45, lanes=lanes, height=1.3, near=8, far=20, sun=(-60.0, 35.0), warmth=0.2)
+    scenes = [street.sample_car(what, 3, draws(seed)) for seed in range(200)]
+    place = torch.stack([scene.bodies[0].pose for scene in scenes])    # [200, 3, 4, 4]
+    position, ahead = place[:, :, :3, 3], place[:, 0, :3, 2]
+    x, y, z = position[:, 0].T
+    lane = (x > 0).long()
+    assert 70 < lane.sum() < 130 and not position[..., 1].any(), "either lane, on the ground"
+    steps = position.diff(dim=1)
+    drift = (steps[:, 0] * ahead).sum(1)
+    along = (drift[:, None] * ahead)[:, None].expand_as(steps)
+    assert torch.allclose(steps, along, atol=1e-5), "steadily where it heads"
+    off_lane = x - torch.tensor([at for at, _ in lanes])[lane]
+    askew = torch.atan2(ahead[:, 0], ahead[:, 2]).rad2deg() - torch.tensor([heading for _, heading in lanes])[lane]
+    width, height, length = torch.stack([scene.bodies[0].size for scene in scenes]).T
+    naive = [scene.naive for scene in scenes]
+    azimuth, elevation = torch.stack([angles(light) for light in naive]).T
+    sun, sky = (torch.stack([getattr(light, name) for light in naive]) for name in ("sun", "sky"))
+    found = {"metres from the lane's middle": (off_lane, -0.5, 0.5), "degrees from its heading": (
+                 (askew + 180) % 360 - 180, -6, 6), "metres ahead": (z, 8, 20), "metres a frame": (drift, -0.12, 0.12),
+             "length": (length, 4.0, 4.9), "width": (width, 1.75, 1.95), "height": (height, 1.45, 1.85),
+             "the wrong sun's azimuth": (azimuth, -180, 180), "its elevation": (elevation, 30, 75),
+             "its strength": (sun[:, 1], 0.2, 1.2), "its tint": (sun[:, 0] / sun[:, 1] - 1, -0.15, 0.15),
+             "the wrong sky's": (sky[:, 1] / 0.95, 0.4, 1.0),
+             "its exposure": (torch.tensor([light.exposure for light in naive]), 0.7, 1.4)}
+    for name, (values, low, high) in found.items():
+        near = 0.04 * (high - low)
+        assert low - 1e-3 <= values.min() < low + near and high - near < values.max() <= high + 1e-3, (
+            f"{name}: from {values.min():.3f} to {values.max():.3f}, wanted {low} to {high}")
+    assert torch.allclose(sun[:, 0] + sun[:, 2], 2 * sun[:, 1], atol=1e-5), "as much less blue as it is redder"
+    for scene in scenes[:20]:
+        corners = torch.cat([part.corners for part in scene.bodies[0].parts])
+        assert torch.allclose((corners.amax(0) - corners.amin(0))[1:], scene.bodies[0].size[1:], atol=0.05)
+        assert angles(scene.light).tolist() == pytest.approx([-60, 35], abs=1e-3), "the street's own sun"
+        assert scene.light.sun[0] - scene.light.sun[2] == pytest.approx(0.4 * float(scene.light.sun[1]))
+        assert scene.c2w[:, :3, 3].tolist() == [[0, pytest.approx(-1.3), 0]] * 3, "a camera at rest above the road"
+    colours = torch.stack([scene.bodies[0].color for scene in scenes])
+    plain = torch.tensor(street.CAR_COLORS)
+    ratio = (colours[:, None] / plain).sub(1)                          # [200, 8, 3] to each of the paints
+    assert colours.max() <= 0.9 and (ratio.abs().amax(-1).amin(-1) < 0.1501).all(), "a paint, 15 % lighter or darker"
+    assert len(set(ratio.abs().amax(-1).argmin(-1).tolist())) == len(plain), "every paint"
+
+
+@pytest.mark.parametrize("white", [(0.6, 0.6, 0.6), (0.8, 0.5, 0.2)])
+def test_in_the_same_light_the_naive_car_is_as_bright_as_the_true_one_but_for_its_own_shadow(white):
+    scene, K = street.sample_car(SUNNY, 1, draws()), street_camera.intrinsics(SUNNY, H, W)
+    scene = replace(scene, naive=scene.light)
+    white = torch.tensor(white)
+    lit, wrong, alpha, _ = street.render_car(scene, K, (H, W), 0, shadow=0.3, white=white)
+    sun, sky, up = scene.light.sun, scene.light.sky, -scene.light.to_sun[1]
+    road = sky + sun * up                                              # what reaches it
+    colour = (white / road) / (white.mean() / road.mean())             # the naive car's exposure has none
+    same_light = wrong * colour.view(3, 1, 1)
+    assert (lit <= same_light + 1e-5).all(), "its own shadow takes light away"
+    equal = (lit - same_light).abs().amax(0)[alpha[0] > 0.99] < 1e-4
+    assert 0.3 < equal.float().mean() < 1, f"{equal.float().mean():.0%} of the car is as bright"
+
+
+def test_a_white_roof_is_as_bright_as_a_white_road(monkeypatch):
+    what = replace(SUNNY, height=4.0)
+    scene, K = street.sample_car(what, 1, draws()), street_camera.intrinsics(what, H, W)
+    monkeypatch.setattr(street, "albedo", lambda body, k, points, seed: torch.ones_like(points.local))
+    white = torch.tensor([0.8, 0.5, 0.2])
+    lit, _, alpha, _ = street.render_car(scene, K, (H, W), 0, shadow=0.3, white=white)
+    roof = ((lit - white.view(3, 1, 1)).abs() < 1e-4).all(0) & (alpha[0] == 1)
+    assert roof.sum() > 40, f"{roof.sum()} of {alpha.sum():.0f} pixels are as bright as {white.tolist()}"
+
+
+def test_the_road_is_bluer_in_a_shadow_under_a_clear_sky_and_not_under_clouds():
+    low_sun = replace(SUNNY, sun=(90.0, 15.0))
+    scene, K = street.sample_car(low_sun, 1, draws()), street_camera.intrinsics(low_sun, H, W)
+    for shadow in (0.3, 0.8):
+        _, _, _, (red, green, blue) = street.render_car(scene, K, (H, W), 0, shadow=shadow, white=torch.ones(3), s=1)
+        far_from_it = (green / shadow - 1).abs() < 0.01                # where the sun alone is hidden
+        assert green.max() == 1 and far_from_it.sum() > 10
+        assert 0.4 * shadow - 1e-6 <= green.min() < 0.7 * shadow, "beneath the car the sky is hidden too"
+        tint = (1 - green) if shadow < 0.7 else torch.zeros_like(green)
+        assert torch.allclose(red, green * (1 - 0.06 * tint), atol=1e-6)
+        assert torch.allclose(blue, green * (1 + 0.08 * tint), atol=1e-6)
 
 
 def test_where_the_sun_is_hidden_the_stated_share_of_light_is_left():
