@@ -9,8 +9,8 @@ Planted in the package, in the scripts at the top and in the experiments. A mist
 (a + b for a - b, a for -a), a scale (a / b for a * b, twice a number), a dropped term (a for a + b), an index (i + 1
 for i), an axis (another dim), a bound (<= for <). The sample is fixed: drawn by a seed from all places in the order of
 the files, so it changes only where they do. Left alone: sums of texts and lists, paths, error messages, what is under
-`__main__`, default values, annotations, flags, pictures (functions named draw_...), the papers' numbers (PAPER), and
-the bare numbers of toy_*.py, which are taste (how long a car is).
+`__main__` or in `demonstrate`, default values, annotations, flags, pictures (functions named draw_...), the papers'
+numbers (PAPER), and the bare numbers of toy_*.py, which are taste (how long a car is).
 
 Each is planted in a temporary copy of the tree, and the test files of its concept run there, the fastest tests first,
 until one fails. That is a fork of a process which has torch, diffusers and pytest loaded, but nothing of this project.
@@ -156,11 +156,11 @@ def places(tree: ast.AST):
 def skipped(node: ast.AST) -> bool:
     """Whether nothing is planted in a statement or an expression."""
     main = isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
-    draws = isinstance(node, ast.FunctionDef) and node.name.startswith("draw_")
+    shows = isinstance(node, ast.FunctionDef) and (node.name.startswith("draw_") or node.name == "demonstrate")
     flag = isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".add_argument")
     known = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PAPER"
     words = isinstance(node, (ast.Raise, ast.JoinedStr, ast.AnnAssign, ast.Import, ast.ImportFrom))
-    return main or draws or flag or known or words
+    return main or shows or flag or known or words
 
 
 def candidates(file: str) -> list[dict]:

@@ -6,7 +6,7 @@ from torch import nn
 
 from mirage_min.data.toy_world import WorldConfig, load_clip, make_clip, save_clip
 from mirage_min.networks import weights
-from mirage_min.training.chunks import Chunks
+from mirage_min.training.chunks import Chunk, Chunks
 
 CONFIG = WorldConfig(14, 16, 24, path="out_and_back", static=True)
 
@@ -55,6 +55,14 @@ def test_chunks_share_a_frame_and_latents_are_numbered_through_the_clip(folder, 
     # of a latent that two chunks have, the earlier one's
     chunk.z[1, :, 0] = 7
     assert (chunk.latent(1) == chunk.z[0, :, 1]).all() and (chunk.latent(2) == chunk.z[1, :, 1]).all()
+
+
+@pytest.mark.parametrize("F", [2, 3, 5])
+def test_the_latents_of_a_clip_are_those_of_its_chunks_in_a_row_without_the_ones_that_come_twice(F):
+    z = torch.stack([torch.arange(F) + 10.0 * chunk for chunk in range(3)]).view(3, 1, F, 1, 1)
+    clip = Chunk("a", 0, z, [])
+    wanted = [*range(F), *range(11, 10 + F), *range(21, 20 + F)]
+    assert [clip.latent(i).item() for i in range(3 * (F - 1) + 1)] == wanted
 
 
 def test_a_chunk_is_a_function_of_its_generator_and_all_are_drawn(folder, tmp_path):

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import http.server
 import threading
+from argparse import Namespace
 
 import pytest
 import torch
@@ -140,6 +141,23 @@ def test_a_folder_without_clips_and_a_file_without_x_are_refused_by_name(tmp_pat
     (tmp_path / "a.safetensors").write_bytes(b"half")
     with pytest.raises(ValueError, match="a.safetensors: truncated or corrupt"):
         RealClips(tmp_path, 5)
+
+
+def test_clips_are_taken_from_a_folder_wherever_they_lie_in_it_and_those_that_are_there_stay(published, tmp_path,
+                                                                                           monkeypatch):
+    (tmp_path / "from" / "below").mkdir(parents=True)
+    for name in ("drive.mp4", "below/other.mp4"):
+        (tmp_path / "from" / name).write_bytes((published / "drive.mp4").read_bytes())
+    monkeypatch.setattr(real_clips, "SOURCES", (source(published, val=(0, 0)), source(published, name="other.mp4")))
+    (tmp_path / "out" / "train").mkdir(parents=True)
+    (tmp_path / "out" / "train" / "other.safetensors").write_bytes(b"there already")
+    real_clips.main(Namespace(folder=tmp_path / "from", out=tmp_path / "out"))
+    found = {path.relative_to(tmp_path / "out").as_posix(): path for path in tmp_path.glob("out/*/*")}
+    assert found.keys() == {"train/drive.safetensors", "train/other.safetensors", "val/other.safetensors"}
+    assert found["train/other.safetensors"].read_bytes() == b"there already"
+    whole = to_bytes(read_clip(published / "drive.mp4"))
+    assert torch.equal(weights.load_tensors(found["train/drive.safetensors"])[0]["x"], whole[:, :7])
+    assert torch.equal(weights.load_tensors(found["val/other.safetensors"])[0]["x"], whole[:, 9:12])
 
 
 def test_the_command_lists_its_clips_and_names_one_that_a_folder_lacks(tmp_path):

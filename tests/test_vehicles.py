@@ -85,6 +85,34 @@ def test_a_piece_holds_a_vehicle_in_all_its_frames_and_isp_changes_it_alone(clip
         vehicles.shoot_vehicle(clip, found, (48, 96), 6, torch.Generator())
 
 
+@pytest.mark.parametrize("first, last", [(0, 2), (1, 4), (3, 5)])
+def test_a_piece_is_of_the_frames_in_which_its_vehicle_is_in_view(tmp_path, first, last):
+    """A clip whose values say where and when they are: red the column, green the row, blue the frame."""
+    t, y, x = torch.meshgrid(torch.arange(6), torch.arange(80), torch.arange(160), indexing="ij")
+    path = tmp_path / "a.safetensors"
+    weights.save_tensors(path, {"x": torch.stack([x, y, 40 * t]).byte()})
+    corners = {t: rectangle(40 + 3 * t, 30 + 2 * t, 80 + 3 * t, 60 + 2 * t) for t in range(first, last + 1)}
+    seen, starts, scales = known([Sight(t, 9.0, c) for t, c in corners.items()]), set(), []
+    for seed in range(24):
+        shot = vehicles.shoot_vehicle(path, seen, (48, 96), 3, torch.Generator().manual_seed(seed))
+        value = (shot.x + 1) * 127.5
+        times = value[2].mean(dim=(1, 2)) / 40
+        start = round(float(times[0]))
+        assert (times - torch.arange(start, start + 3)).abs().max() < 0.02, "frames in a row"
+        starts.add(start)
+        for k in range(3):                                             # the corners are where the clip shows them
+            left, top = shot.corners[k].amin(0)
+            across, down = value[0, k, 20, 30:41:10], value[1, k, 20:31:10, 30]
+            step = (across[1] - across[0]) / 10, (down[1] - down[0]) / 10
+            column = across[0] + 0.5 + (left - 30.5) * step[0]
+            row = down[0] + 0.5 + (top - 20.5) * step[1]
+            wanted = corners[start + k].amin(0)
+            assert abs(column - wanted[0]) < 0.5 and abs(row - wanted[1]) < 0.5, f"{wanted}, got {column}, {row}"
+        scales.append(float(step[0]))
+    assert starts == set(range(first, last - 1))
+    assert 0.999 < min(scales) < 1.1 and 1.5 < max(scales) < 1.7, "from the clip's own pixels to its whole frame"
+
+
 def test_a_vehicle_that_is_hidden_or_fills_the_piece_is_refused(clip):
     front = [Sight(t, 5.0, rectangle(30, 20, 75, 70)) for t in range(6)]
     mine = [Sight(t, 9.0, rectangle(40, 30, 80, 60)) for t in range(6)]

@@ -91,7 +91,7 @@ def value(kind, given: Any, file, field: str, integers: Within = INT64) -> Any:
     wanted = kind
     limit = INT64 if kind is int else Within()
     if get_origin(kind) is Annotated:
-        kind, limit = get_args(kind)[:2]
+        kind, limit = get_args(kind)
     origin, args = get_origin(kind), get_args(kind)
     if kind is Any:
         return given
