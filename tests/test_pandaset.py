@@ -79,7 +79,7 @@ def test_yaw_turns_to_the_left_and_what_is_not_in_front_is_not_visible(tmp_path)
     (lambda f: (f / "annotations" / "cuboids.json").unlink(), "cuboids.json: no such file"),
     (lambda f: (f / "annotations" / "cuboids.json").write_text('{"fields": ["x"], "frames": [[]]}'), "is missing"),
     (lambda f: (f / "annotations" / "cuboids.json").write_text(json.dumps({"fields": FIELDS, "frames": [[CAR]]})),
-     "2 frames, but 2 poses and 1 frames of cuboids"),
+     "cuboids.json: frames: wanted 2, as many as the camera has, got 1"),
     (lambda f: (f / "annotations" / "cuboids.json").write_text(json.dumps(
         {"fields": FIELDS, "frames": [[[*CAR[:6], -1.9, *CAR[7:]]]] * 2})), r"frames\[0\]\[0\].width: wanted"),
     (lambda f: (f / "camera/front_camera/poses.json").write_text("[]"), "poses: wanted a list"),

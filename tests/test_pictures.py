@@ -74,8 +74,8 @@ def test_more_than_eight_bits_are_scaled_and_not_clipped(tmp_path, name, mode):
     assert_close(read(tmp_path)[0], [np.stack([ramp * 255] * 3, axis=-1)], 1)
 
 
-@pytest.mark.parametrize("suffix", [".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"])
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("suffix", [".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".avif"])
+@pytest.mark.parametrize("kind", [kind for kind in ("JPEG", "PNG", "WEBP", "AVIF") if kind in FORMATS])
 def test_a_picture_is_what_it_holds_and_not_what_it_is_called(tmp_path, suffix, kind):
     Image.fromarray(picture(3)).save(tmp_path / f"0{suffix}", kind, quality=100)
     assert_close(read(tmp_path)[0], [picture(3)], 6)

@@ -183,3 +183,6 @@ def test_pandasets_boxes_become_a_file_next_to_the_clip(clip, tmp_path):
     assert [v.id for v in found.vehicles] == [5] and [s.frame for s in found.vehicles[0].frames] == [0, 1]
     assert (found.width, found.height) == (1920, 1080) and found.vehicles[0].frames[0].depth == 10.0
     torch.testing.assert_close(found.vehicles[0].frames[0].corners, SEEN, rtol=0, atol=0.051)
+    (camera / "poses.json").write_text(json.dumps([AHEAD]))
+    with pytest.raises(ValueError, match="cuboids.json: frames: wanted 1, as many as the camera has, got 2"):
+        vehicles.from_pandaset(tmp_path, "front_camera")

@@ -21,12 +21,16 @@ ACROSS = CELL * DEPTH / FOCAL           # the way to the side that moves the wal
 class Cells(nn.Module):
     """A VAE without loss: a latent is frame 4f, with a cell's pixels as channels; every frame it codes is that one."""
 
+    def __init__(self, cell=CELL):
+        super().__init__()
+        self.cell = cell
+
     def encode(self, x):
         x = nnf.pad(x, (0, 0, 0, 0, 0, -(x.shape[2] - 1) % 4), mode="replicate")
-        return rearrange(x[:, :, ::4], "b c f (h p) (w q) -> b (c p q) f h w", p=CELL, q=CELL)
+        return rearrange(x[:, :, ::4], "b c f (h p) (w q) -> b (c p q) f h w", p=self.cell, q=self.cell)
 
     def decode(self, z):
-        x = rearrange(z, "b (c p q) f h w -> b c f (h p) (w q)", p=CELL, q=CELL)
+        x = rearrange(z, "b (c p q) f h w -> b c f (h p) (w q)", p=self.cell, q=self.cell)
         return x.repeat_interleave(4, dim=2)[:, :, 3:]
 
 
@@ -148,6 +152,16 @@ def test_the_state_says_how_many_cells_of_the_new_latents_the_memory_showed():
     assert state.seen == pytest.approx(5 / 8)
     away, _ = model.step(state, [camera(100)] * 8, wall, Generator().manual_seed(1))
     assert away.seen == 0
+
+
+def test_cells_that_only_padding_has_do_not_count_as_unseen():
+    """24 rows are padded to 32, so the last of four rows of cells of 8 pixels is padding. Else as in the test above."""
+    model, rows = world(), 24
+    model.vae, model.dit.config = Cells(8), SimpleNamespace(in_channels=3 * 8**2)
+    frame, way = picture(rows), [camera(step / 4, rows) for step in range(9)]
+    state = model.start(frame, wall(frame[:, None], way[:1]), way[0])
+    state, _ = model.step(state, way[1:], wall, Generator().manual_seed(1))
+    assert state.seen == pytest.approx(5 / 8)
 
 
 def test_without_the_mask_the_branch_is_told_that_all_is_shown_and_the_state_says_what_is():

@@ -160,16 +160,15 @@ def read_cameras(folder: Path, width: int, height: int) -> list[Camera]:
     return cameras
 
 
-def read_cuboids(path: Path) -> list[list[Cuboid]]:
-    """cuboids.json -> the boxes of every frame; ValueError naming the file and the field."""
+def read_cuboids(path: Path, frames: int) -> list[list[Cuboid]]:
+    """cuboids.json -> the boxes of every frame; ValueError naming the file and the field, or for other than so many."""
     table = checked.record(Cuboids, read_json(path), path)
     if missing := set(FIELDS) - set(table.fields):
         raise ValueError(f"{path}: fields: wanted {', '.join(FIELDS)}; {', '.join(sorted(missing))} is missing")
-    frames = []
-    for t, rows in enumerate(table.frames):
-        frames.append([checked.record(Cuboid, dict(zip(table.fields, row)), path, f"frames[{t}][{n}]")
-                       for n, row in enumerate(rows)])
-    return frames
+    if len(table.frames) != frames:
+        raise ValueError(f"{path}: frames: wanted {frames}, as many as the camera has, got {len(table.frames)}")
+    return [[checked.record(Cuboid, dict(zip(table.fields, row)), path, f"frames[{t}][{n}]")
+             for n, row in enumerate(rows)] for t, rows in enumerate(table.frames)]
 
 
 def tracks_of(frames: list[list[Cuboid]], cameras: list[Camera]) -> dict:
@@ -200,9 +199,9 @@ def write_scene(sequence: Path, out: Path, camera: str) -> tuple[int, int]:
         width, height = video.format.width, video.format.height
         count = sum(1 for _ in video)
     cameras = read_cameras(folder, width, height)
-    frames = read_cuboids(sequence / "annotations" / "cuboids.json")
-    if not count == len(cameras) == len(frames):
-        raise ValueError(f"{film}: {count} frames, but {len(cameras)} poses and {len(frames)} frames of cuboids")
+    if count != len(cameras):
+        raise ValueError(f"{film}: {count} frames, but {len(cameras)} poses")
+    frames = read_cuboids(sequence / "annotations" / "cuboids.json", len(cameras))
     out.mkdir(parents=True, exist_ok=True)
     names = [f"images/{t:06d}.jpg" for t in range(count)]
     if film.is_dir():

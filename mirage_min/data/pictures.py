@@ -18,7 +18,7 @@ from .colour import BT709, UNKNOWN, Turn, over_black, rgb, turn_of_angle
 from .containers import gif_images, png_images, webp_images
 from .demux import open_file
 
-IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}  # what a folder's frames end in
+IMAGES = {".avif", ".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}  # what a folder's frames end in
 VIDEOS = {".3g2", ".3gp", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".gif", ".h264", ".h265", ".hevc", ".ivf",
           ".m2ts", ".m2v", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpe", ".mpeg", ".mpg", ".mts", ".mxf",
           ".nut", ".obu", ".ogm", ".ogv", ".safetensors", ".ts", ".vob", ".webm", ".wmv", ".y4m"}  # its videos

@@ -190,9 +190,12 @@ def turn(a: list[float], b: list[float], c: list[float]) -> float:
 # ---- PandaSet --------------------------------------------------------------------------------------------------------
 
 def from_pandaset(sequence: Path, camera: str) -> dict:
-    """The content of NAME.vehicles.json for one of PandaSet's cameras ("front_camera", …)."""
+    """The content of NAME.vehicles.json for one of PandaSet's cameras ("front_camera", …).
+
+    ValueError if the sequence has cuboids of more frames than the camera has, or of fewer.
+    """
     cameras = read_cameras(sequence / "camera" / camera, *SIZE)
-    frames = read_cuboids(sequence / "annotations" / "cuboids.json")
+    frames = read_cuboids(sequence / "annotations" / "cuboids.json", len(cameras))
     found = {}
     for t, (cuboids, view) in enumerate(zip(frames, cameras)):
         for cuboid in cuboids:

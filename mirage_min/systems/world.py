@@ -141,7 +141,9 @@ class World(nn.Module):
             seen_by = [cameras[i] for i in at]
             memory = self.update(memory, x, new, observe(frames[0, :, at], seen_by), seen_by)
         keep = self.kept(x.shape[2])
-        seen = control[:, :-1, given.shape[2] :].any(dim=1).double().mean()
+        cell = state.past.shape[3] // given.shape[3]
+        h, w = -(-H // cell), -(-W // cell)  # without those that only padding has
+        seen = control[:, :-1, given.shape[2] :, :h, :w].any(dim=1).double().mean()
         return State(memory, x[:, :, -keep:], cameras[-keep:], float(seen)), frames[:, :, known:]
 
     def generate(self, frame: Tensor, geometry: Geometry, cameras: list[Camera], observe: Observe,
