@@ -54,6 +54,23 @@ def test_both_sides_of_a_pair_are_seen_real_clips_by_their_share_and_alone_where
     assert 30 <= seen["street", 200] <= 70, f"{seen['street', 200]} of 200, wanted a quarter"
 
 
+def test_crops_of_a_pair_lie_anywhere_in_it(tmp_path, monkeypatch):
+    """A clip whose values say where and when they are: red the column, green the row, blue the frame."""
+    monkeypatch.setattr(photometric, "KINDS", {"as it is": 1.0})
+    t, y, x = torch.meshgrid(torch.arange(9), torch.arange(24), torch.arange(48), indexing="ij")
+    clip = torch.stack([x, y, t]).byte()
+    weights.save_tensors(tmp_path / "a.safetensors", {"x_ni": clip, "x_gt": clip.clone()})
+    crops, firsts = Crops(Pairs(tmp_path, 9), None, 0.0, "3x16x40"), []
+    for seed in range(120):
+        crop, _ = crops.crop((3, 16, 40), draws(seed))
+        left, top, first = ((crop[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
+        wanted = clip[:, first : first + 3, top : top + 16, left : left + 40]
+        assert torch.equal(((crop + 1) * 127.5).round().byte(), wanted)
+        firsts.append((first, top, left))
+    for drawn, last in zip(zip(*firsts), (6, 8, 8)):
+        assert set(drawn) == set(range(last + 1))
+
+
 def test_sizes_are_drawn_alike_and_make_batches_of_as_many_pixels(crops):
     drawn = Counter(crops.draw_size(draws(seed)) for seed in range(200))
     assert drawn.keys() == {(9, 16, 16), (1, 64, 96)} and min(drawn.values()) > 70

@@ -46,6 +46,7 @@ def test_the_misfit_is_that_of_each_pixel_through_both_cameras(factor):
     a, b = scene()[:2]
     a.dynamic = torch.zeros(H, W, dtype=torch.bool)
     a.dynamic[20:, :30] = True
+    b.depth[12:16] = 0                                                 # unknown there
     depth, colour, share = by_loops(a, b, factor)
     assert share > scene_fit.OVERLAP
     assert misfit_of_pair(a, b, factor) == pytest.approx((depth, colour), rel=1e-5)

@@ -181,6 +181,8 @@ def test_points_are_put_where_their_pixels_are(toy):
     u, v = pixels.floor().long().T
     assert len(g) == 50 and (pixels - pixels.floor() - 0.5).abs().max() < 1e-2, "in the middles of pixels"
     assert torch.allclose(z, clip.depth[0, 1, v, u].clamp(max=reconstruct.FAR), rtol=1e-4)
+    width = g.log_scales.exp() * K[0, 0] / z[:, None]                  # of each in pixels: half of their distance
+    assert torch.allclose(width, torch.full_like(width, 0.5 * (H * W / 50) ** 0.5), rtol=1e-3)
     colour = (0.5 + reconstruct.C0 * g.sh[:, 0]).T * 2 - 1
     assert torch.allclose(colour, clip.x_gt[:, 1, v, u], atol=1e-5)
 

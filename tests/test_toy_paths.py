@@ -95,10 +95,11 @@ def test_the_free_way_ends_three_metres_before_what_is_in_the_lane():
 
 
 def test_a_drive_out_is_shortened_to_the_free_way_and_a_single_frame_stays():
-    path = torch.eye(4).repeat(9, 1, 1)
-    path[:, 2, 3] = torch.arange(9.0)
-    assert toy_paths.out_and_back(path, 100.0)[:, 2, 3].tolist() == [0, 1, 2, 3, 4, 3, 2, 1, 0]
-    assert toy_paths.out_and_back(path, 2.0)[:, 2, 3].tolist() == [0, 0.5, 1, 1.5, 2, 1.5, 1, 0.5, 0]
+    path, start = torch.eye(4).repeat(9, 1, 1), torch.tensor([3.0, -2.0, 5.0])
+    path[:, :3, 3] = start + torch.arange(9.0)[:, None] * torch.tensor([0.6, 0.0, 0.8])  # a metre a frame
+    for way, wanted in ((100.0, [0, 1, 2, 3, 4, 3, 2, 1, 0]), (2.0, [0, 0.5, 1, 1.5, 2, 1.5, 1, 0.5, 0])):
+        gone = toy_paths.out_and_back(path, way)[:, :3, 3] - start
+        assert torch.allclose(gone, torch.tensor(wanted)[:, None] * torch.tensor([0.6, 0.0, 0.8]), atol=1e-5), gone
     assert torch.equal(toy_paths.out_and_back(path[:1], 2.0), path[:1])
     assert torch.equal(toy_paths.loop(path[:1], 2.0), path[:1])
     assert torch.equal(toy_paths.along("drive", path, []), path)
