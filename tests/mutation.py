@@ -71,7 +71,7 @@ TESTS = {  # {file or folder: its tests}, a file's where they are not tests/test
     "experiments/harmonizer_streams.py": "harmonizer_experiments",
     "experiments/harmonizer_temporal.py": "harmonizer_experiments",
     "experiments/world_memories.py": "world_study", "experiments/world_report.py": "world_study",
-    "experiments/published.py": "experiments speed_gpu",
+    "experiments/speed_r3d2.py": "speed",
     "experiments/chopgrad_locality.py": "locality",
     "experiments/chopgrad_memory.py": "locality chopgrad", "experiments/walkthrough_figures.py": "locality",
     "experiments/walkthrough_notebook.py": "walkthrough",

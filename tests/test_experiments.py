@@ -4,7 +4,6 @@ import argparse
 import ast
 import importlib
 import json
-import signal
 import sys
 from pathlib import Path
 
@@ -12,12 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments import common, measuring, published, real_pairs, speed, speed_r3d2, streaming, training_cost
+from experiments import common, measuring, real_pairs, streaming, tables
 from mirage_min.data.video import read_clip
-from mirage_min.method.schedules import WAN
-from mirage_min.systems.mirage import Mirage
-from mirage_min.systems.restore import Restorer
-from mirage_min.systems.restore_folder import Settings
 from tests import scripts, small
 
 ROOT = Path(__file__).parents[1]
@@ -97,13 +92,6 @@ def test_a_stopwatch_adds_up_the_calls_of_a_method_and_leaves_it_as_it_was(monke
     assert Engine.__dict__["run"] is before
 
 
-def test_operations_of_a_product_are_two_for_each_multiplication_and_the_fastest_turn_counts(monkeypatch):
-    assert speed.operations(lambda: torch.rand(3, 5) @ torch.rand(5, 7)) == 2 * 3 * 5 * 7
-    clock = iter([0.0, 3.0, 10.0, 11.0, 20.0, 22.0])
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))
-    assert speed.fastest(lambda: None, 3) == 1.0
-
-
 def test_the_noise_clip_is_blocks_of_four_pixels_and_changes_in_every_frame(tmp_path):
     x = read_clip(measuring.noise_clip(tmp_path / "a.mp4", 3, 18, 24))
     assert x.shape == (3, 3, 18, 24)
@@ -130,24 +118,6 @@ def test_memory_is_what_a_call_takes_above_what_there_was():
         torch.ones(2**23)  # 32 MiB
     seconds, taken = measuring.timed(call)
     assert seconds > 0 and 30 * 2**20 < taken < 64 * 2**20, f"{taken / 2**20:.1f} MiB, wanted about 32"
-
-
-@pytest.fixture
-def signals():
-    """infer.py handles signals: afterwards they are as they were."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def test_the_stages_of_infer_add_up_to_its_time_without_loading(signals, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    before = Mirage.__dict__["from_pretrained"]
-    spent = speed.seconds_of_infer(9, 32, 32)
-    assert list(spent) == [*measuring.STAGES, "reading, writing, the rest"]
-    assert all(seconds > 0 for seconds in spent.values()), spent
-    assert Mirage.__dict__["from_pretrained"] is before
 
 
 # ---- streaming -------------------------------------------------------------------------------------------------------
@@ -215,58 +185,7 @@ def test_real_pairs_are_copied_under_the_names_that_evaluate_wants(tmp_path):
     assert sorted(path.name for path in (work / "ni").iterdir()) == ["a.mp4", "b.mp4"]
 
 
-def small_restorer(stage):
-    """A recipe of training_cost's for a small Wan as a restorer, in bfloat16."""
-    def make(device):
-        world = small.world()
-        parts = world.vae, world.dit, torch.ones(1, 2, 8), WAN, Settings("artifacts")
-        return Restorer(*parts).requires_grad_(False).to(device, torch.bfloat16)
-    return training_cost.Recipe("small", make, stage, (9, 32, 32), 10, tiles=2)
-
-
-def test_a_restorers_memory_is_divided_among_processes_but_for_what_is_not_its_transformers(monkeypatch):
-    monkeypatch.setattr(training_cost, "vgg16", lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU()))
-    monkeypatch.setattr(training_cost, "TAPS", {"vgg": {"relu1_1": 1}})
-    recipe = small_restorer("R")
-    one, eight = (training_cost.restorer_memory(recipe, n) for n in (1, 8))
-    weights = 4 * sum(p.numel() for p in recipe.make("cpu").dit.parameters())
-    assert one["moments"] == 2 * weights and eight["moments"] == pytest.approx(2 * weights / 8, rel=0.01)
-    assert one["parameters"] - eight["parameters"] == pytest.approx(weights * 7 / 8, rel=0.01)
-    assert one["backward"] == eight["backward"] > 0 and one["passing"] >= eight["passing"] > 0
-
-
-def test_the_operations_of_a_training_step_are_those_of_the_same_step_on_data(monkeypatch):
-    """On the meta device and on a CPU, whose attention is another; and stage H takes more than stage A."""
-    monkeypatch.setattr(training_cost, "vgg16", lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU()))
-    monkeypatch.setattr(training_cost, "TAPS", {"vgg": {"relu1_1": 1}})
-
-    counts = {}
-    for stage in "AH":
-        recipe = training_cost.Recipe("small", lambda device: small.mirage().to(device), stage, (9, 16, 24), 10)
-        counts[stage], on_cpu = (training_cost.operations(recipe, device) for device in ("meta", "cpu"))
-        assert counts[stage] == pytest.approx(on_cpu, rel=1e-3), f"stage {stage}: {counts[stage]} and {on_cpu}"
-    assert counts["H"] > counts["A"] > 0
-    restorer = small_restorer("R")
-    on_meta, on_cpu = (training_cost.operations(restorer, device) for device in ("meta", "cpu"))
-    assert on_meta == pytest.approx(on_cpu, rel=1e-3) and on_meta > 0
-    assert training_cost.gpu_hours(263e12, 80_000) == pytest.approx(14.8, abs=0.05)
-
-
-def test_r3d2s_operations_at_the_published_size_are_counted_part_by_part():
-    """Skips and attention's products by hand: 2 · C_in · C_out a pixel, 4 · tokens · keys · width a layer."""
-    system = published.r3d2("R3D2", "meta")
-    parts = {name: n / 1e12 for name, n in speed_r3d2.count_parts(system, 1080, 1920).items()}
-    assert parts["UNet"] == pytest.approx(13.07, abs=0.01) and parts["encoder"] == pytest.approx(0.97, abs=0.01)
-    assert parts["skips"] == pytest.approx(2 * 64 * 64 * 1080 * 1920 * (1 + 1 / 4 + 1 / 16) / 1e12, rel=1e-6)
-    products, sizes = 0, [(135, 240, 320, 5), (68, 120, 640, 5), (34, 60, 1280, 5), (17, 30, 1280, 1)]
-    for h, w, width, layers in sizes:  # to itself, and to the 77 tokens of the text
-        products += layers * 4 * (h * w) * (h * w + 77) * width
-    assert parts["of it attention's products"] == pytest.approx(products / 1e12, rel=1e-3)
-    assert parts["all"] == pytest.approx(parts["encoder"] + parts["UNet"] + parts["skips"] + parts["decoder"], rel=1e-6)
-
-
 def test_flags_can_be_changed_without_touching_the_others():
-    from experiments import tables
     args = argparse.Namespace(steps=3, clips=4)
     changed = tables.with_settings(args, clips=1)
     assert (changed.steps, changed.clips, args.clips) == (3, 1, 4)

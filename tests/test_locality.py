@@ -142,6 +142,14 @@ def test_tiles_are_measured_against_the_whole_frame(vae):
     assert row["z_relative"] > 0.01 and row["z_cosine"] < 0.9999
 
 
+def test_tiles_are_compared_on_the_first_three_groups_alone(vae):
+    torch.manual_seed(0)
+    z, x_gt = torch.randn(1, 16, 9, 1, 2), torch.rand(1, 3, 33, 8, 16)  # four groups; the third ends with latent 7
+    found, wanted = (locality.tiling(vae, *clip, (1, 2)) for clip in ((z, x_gt), (z[:, :, :7], x_gt[:, :, :25])))
+    for row, same in zip(found, wanted, strict=True):
+        assert row == pytest.approx(same, rel=1e-4)
+
+
 def test_made_up_clips_are_held_out_and_as_long_as_the_vae_takes_them(vae):
     clips = locality.made_up_clips(vae, 2, 4, 32, 48)
     assert [list(x.shape) for x in clips] == [[1, 3, 9, 32, 48]] * 2 and not torch.equal(*clips)
