@@ -43,7 +43,7 @@ class RgbCloud(World):
     def control(self, memory, cameras, like):
         h, w = like.shape[-2:]
         n = pixel_frame(self.settings.latents - 1) + 1
-        cameras = cameras[:n] + cameras[-1:] * (n - len(cameras))
+        cameras = cameras + cameras[-1:] * (n - len(cameras))          # where there are fewer, the last one stays
         x, seen = map(torch.stack, zip(*(render(memory, padded(camera)) for camera in cameras)))
         z = self.vae.encode(x.movedim(0, 1)[None])[0]                  # [C, F, h, w]
         mask = torch.stack([known_cells(image, h, w) for image in seen[::4]], dim=1)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -88,6 +89,34 @@ def test_the_cloud_shows_a_remembered_frame_as_it_was_and_is_encoded_whole(scene
     assert mask.shape == (1, 3, 2, 3) and mask[0, 0, 1].all(), "the road"
 
 
+def test_the_cloud_is_rendered_for_each_frame_of_a_chunk_and_at_its_end_the_last_camera_stays(scene):
+    clip, path = scene
+    cloud, like = as_kind(RgbCloud, test_world.world()), torch.zeros(1, 768, 1, 2, 3)
+    x = pad(clip.x_gt[None, :, [0]])
+    memory = cloud.update(cloud.blank(x), x, [0], Known(clip, path)(x[0], path[:1]), path[:1])
+    for cameras in (path[:9], path[:6], path[3:5]):
+        found = cloud.control(memory, cameras, like)
+        shown = [cameras[min(t, len(cameras) - 1)] for t in (0, 4, 8)]  # the frames that the VAE codes here
+        wanted = torch.stack([cell_image(world_memories.render(memory, camera)[0]) for camera in shown], dim=1)
+        assert found.shape == (1, 769, 3, 2, 3) and torch.equal(found[0, :768], wanted)
+
+
+def test_a_cell_is_known_if_half_of_its_pixels_are():
+    seen = torch.zeros(1, 32, 48)
+    seen[0, :16, :8], seen[0, :15, 16:24], seen[0, 16:, 32:] = 1, 1, 1  # a half, less than half, all of three cells
+    assert world_memories.known_cells(seen, 2, 3).tolist() == [[[1, 0, 0], [0, 0, 1]]]
+
+
+def test_true_latents_are_those_of_the_chunks_own_frames_and_the_last_stays(scene):
+    clip, path = scene
+    world = as_kind(TrueLatents, test_world.world())
+    world.clip, world.path = clip.x_gt, path
+    for cameras, frames in ((path[:9], (0, 4, 8)), (path[3:5], (3, 7, 11)), (path[12:], (12, 16, 16))):
+        z, mask = world.control(None, cameras, None)[0].split([768, 1])
+        assert torch.equal(z, torch.stack([cell_image(clip.x_gt[:, t]) for t in frames], dim=1))
+        assert mask.shape == (1, 3, 2, 3) and (mask == 1).all()
+
+
 def test_gaps_of_the_cloud_are_closed_by_larger_points():
     """A wall seen from a third of the way: every third pixel has a point, and all are shown."""
     cloud, near = as_kind(RgbCloud, test_world.world()), test_world.camera(0)
@@ -142,6 +171,9 @@ def test_the_release_puts_a_cell_at_its_corner_and_averages_its_depth_over_the_m
     corners = [[j, i] for i in range(2) for j in range(4)]
     assert torch.allclose(q[:, :2] / q[:, 2:], torch.tensor(corners).float(), atol=1e-5)
     assert q[0, 2] == 5 and q[1, 2] == 4 and q[5, 2] == 3, "means of four pixels, sky being 0"
+    depth[16:, 48:] = torch.inf
+    memory = world_memories.release_add(Memory.empty(1), torch.arange(8.0).view(1, 2, 4), depth, camera)
+    assert memory.features[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6], "a cell of sky is no point"
 
 
 def test_the_releases_loop_reads_by_its_own_rules_in_order_or_not(scene):
@@ -173,6 +205,54 @@ def test_depth_is_wrong_by_as_much_as_is_said_the_same_at_each_call_and_smoothly
     assert not torch.equal(found, Known(clip, path, noise=0.05, seed=1)(clip.x_gt, path[14:16]).depth)
     assert exact(clip.x_gt, path[:1]).dynamic.shape == (1, *SIZE)
     assert Known(clip, path, moving=False)(clip.x_gt, path[:1]).dynamic is None
+
+
+def test_the_error_of_depth_is_relative_has_its_deviation_and_is_another_in_every_frame():
+    known = Known(None, [], noise=0.2, seed=2)
+    ones = torch.ones(32, 48)
+    errors = [known.wrong(ones, t) - 1 for t in (0, 1)]
+    assert all(error.std().item() == pytest.approx(0.2, abs=1e-5) for error in errors)
+    assert torch.allclose(known.wrong(7 * ones, 1), 7 * (1 + errors[1])) and not torch.equal(*errors)
+    coarse = errors[0].view(4, 8, 6, 8).mean(dim=(1, 3))  # a fourth of the frame's height, a sixth of its width
+    assert coarse.std() > 0.7 * 0.2, "smooth: averages over such a piece keep most of it"
+
+
+def test_what_moves_is_left_out_frame_by_frame_and_what_rests_is_not():
+    moving = torch.zeros(1, 3, 4, 6)
+    moving[0, 1, 2, 3], moving[0, 2, 0, 0] = 0.25, 1
+    clip = SimpleNamespace(depth=torch.arange(3.0).view(1, 3, 1, 1).expand(1, 3, 4, 6), moving=moving)
+    path = [object(), object(), object()]
+    found = Known(clip, path)(None, [path[2], path[1]])
+    assert torch.equal(found.dynamic, moving[0, [2, 1]] > 0) and found.depth[:, 0, 0].tolist() == [2, 1]
+
+
+def test_a_readout_is_judged_where_both_memories_show_something():
+    """Frame 1 is frame 0 and a tenth more, seen by the same camera; nothing is known of the two cells on the right."""
+    frame = torch.rand(3, *SIZE, generator=Generator().manual_seed(0)) - 0.5
+    depth = torch.full((1, 2, *SIZE), 4.0)
+    depth[..., 32:] = torch.inf
+    clip = SimpleNamespace(x_gt=torch.stack([frame, frame + 0.1], dim=1), depth=depth, moving=torch.zeros(1, 2, *SIZE))
+    path = [test_world.camera(0, *SIZE), test_world.camera(0, *SIZE)]
+    world = test_world.world()
+    found = world_study.read_at(world, as_kind(RgbCloud, world), clip, path, 1)
+    error = 0.01 / cell_image(frame).var().item()
+    wanted = {"cells, latent": 2 / 3, "cells, RGB": 2 / 3, "latent": error, "RGB": error, "no warp": error,
+              "PSNR latent": 10 * math.log10(4 / 0.01), "PSNR RGB": 10 * math.log10(4 / 0.01)}
+    assert {key: found[key] for key in wanted} == pytest.approx(wanted, rel=1e-3) and found["PSNR true"] > 100
+
+
+def test_a_path_is_whole_chunks_out_and_as_many_back(monkeypatch):
+    def from_pretrained(folder, **given):
+        assert given == {"dtype": torch.float32, "shared": 1, "steps": 5}
+        return SimpleNamespace(settings=SimpleNamespace(latents=3))  # nine frames a chunk, of which one is known
+    monkeypatch.setattr(world_study.World, "from_pretrained", from_pretrained)
+    for frames in range(8, 50):
+        args = argparse.Namespace(frames=frames, steps=5)
+        if frames in (17, 33, 49):
+            world_study.read_world("x", args)
+        else:
+            with pytest.raises(ValueError, match=r"--frames: wanted 1 \+ a multiple of 16"):
+                world_study.read_world("x", args)
 
 
 def test_what_frame_0_did_not_show_counts_in_the_whole_and_not_in_what_was_seen():
