@@ -90,6 +90,16 @@ def test_the_light_it_is_taken_to_have_changes_nothing_and_exposure_all_of_it(cl
     assert torch.allclose(ratio, torch.tensor(0.7), atol=1e-4)
 
 
+def test_the_vehicles_edge_is_as_wide_as_two_pixels_are_on_576_rows():
+    x, mask = torch.zeros(3, 1, 288, 40), torch.zeros(1, 1, 288, 40)
+    mask[..., 20:] = 1
+    up = torch.tensor([0.0, -1.0, 0.0]).view(3, 1, 1, 1).expand(3, 1, 288, 40)
+    half_as_bright = box_light.relight(x, mask, up, light((0.0, -1, 0), (0.0, 0, 0), exposure=0.5))
+    share = 2 * (1 - (half_as_bright[0, 0, 144] + 1) ** 2.2)
+    wanted = 0.5 * (1 + torch.erf((torch.arange(40) - 19.5) / 2**0.5))  # a step blurred by one pixel
+    assert (share - wanted).abs().max() < 0.03, f"largest difference {(share - wanted).abs().max():.3f}"
+
+
 def test_a_sun_lights_the_sides_that_it_sees_by_its_own_colour(clip):
     x, mask, normals = clip
     y = box_light.relight(x, mask, normals, light((-1.0, 0, 0), (1.0, 0.5, 0.0)))

@@ -1,6 +1,7 @@
 """The five streams: each changes what it is named for and nothing else, for all frames alike, and says what it did."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -68,6 +69,50 @@ def test_in_made_up_scenes_the_sun_of_shadows_stands_anywhere_and_on_a_street_wh
     assert {sun["exposure"] for sun in suns} == {1}, "by a camera that does not change"
     here = streams.shadows(on_street(road), draws(5)).did
     assert (here["azimuth"], here["elevation"]) == pytest.approx((90, 40), abs=1e-3)
+
+
+def test_a_shadow_is_that_of_a_strong_sun_under_a_darker_sky_than_another_light_has(toy):
+    light = streams.another_light(draws(3))
+    clear = replace(light, sun=1.5 * light.sun, sky=0.6 * light.sky, exposure=1.0)
+    wanted = replace(toy, scene=replace(toy.scene, light=clear)).pair(relit=False, shadowed=False)
+    found = streams.shadows(toy, draws(3))
+    assert torch.equal(found.clean, wanted.clean) and torch.equal(found.degraded, wanted.degraded)
+
+
+def fills(values, low, high, share=0.05) -> bool:
+    """Whether values lie between low and high and come near to both, to a share of what is between."""
+    near = share * (high - low)
+    return low - 1e-4 <= min(values) < low + near and high - near < max(values) <= high + 1e-4
+
+
+def test_another_light_comes_from_anywhere_but_behind_and_fills_its_ranges():
+    lights = [streams.another_light(draws(seed)) for seed in range(300)]
+    where = [streams.angles(light) for light in lights]
+    sun, sky = (torch.stack([getattr(light, name) for light in lights]) for name in ("sun", "sky"))
+    strength = sun[:, 1] / 0.96
+    assert fills([at["elevation"] for at in where], 20, 70)
+    assert fills([at["azimuth"] for at in where], -math.degrees(math.acos(-0.75)), math.degrees(math.acos(-0.75)))
+    assert fills([at["exposure"] for at in where], 0.7, 1.35) and fills(strength.tolist(), 0.3, 1.8)
+    assert fills((sky[:, 1] / 0.92).tolist(), 0.4, 1.1) and fills((sun[:, 0] / strength - 1).tolist(), -0.15, 0.15)
+
+
+def test_the_settings_of_artifacts_fill_their_ranges(toy, monkeypatch):
+    clip = toy_world.render(toy.scene, CONFIG)
+    monkeypatch.setattr(toy_world, "render", lambda scene, config: clip)
+    monkeypatch.setattr(reconstruct, "back_project", lambda *given: None)
+    monkeypatch.setattr(reconstruct, "fit", lambda *given: None)
+    monkeypatch.setattr(reconstruct, "film", lambda g, cameras: (clip.x_gt, clip.depth))
+    did = [streams.artifacts(toy, draws(seed), steps=100).did for seed in range(400)]
+    found = {kind: [each for each in did if each["kind"] == kind] for kind in streams.KINDS}
+    assert all(len(each) > 70 for each in found.values()), {kind: len(each) for kind, each in found.items()}
+    assert {each["every"] for each in found["sparse"]} == {2, 3, 4}
+    assert fills([each["steps"] for each in found["stopped"]], 25, 75, 0.12)
+    for kind, name, low, high in (("shifted", "shift", 0.5, 1.5), ("one camera", "shift", 0.3, 1.0),
+                                  ("one camera", "turn", 4, 10)):
+        for side in (-1, 1):
+            values = [side * each[name] for each in found[kind] if side * each[name] > 0]
+            assert fills(values, low, high, 0.12), f"{kind}: {name} from {min(values):.2f} to {max(values):.2f}"
+    assert {each["points"] for each in did} == {T * H * W // 40}
 
 
 def test_a_car_without_a_shadow_in_view_is_of_no_use_to_shadows(toy):
@@ -156,6 +201,15 @@ def test_another_camera_is_brighter_or_darker_and_not_of_another_world():
     for name, (low, high) in isp.RANGES.items():
         drawn, near = [did[name] for did in found], 0.05 * (high - low)
         assert min(drawn) < low + near and max(drawn) > high - near, f"{name}: from {min(drawn)} to {max(drawn)}"
+
+
+def test_the_edge_of_the_object_is_as_wide_as_two_pixels_are_on_576_rows():
+    x, mask = torch.zeros(3, 1, 288, 40), torch.zeros(1, 1, 288, 40)
+    mask[..., 20:] = 1
+    change = isp.develop_object(x, mask, draws(4))[0][0, 0, 144]
+    assert abs(change[39]) > 0.05
+    wanted = 0.5 * (1 + torch.erf((torch.arange(40) - 19.5) / 2**0.5))  # a step blurred by one pixel
+    assert (change / change[39] - wanted).abs().max() < 0.03
 
 
 def test_isp_has_one_draw_for_all_frames_and_refuses_a_small_object(toy):
@@ -285,9 +339,17 @@ def test_a_job_whose_first_shot_is_of_no_use_takes_the_next_and_says_why_if_none
         raise ValueError("too small")
     monkeypatch.setitem(streams.STREAMS, "isp", useless)
     monkeypatch.setattr(streams, "shot_of", lambda job, draws: None)
-    with pytest.raises(ValueError, match="isp_toy_000007: no shot in 50 is of use: too small"):
-        streams.make(Job("isp", 7, T, (H, W)))
-    assert len(set(tried)) == 50
+    for seed in (7, 8):
+        with pytest.raises(ValueError, match=f"isp_toy_00000{seed}: no shot in 50 is of use: too small"):
+            streams.make(Job("isp", seed, T, (H, W)))
+    assert len(set(tried)) == 100, "and no other job tries the same"
+
+
+def test_jobs_are_the_streams_in_turn_with_the_seeds_that_follow_the_first():
+    args = streams.argparse.Namespace(clips=None, streams=None, count=7, first_seed=3, frames=T, size=(H, W))
+    jobs, names = streams.jobs_of(args), list(streams.STREAMS)
+    assert [(job.seed, job.stream) for job in jobs] == [(seed, names[seed % 5]) for seed in range(3, 10)]
+    assert {(job.frames, job.size, job.clip) for job in jobs} == {(T, (H, W), None)}
 
 
 def test_a_folder_reads_like_any_other_and_what_is_there_stays(tmp_path, monkeypatch):

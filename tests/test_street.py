@@ -225,6 +225,7 @@ def test_the_camera_of_a_piece_sees_what_that_of_the_clip_saw_in_the_same_pixels
         starts.add(round(float(times[0])))
     assert starts == set(range(T - 1)), "anywhere in the clip"
     assert 1.48 < min(steps) < 1.65 and 2.5 < max(steps) < 2.75, "108 rows are shrunk to 40 at least, to 72 at most"
+    assert street.shoot(tmp_path / "ramp.safetensors", what, (40, 60), 6, draws()).x.shape == (3, 6, 40, 60)
     with pytest.raises(ValueError, match="ramp.safetensors: wanted at least 7 frames, got 6"):
         street.shoot(tmp_path / "ramp.safetensors", what, (40, 60), 7, draws())
 

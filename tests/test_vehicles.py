@@ -125,6 +125,35 @@ def test_a_vehicle_that_is_hidden_or_fills_the_piece_is_refused(clip):
         vehicles.shoot_vehicle(clip, near, (48, 96), 2, torch.Generator().manual_seed(0))
 
 
+@pytest.mark.parametrize("left, right, wide", [
+    (10, 16.3, False), (10, 16.5, True),                               # of 160 columns, 4 %
+    (-20, 19, False), (-19, 20, True), (141, 180, False), (140, 179, True)])
+def test_a_vehicle_is_of_use_from_four_percent_of_the_width_on_with_its_middle_in_the_image(left, right, wide):
+    assert vehicles.is_wide(Sight(0, 9.0, rectangle(left, 30, right, 60)), 160) == wide
+
+
+@pytest.mark.parametrize("edge, fits", [(54, True), (58, False)])      # it hides 14 and 18 of 40 columns
+def test_a_nearer_vehicle_may_hide_four_tenths_of_one(clip, edge, fits):
+    mine = [Sight(t, 9.0, rectangle(40, 30, 80, 60)) for t in range(6)]
+    front = [Sight(t, 5.0, rectangle(-200, 20, edge, 70)) for t in range(6)]  # its own middle is out of view
+    if fits:
+        shot = vehicles.shoot_vehicle(clip, known(mine, front), (80, 160), 2, torch.Generator())
+        assert 0.6 < float(shot.mask[0, 0].sum()) / (41 * 31) < 0.7
+    else:
+        with pytest.raises(ValueError, match="vehicle 0 is hidden or too near"):
+            vehicles.shoot_vehicle(clip, known(mine, front), (80, 160), 2, torch.Generator())
+
+
+@pytest.mark.parametrize("width, fits", [(56, True), (72, False)])
+def test_a_vehicle_may_cover_four_tenths_of_the_piece(clip, width, fits):
+    seen = known([Sight(t, 9.0, rectangle(20, 0, 20 + width, 80)) for t in range(6)])
+    if fits:
+        assert vehicles.shoot_vehicle(clip, seen, (80, 160), 2, torch.Generator()).mask.mean() > 0.34
+    else:
+        with pytest.raises(ValueError, match="vehicle 0 is hidden or too near"):
+            vehicles.shoot_vehicle(clip, seen, (80, 160), 2, torch.Generator())
+
+
 def test_a_recorded_vehicle_keeps_its_shadow(clip):
     shot = vehicles.shoot_vehicle(clip, vehicles.vehicles_of(clip), (48, 96), 2, torch.Generator().manual_seed(0))
     for relit, shadowed in ((True, True), (False, False)):
@@ -173,14 +202,18 @@ def test_pandasets_boxes_become_a_file_next_to_the_clip(clip, tmp_path):
     camera.mkdir(parents=True)
     (tmp_path / "annotations").mkdir()
     fields = ["object", "label", *BOX]
-    rows = [[5, "Car", *BOX.values()], [6, "Pedestrian", *BOX.values()],
-            [9, "Car", *(BOX | {"y": -20.0}).values()]]  # a pedestrian, and a car behind the camera
+    rows = [[5, "Car", *BOX.values()], [6, "Pedestrian", *BOX.values()]]
+    others = {9: {"y": -20.0},                                         # behind the camera
+              10: {"y": 3.4}, 11: {"y": 3.6},                          # its rear .4 and .6 m ahead of it
+              12: {"x": -9.0}, 13: {"x": -8.0},                        # left of the image, and cut by its edge
+              14: {"x": 225.0}, 15: {"x": 223.0}}                      # the same to its right
+    rows += [[i, "Car", *(BOX | place).values()] for i, place in others.items()]
     (tmp_path / "annotations" / "cuboids.json").write_text(json.dumps({"fields": fields, "frames": [rows, rows]}))
     (camera / "poses.json").write_text(json.dumps([AHEAD, AHEAD]))
     (camera / "intrinsics.json").write_text(json.dumps(K))
     vehicles.main(vehicles.argparse.Namespace(pandaset=tmp_path, clips=tmp_path))
     found = vehicles.vehicles_of(clip)
-    assert [v.id for v in found.vehicles] == [5] and [s.frame for s in found.vehicles[0].frames] == [0, 1]
+    assert [v.id for v in found.vehicles] == [5, 11, 13, 15] and [s.frame for s in found.vehicles[0].frames] == [0, 1]
     assert (found.width, found.height) == (1920, 1080) and found.vehicles[0].frames[0].depth == 10.0
     torch.testing.assert_close(found.vehicles[0].frames[0].corners, SEEN, rtol=0, atol=0.051)
     (camera / "poses.json").write_text(json.dumps([AHEAD]))
