@@ -70,6 +70,32 @@ def test_the_shadow_is_what_the_truth_darkens_outside_the_actor():
     assert math.isnan(real_card.shadow_psnr(x_gt, x_gt, actor, x))
 
 
+def test_clips_are_seen_at_every_width_and_tones_and_the_picture_are_of_the_first(tmp_path, monkeypatch):
+    seen, strips = [], []
+
+    def harmonised(mirage, x):
+        seen.append(list(x.shape))
+        return x, 2.0
+    monkeypatch.setattr(real_card, "harmonised", harmonised)
+    monkeypatch.setattr(real_card, "unchanged_figures", lambda x, y: {"width": x.shape[3]})
+    monkeypatch.setattr(real_card, "read_clip", lambda path, frames: smooth(frames, 64, 96))
+    for name in "abcd":
+        (tmp_path / f"{name}.mp4").touch()
+    card = real_card.measure_unchanged(argparse.Namespace(unchanged=tmp_path, widths=[48, 96], frames=3), None, strips)
+    assert seen == [[3, 3, 32, 48]] * 4 + [[3, 3, 64, 96]] * 4 + [[3, 3, 32, 48]] * 5
+    assert {width: [row["width"] for row in rows] for width, rows in card["unchanged"].items()} == {
+        48: [48] * 4, 96: [96] * 4}
+    assert card["unchanged"][48][1]["name"] == "b" and card["unchanged"][48][1]["speed"] == 2
+    assert all(moved == [0, 0, 0] for moved in card["tones"].values()) and len(card["tones"]) == 5
+    assert [list(strip.shape) for strip in strips] == [[3, 214, 960]] * 3, "three frames 320 wide, of the first clips"
+
+
+def test_frames_a_second_are_those_of_the_whole_clip(monkeypatch):
+    clock = iter([10.0, 12.0])
+    monkeypatch.setattr(real_card.time, "time", lambda: next(clock))
+    assert real_card.harmonised(Brightening(), torch.zeros(3, 6, 2, 2))[1] == 3
+
+
 def test_the_card_has_every_part_that_was_asked_for_and_names_an_empty_folder(tmp_path, monkeypatch, capsys):
     pytest.importorskip("cv2")
     monkeypatch.setattr(real_card.Mirage, "from_pretrained", lambda *given, **settings: Brightening())

@@ -48,6 +48,41 @@ def test_a_world_model_makes_as_many_frames_from_the_first():
     assert sum(x.shape[2] for x in chunks) == 8 and chunks[0].shape[3:] == (32, 48), "the first frame is given"
 
 
+def test_a_world_models_camera_goes_straight_to_a_wall_at_10_metres():
+    """A tenth of a metre a frame, 90 degrees in view: a point as far to the side as ahead is on the border."""
+    asked = {}
+
+    class World(nn.Linear):
+        def generate(self, frame, geometry, cameras, observe, draws):
+            asked.update(frame=frame, geometry=geometry, cameras=cameras, later=observe(None, cameras[3:5]))
+            return iter([(None, "video")])
+    frames = torch.rand(7, 3, 32, 48)
+    assert speed_gpu.generate(World(1, 1), frames) == ["video"] and torch.equal(asked["frame"], frames[0])
+    assert len(asked["cameras"]) == 7
+    for t, camera in enumerate(asked["cameras"]):
+        assert (camera.height, camera.width) == (32, 48)
+        assert camera.camera_to_world[:3, 3].tolist() == pytest.approx([0, 0, t / 10])
+        for point, pixel in (((0.0, 0, 5), (24, 16)), ((5.0, 0, 5), (48, 16)), ((0.0, 5, 5), (24, 40))):
+            u, v, d = (camera.K.float() @ torch.tensor(point)).tolist()
+            assert (u / d, v / d) == pytest.approx(pixel)
+    assert torch.equal(asked["geometry"].depth, torch.full((1, 32, 48), 10.0))
+    assert asked["later"].depth.shape == (2, 32, 48)
+    assert asked["later"].depth[:, 0, 0].tolist() == pytest.approx([9.7, 9.6])
+
+
+def test_on_a_gpu_the_best_turn_counts_and_memory_is_above_what_there_was(monkeypatch):
+    told = []
+    for name, value in (("synchronize", None), ("reset_peak_memory_stats", None), ("memory_allocated", 2**30),
+                        ("max_memory_allocated", 4 * 2**30)):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name, value=value: (told.append(name), value)[1])
+    clock = iter([10.0, 15.0, 20.0, 23.0, 30.0, 34.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    row = speed_gpu.timed(lambda: told.append("call"), "cuda", repeat=3)
+    assert row == {"operations": 0, "seconds": 3.0, "GiB": 3.0}
+    assert told[:3] == ["memory_allocated", "call", "reset_peak_memory_stats"]
+    assert told[3:-1] == ["synchronize", "call", "synchronize"] * 3
+
+
 def test_operations_and_seconds_are_those_of_one_call():
     layer = nn.Linear(30, 50, bias=False)
     x = torch.zeros(20, 30)

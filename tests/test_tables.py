@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train_r3d2
-from experiments import mirage_table4, r3d2_table5, tables
+from experiments import mirage_table3, mirage_table4, r3d2_table5, tables
 from experiments.mirage_table1 import drift
 from experiments.skip_vae import SkipVAE
 from mirage_min.data import desk
@@ -169,6 +169,30 @@ def test_the_baselines_skips_start_at_nothing_each_takes_part_and_a_frame_sees_o
     other = x.clone()
     other[:, :, 1] = 0
     assert torch.allclose(through(other)[:, :, 0], before[:, :, 0], atol=1e-12)
+
+
+@pytest.mark.parametrize("steps, training, held_out, r3d2_steps", [(100, 32, 16, 120), (2, 2, 1, 2), (9, 2, 1, 10)])
+def test_table_3_trains_one_r3d2_on_each_alignment_of_the_same_scenes(tmp_path, monkeypatch, steps, training, held_out,
+                                                                      r3d2_steps):
+    """With three fifths of the other tables' steps, on scenes that are not those it is scored on."""
+    ran, trained, scored = [], [], {}
+    monkeypatch.setattr(tables, "python", lambda *argv, accepted=(0,): ran.append([*map(str, argv)]))
+    monkeypatch.setattr(tables, "train_r3d2", lambda args, to, **given: trained.append(given))
+    monkeypatch.setattr(tables, "harmonise", lambda clips, folder, models, *rest: models)
+    monkeypatch.setattr(tables, "evaluate", lambda args, clips, results, to, exact: scored.update(results, on=clips))
+    monkeypatch.setattr(tables, "report", lambda *given: None)
+    flags = ["--steps", steps, "--seeds", 1, "--perceptual", "p", "--runs", tmp_path, "--out", tmp_path]
+    mirage_table3.main(mirage_table3.flags().parse_args([str(word) for word in flags]))
+    seeds = [int(words[-1]) for words in ran if "--scene" in words]
+    assert seeds == [*range(training), *range(1_000_000, 1_000_000 + held_out)]
+    built = {words[words.index("--align") + 1]: words for words in ran[training + held_out + 1 :]}
+    assert list(built) == ["none", "coarse", "full"] == [name for name in scored if name != "on"]
+    for words in built.values():
+        shown = [int(word.rpartition("_")[2]) for word in words if "/scene_" in word]
+        assert shown == list(range(training))
+    assert [given["steps"] for given in trained] == [r3d2_steps] * 3 and len({given["data"] for given in trained}) == 3
+    (on,) = [words for words in ran if str(scored["on"]) in words]
+    assert on[on.index("--align") + 1] == "full" and sum("/scene_1" in word for word in on) == held_out
 
 
 # ---- R3D2 in the tables ----------------------------------------------------------------------------------------------

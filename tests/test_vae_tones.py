@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +30,46 @@ def test_a_known_shift_is_found_in_every_tone():
         assert found[kind]["shift"] == pytest.approx([12.75, 12.75], abs=0.2), kind
         # PSNR of [-1, 1], only red is off: 10 log10(4 / (.1² / 3))
         assert found[kind]["psnr"] == pytest.approx([10 * math.log10(4 * 3 / 0.01)] * 2, abs=0.1), kind
+
+
+@pytest.mark.parametrize("T, frames", [(12, slice(1, 10)), (9, slice(0, 9)), (5, slice(0, 5))])
+def test_of_a_recorded_clip_the_middle_is_seen(tmp_path, T, frames):
+    """120 x 288 is as wide as it is made: 12 rows and 72 columns are cut off at either side."""
+    x = torch.randint(0, 256, (3, T, 120, 288), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    weights.save_tensors(tmp_path / "a.safetensors", {"x": x})
+    found = vae_tones.recorded(tmp_path / "a.safetensors")
+    assert found.shape[2:] == (96, 144)
+    wanted = x[:, frames, 12:108, 72:216].float() / 127.5 - 1
+    assert found.shape == wanted.shape and (found - wanted).abs().max() < 1e-5
+
+
+def test_twice_as_large_a_clip_is_made_smaller(tmp_path):
+    large = torch.zeros(3, 1, 240, 576, dtype=torch.uint8)
+    large[:, :, :120] = 255
+    weights.save_tensors(tmp_path / "a.safetensors", {"x": large})
+    found = vae_tones.recorded(tmp_path / "a.safetensors")
+    assert found.shape == (3, 1, 96, 144) and (found[:, :, :46] == 1).all() and (found[:, :, 50:] == -1).all()
+
+
+def test_seconds_are_those_that_the_script_took_of_a_processor(tmp_path, monkeypatch):
+    used = iter([(10.0, 1.0), (17.0, 1.5)])
+    monkeypatch.setattr(vae_tones.resource, "getrusage", lambda who: SimpleNamespace(
+        **dict(zip(("ru_utime", "ru_stime"), next(used)))))
+    said = []
+    monkeypatch.setattr(vae_tones.tables, "python", lambda *argv: said.extend(map(str, argv)))
+    args = vae_tones.flags().parse_args(["--real", "r", "--perceptual", "p"])
+    assert vae_tones.train(args, "wan", {"width": 0.5}, 7, tmp_path) == 7.5
+    assert said[:4] == ["train_base.py", "vae", "--family", "wan"] and said[-4:] == ["--set", "width=0.5", "--set",
+                                                                                   "steps=7"]
+
+
+def test_a_row_has_means_without_what_is_infinite_and_the_largest_shift_of_all():
+    assert vae_tones.mean([20.0, math.inf, 30.0]) == 25 and vae_tones.mean([math.inf]) == math.inf
+    kinds = {kind: {"psnr": [30.0, 40.0], "shift": [1.0, 2.0]} for kind in vae_tones.KINDS}
+    kinds["bars"]["shift"] = [7.0, 3.0]
+    text = vae_tones.report(vae_tones.flags().parse_args(["--train", "2"]), {"a VAE": kinds})
+    assert f"| a VAE |{' 35.0 / 1.5 |' * 5} 35.0 / 5.0 | 7.0 |" in text
+    assert "Each was trained for 2 minutes of one core. Means over 2 clips" in text
 
 
 def test_a_variant_gets_as_many_steps_as_fit_into_its_minutes(tmp_path, monkeypatch):
