@@ -252,7 +252,7 @@ def average(tables: list[list[dict[str, float]]]) -> list[dict[str, float]]:
     return [{key: sum(row[key] for row in same) / len(same) for key in same[0]} for same in zip(*tables)]
 
 
-def draw(result: dict, title: str) -> Figure:
+def draw_locality(result: dict, title: str) -> Figure:
     """Panels: influence by distance, gradient errors by d_trunc, the backbone's if measured, tiles by margin."""
     panels = 4 if "backbone" in result else 3
     figure = Figure(figsize=(4.3 * panels, 3.8), layout="constrained")
@@ -328,7 +328,7 @@ def main(args: argparse.Namespace) -> None:
             result["backbone"] = backbone(restorer, clips)
         folder = args.out / "chopgrad"
         common.save_json(folder / f"locality_{label}.json", result)
-        common.save_figure(folder / f"locality_{label}.png", draw(result, label))
+        common.save_figure(folder / f"locality_{label}.png", draw_locality(result, label))
         common.save_text(folder / f"locality_{label}.md", report(result, label))
         print(report(result, label))
 

@@ -51,7 +51,7 @@ def grid(power: Tensor, W: int) -> float:
     return float((2 * power[bins] / (power[bins - 2] + power[bins + 2])).mean())
 
 
-def draw(path: Path, powers: dict[str, Tensor]) -> None:
+def draw_spectra(path: Path, powers: dict[str, Tensor]) -> None:
     """The power of each method over that of L2, by frequency."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes, n = figure.subplots(), len(powers["L2"])
@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> None:
         scores["remarks"]["grid"] = f"power at multiples of 1/{PERIOD} over that next to them: {text}"
         seeds.append(scores)
     mean = {name: torch.stack([each[name] for each in spectra]).mean(dim=0) for name in METHODS}
-    draw(args.out / "reproduce" / "harmonizer_losses.png", mean)
+    draw_spectra(args.out / "reproduce" / "harmonizer_losses.png", mean)
     tables.report("harmonizer_losses", __doc__, args, {}, seeds,
                   more={"spectra": {name: power.tolist() for name, power in mean.items()}})
 

@@ -134,13 +134,13 @@ def write(out: Path, record: dict) -> None:
     if missing := [name for name in ("readout", "cost", "loop", "ablations", "moving") if name not in record]:
         texts.append(f"Not run yet: {', '.join(missing)}.\n")
     if {"readout", "loop"} & record.keys():
-        draw(out / "world_study.png", record)
+        draw_figures(out / "world_study.png", record)
         texts.insert(1, "![Error by distance and PSNR by frame, as far as they were measured](world_study.png)\n")
     common.save_text(out / "world_study.md", "\n".join(texts))
     print("\n".join(texts))
 
 
-def draw(path: Path, record: dict) -> None:
+def draw_figures(path: Path, record: dict) -> None:
     """The error of a readout by distance, and the PSNR along the way, whichever there is."""
     parts = [name for name in ("readout", "loop") if name in record]
     figure = Figure(figsize=(5.5 * len(parts), 3.6), layout="constrained")

@@ -63,6 +63,15 @@ def test_a_picture_of_few_colours_is_the_same_picture_in_less_room(tmp_path):
     assert apart < 16 and files[1].stat().st_size < files[0].stat().st_size / 2, f"{apart:.1f} of 255 apart"
 
 
+def test_a_picture_has_the_frames_colours_and_fifty_pixels_an_inch():
+    x = torch.linspace(-1.2, 1.2, 3 * 40 * 60).view(3, 40, 60)
+    figure = common.picture(x)
+    (image,) = figure.axes[0].images
+    assert figure.get_size_inches().tolist() == pytest.approx([1.2, 0.8])
+    wanted = ((x + 1) / 2).clamp(0, 1).movedim(0, 2)
+    assert (torch.tensor(image.get_array()) - wanted).abs().max() < 1e-6
+
+
 def test_results_are_written_with_the_folders_above_them_and_a_part_takes_the_place_of_its_last_figures(tmp_path):
     path = tmp_path / "a" / "b" / "speed.json"
     measuring.record(path, "one", {"x": 1})
@@ -134,6 +143,24 @@ class Brightening:
         for t, frame in enumerate(frames):
             window_of_latent = ((t + 3) // 4 - 1) // (window - 1)
             yield frame + self.by * (window_of_latent % 2)
+
+
+def test_the_memory_of_a_stream_is_what_infer_takes_above_the_loaded_model(monkeypatch):
+    loaded, peaks = argparse.Namespace(stdout=f"{100 * 2**20}\n"), iter([150 * 2**20, 151 * 2**20])
+    monkeypatch.setattr(measuring, "noise_clip", lambda path, *size: size)
+    monkeypatch.setattr(measuring, "peak_of_script", lambda script, size, *argv: (seen.append(size), next(peaks))[1])
+    monkeypatch.setattr(streaming.subprocess, "run", lambda *given, **more: loaded)
+    seen = []
+    assert streaming.memory_above_model("model", [33, 330]) == {"33": 50, "330": 51}
+    assert seen == [(33, 64, 96), (330, 64, 96)]
+
+
+def test_the_clips_of_a_stream_are_a_still_a_made_up_and_a_recorded_one(tmp_path):
+    real = measuring.noise_clip(tmp_path / "real.mp4", 6, 272, 480)
+    found = streaming.clips(real, 5)
+    assert {name: list(x.shape) for name, x in found.items()} == {
+        "static": [3, 5, 96, 144], "toy": [3, 5, 96, 144], "real": [3, 5, 136, 240]}
+    assert torch.equal(found["static"], found["toy"][:, :1].expand(-1, 5, -1, -1))
 
 
 @pytest.mark.parametrize("by", [0.0, 0.2])

@@ -98,6 +98,40 @@ def test_a_grid_sticks_out_of_the_spectrum_and_noise_does_not():
     assert harmonizer_losses.spectrum(wave).argmax() == 9, "nine cycles in 144 pixels"
 
 
+def test_a_spectrum_is_the_mean_power_of_rows_under_a_hann_window():
+    """By the sum that defines it."""
+    d = torch.rand(2, 3, 4, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.3
+    n = torch.arange(12, dtype=torch.float64)
+    window = 0.5 - 0.5 * torch.cos(2 * torch.pi * n / 12)
+    for k, found in enumerate(harmonizer_losses.spectrum(d)):
+        wave = torch.exp(-2j * torch.pi * k * n / 12)
+        wanted = (d * window * wave).sum(dim=-1).abs().square().mean()
+        assert found.item() == pytest.approx(wanted.item(), rel=1e-5), f"frequency {k}"
+
+
+def test_the_grid_compares_the_multiples_of_its_frequency_with_two_bins_to_either_side():
+    power = torch.full((73,), 1000.0)  # of rows of 144 pixels: every ninth bin up to the seventh
+    for k in range(1, 8):
+        power[9 * k], power[9 * k - 2], power[9 * k + 2] = 3, 1, 2
+    assert harmonizer_losses.grid(power, 144) == pytest.approx(2)
+    power[9] = 10  # of one bin of seven
+    assert harmonizer_losses.grid(power, 144) == pytest.approx((6 * 2 + 2 * 10 / 3) / 7)
+
+
+def test_the_residual_is_the_results_difference_to_the_truth_over_all_clips(tmp_path):
+    """Two clips whose errors are waves of 3 and of 5 cycles; their common part, the truth, leaves no trace."""
+    x = torch.arange(48) * 2 * torch.pi / 48
+    for folder in ("clips", "made"):
+        (tmp_path / folder).mkdir()
+    for name, cycles in (("a", 3), ("b", 5)):
+        truth = 0.3 * torch.cos(7 * x).expand(3, 2, 4, 48)
+        for folder, key, video in (("clips", "x_gt", truth), ("made", "x_dr", truth + 0.4 * torch.cos(cycles * x))):
+            weights.save_tensors(tmp_path / folder / f"{name}.safetensors", {key: to_bytes(video).contiguous()})
+    found = harmonizer_losses.residual_spectrum(tmp_path / "clips", tmp_path / "made")
+    wanted = sum(harmonizer_losses.spectrum(0.4 * torch.cos(cycles * x)[None]) for cycles in (3, 5)) / 2
+    assert found.shape == (25,) and (found - wanted).abs().max() < 0.02 * wanted.max()
+
+
 def test_the_temporal_score_of_a_still_clip_is_1_and_of_a_flickering_one_less(tmp_path):
     still = torch.zeros(3, 4, 8, 8)
     weights.save_tensors(tmp_path / "a.safetensors", {"x_dr": to_bytes(still)})

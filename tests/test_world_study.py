@@ -285,6 +285,22 @@ def test_figures_are_means_over_the_scenes_of_a_seed_without_those_that_could_no
     assert world_study.by_seed(rows) == {"a": [2.0, 5.0], "b": [2.0, 4.0]}
 
 
+def test_the_report_says_what_the_memory_gains_and_what_was_not_tried():
+    def method(a, b):
+        return dict.fromkeys(world_report.SCORES, [1.0, 1.0]) | {"PSNR_C, seen": [a, b]}
+    methods = {"no memory": method(10.0, 12.0), "latent memory": method(15.0, 16.0)}
+    part = {"command": "c", "date": "d", "methods": methods}
+    assert f"is {world_report.spread([5.0, 4.0])} dB\nabove" in world_report.loop(part)
+    rest = {"command": "c", "date": "d", "methods": {"pixel lift": method(3.0, 3.0)}, "left out": ["one", "two"]}
+    lines = world_report.ablations(rest, part).splitlines()
+    rows = [line for line in lines if line.startswith("| ")][2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| no memory", "| latent memory", "| –", "| pixel lift"]
+    assert {row.count("|") for row in rows} == {len(world_report.SCORES) + 2}
+    assert "for want of a model that is trained so: one, two." in lines[-1]
+    alone = world_report.ablations(rest | {"left out": []}, None)
+    assert "Not tried" not in alone and "–" not in alone
+
+
 # ---- the whole -------------------------------------------------------------------------------------------------------
 
 def test_the_study_runs_part_by_part_and_says_what_is_left_out(tmp_path, monkeypatch, capsys):
