@@ -2,12 +2,13 @@
 
 import json
 from argparse import Namespace
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 import train_r3d2
-from experiments import mirage_table3, mirage_table4, r3d2_table5, tables
+from experiments import chopgrad_table4, mirage_table2, mirage_table3, mirage_table4, r3d2_table5, tables
 from experiments.mirage_table1 import drift
 from experiments.skip_vae import SkipVAE
 from mirage_min.data import desk
@@ -171,28 +172,75 @@ def test_the_baselines_skips_start_at_nothing_each_takes_part_and_a_frame_sees_o
     assert torch.allclose(through(other)[:, :, 0], before[:, :, 0], atol=1e-12)
 
 
+TABLES = {"mirage_table3": (mirage_table3, ["none", "coarse", "full"]), "r3d2_table5": (r3d2_table5, ["full"])}
+
+
+@pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("steps, training, held_out, r3d2_steps", [(100, 32, 16, 120), (2, 2, 1, 2), (9, 2, 1, 10)])
-def test_table_3_trains_one_r3d2_on_each_alignment_of_the_same_scenes(tmp_path, monkeypatch, steps, training, held_out,
-                                                                      r3d2_steps):
-    """With three fifths of the other tables' steps, on scenes that are not those it is scored on."""
+def test_r3d2s_are_trained_on_pairs_of_one_set_of_scenes_and_scored_on_others(tmp_path, monkeypatch, name, steps,
+                                                                              training, held_out, r3d2_steps):
+    """With three fifths of the other tables' steps; a small run has few scenes."""
     ran, trained, scored = [], [], {}
     monkeypatch.setattr(tables, "python", lambda *argv, accepted=(0,): ran.append([*map(str, argv)]))
     monkeypatch.setattr(tables, "train_r3d2", lambda args, to, **given: trained.append(given))
     monkeypatch.setattr(tables, "harmonise", lambda clips, folder, models, *rest: models)
     monkeypatch.setattr(tables, "evaluate", lambda args, clips, results, to, exact: scored.update(results, on=clips))
     monkeypatch.setattr(tables, "report", lambda *given: None)
-    flags = ["--steps", steps, "--seeds", 1, "--perceptual", "p", "--runs", tmp_path, "--out", tmp_path]
-    mirage_table3.main(mirage_table3.flags().parse_args([str(word) for word in flags]))
+    monkeypatch.setattr(tables, "draw_strip", lambda *given, frames: None)
+    monkeypatch.setattr(r3d2_table5, "save_repairs", lambda folders, to: None)
+    monkeypatch.setattr(r3d2_table5, "save_reconstructions", lambda folders, clips, to: None)
+    experiment, alignments = TABLES[name]
+    flags = ["--steps", steps, "--seeds", 2, "--perceptual", "p", "--runs", tmp_path, "--out", tmp_path]
+    experiment.main(experiment.flags().parse_args([str(word) for word in flags]))
     seeds = [int(words[-1]) for words in ran if "--scene" in words]
     assert seeds == [*range(training), *range(1_000_000, 1_000_000 + held_out)]
-    built = {words[words.index("--align") + 1]: words for words in ran[training + held_out + 1 :]}
-    assert list(built) == ["none", "coarse", "full"] == [name for name in scored if name != "on"]
-    for words in built.values():
-        shown = [int(word.rpartition("_")[2]) for word in words if "/scene_" in word]
-        assert shown == list(range(training))
-    assert [given["steps"] for given in trained] == [r3d2_steps] * 3 and len({given["data"] for given in trained}) == 3
-    (on,) = [words for words in ran if str(scored["on"]) in words]
-    assert on[on.index("--align") + 1] == "full" and sum("/scene_1" in word for word in on) == held_out
+    built = [words for words in ran if "build_pairs.py" in words]
+    shown = [[int(word.rpartition("_")[2]) for word in words if "/scene_" in word] for words in built]
+    assert shown == [seeds[training:]] + [seeds[:training]] * len(alignments)
+    assert [words[words.index("--align") + 1] for words in built] == ["full", *alignments]
+    assert str(scored["on"]) in built[0] and len({given["data"] for given in trained}) == len(trained) / 2
+    assert [(given["steps"], given["seed"]) for given in trained] == [
+        (r3d2_steps, seed) for seed in (1, 2) for _ in range(len(trained) // 2)]
+
+
+def test_table_2_fits_reconstructions_by_equation_3(monkeypatch):
+    kept = {}
+    monkeypatch.setattr(tables, "perceptual_loss", lambda args: lambda x, y: (x - y).abs().mean())
+    monkeypatch.setattr(tables, "train", lambda params, loss, args, seed, lr: kept.update(loss=loss, lr=lr, seed=seed))
+    mirage_table2.fit(lambda x_ni, x_gt: x_ni + 2 * x_gt, [], Namespace(), 7)
+    x_ni, x_gt = torch.full((1, 3, 2, 4, 4), 0.25), torch.full((1, 3, 2, 4, 4), 0.5)
+    # the reconstruction is 1.25: .75 off
+    assert kept["loss"](x_ni, x_gt).item() == pytest.approx(0.75**2 + 0.1 * 0.75) and kept["seed"] == 7
+
+
+def test_chopgrads_table_4_gives_long_clips_as_many_steps_as_short_ones(tmp_path, monkeypatch):
+    """Half of a stage's each, from one Mirage, with other draws than it had."""
+    ran, stages = [], []
+    monkeypatch.setattr(tables, "python", lambda *argv: ran.append([*map(str, argv)]))
+    monkeypatch.setattr(tables, "harmonised", lambda args, seed: tmp_path / f"mirage {seed}")
+    monkeypatch.setattr(tables, "stage_h", lambda args, start, to, **given: stages.append((start, given)))
+    for steps, half, clips in ((100, 50, 64), (30, 15, 30), (1, 1, 1)):
+        ran.clear(), stages.clear()
+        args = Namespace(steps=steps, runs=tmp_path / str(steps), data="toy", weights="w")
+        chopgrad_table4.models(args, 3, tmp_path / str(steps) / "models")
+        (words,) = ran
+        assert words[words.index("--clips") + 1] == str(clips) and words[-1] == "128x192"
+        (start, more), (same, chopped) = stages
+        assert start == same == tmp_path / "mirage 3" and more == {"steps": half, "seed": 103, "data": None}
+        assert chopped.pop("data") == tmp_path / str(steps) / "long_clips" and chopped["tiles"] == 2
+        assert (chopped["steps"], chopped["seed"], chopped["frames"]) == (half, 103, 33)
+        assert (chopped["height"], chopped["width"], chopped["batch"]) == (128, 192, 1)
+
+
+def test_a_reconstruction_is_the_scene_rendered_and_the_video_it_was_filmed_in(tmp_path, monkeypatch):
+    frames = torch.rand(5, 3, 4, 6, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    scene = Namespace(video="x.mp4", cameras=[*range(5)], at=lambda t: 10 * t)
+    monkeypatch.setattr(r3d2_table5, "read_scene", lambda folder: scene)
+    monkeypatch.setattr(r3d2_table5, "render", lambda at, camera: (torch.full((3, 4, 6), (at + camera) / 100), None))
+    monkeypatch.setattr(r3d2_table5, "Video", lambda path: nullcontext(iter(frames)))
+    shown, filmed = r3d2_table5.reconstruction(tmp_path, 3)
+    assert torch.equal(filmed, frames[:3].movedim(0, 1)) and shown.shape == (3, 3, 4, 6)
+    assert shown[0, :, 0, 0].tolist() == pytest.approx([-1, 2 * 0.11 - 1, 2 * 0.22 - 1])
 
 
 # ---- R3D2 in the tables ----------------------------------------------------------------------------------------------
