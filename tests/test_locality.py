@@ -162,6 +162,20 @@ def test_a_clip_has_the_frames_that_the_vae_takes_and_the_size_that_is_asked_for
     clip = locality.load_clip("a.mp4", vae, 12, 4, 6)
     assert clip.shape == (1, 3, 9, 4, 6)
     assert torch.allclose(clip[0, :, 3, 1, 2], x[:, 3, 2:4, 4:6].mean(dim=(1, 2)))
+    x = x[:, :9]
+    assert locality.load_clip("a.mp4", vae, 12, 4, 6).shape == (1, 3, 9, 4, 6), "all of them, where all are legal"
+    assert locality.load_clip("a.mp4", vae, 8, 4, 6).shape == (1, 3, 1, 4, 6)
+
+
+def test_the_shares_of_pieces_add_up_to_the_loss_of_the_clip(monkeypatch):
+    """MSE over all numbers; LPIPS, here of each frame its mean difference, over the frames."""
+    monkeypatch.setattr(locality, "Features", lambda *given: None)
+    monkeypatch.setattr(locality, "Lpips", lambda net: lambda a, b: (a - b).abs().mean(dim=(1, 2, 3)))
+    x, x_gt = torch.rand(2, 1, 3, 7, 4, 6, generator=torch.Generator().manual_seed(0))
+    whole = {locality.mse_to(x_gt): (x - x_gt).square().mean(), locality.lpips_to(x_gt, None): (x - x_gt).abs().mean()}
+    for loss_fn, wanted in whole.items():
+        pieces = [(slice(None), slice(None), frames) for frames in (slice(0, 1), slice(1, 5), slice(5, 7))]
+        assert sum(loss_fn(x[piece], piece) for piece in pieces).item() == pytest.approx(wanted.item())
 
 
 def test_both_kinds_of_vae_are_read_from_their_folders_and_another_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """The card of restorers: figures are of what they are called, the plain fill is the lines that it says it is."""
 
+import argparse
 import json
 
 import pytest
@@ -78,6 +79,25 @@ def test_both_sides_start_from_the_same_degraded_clip_and_a_seed_repeats(folders
     else:
         mask = central_mask(96, 144)
         assert all(torch.equal(torch.where(mask, x_gt, x), x_gt) for x in first.values()), "outside nothing changes"
+
+
+@pytest.mark.parametrize("count, shown", [(1, 1), (6, 4)])
+def test_clips_are_the_first_held_out_ones_and_the_picture_has_the_middle_frames_of_four(monkeypatch, count, shown):
+    """Each clip is its number, and each frame a tenth of it more."""
+    def clip(seed, config):
+        x = (seed - 1_000_000 + torch.arange(5.0) / 10).view(1, 5, 1, 1).expand(3, 5, 4, 6)
+        return argparse.Namespace(x_gt=x)
+    restorer = argparse.Namespace(settings=argparse.Namespace(task="upscale"), masked=False)
+    monkeypatch.setattr(restore_card.Restorer, "from_pretrained", lambda path, dtype: restorer)
+    monkeypatch.setattr(restore_card, "make_clip", lambda seed, config, extras: clip(seed, config))
+    monkeypatch.setitem(restore_card.TASKS, "upscale", lambda restorer, x, seed: {"bicubic": x + 2, "ours": x + 1})
+    args = argparse.Namespace(clips=count, frames=5)
+    part, strips = restore_card.measure("a", args, lambda a, b: 0.5)
+    assert len(part["clips"]) == count and part["means"]["full_psnr"]["better in"] == count
+    assert part["shown"] == ["bicubic", "ours", "truth"]
+    for k, strip in enumerate(strips):
+        assert strip.shape == (3, 4, 18) and strip[0, 0, ::6].tolist() == pytest.approx([k + 2.2, k + 1.2, k + 0.2])
+    assert len(strips) == shown
 
 
 def test_the_card_has_both_restorers_and_refuses_another(folders, tmp_path, monkeypatch, capsys):

@@ -16,6 +16,7 @@ from mirage_min.networks import small_base, weights
 from mirage_min.networks.vae_wan import WanVAE, WanVAEConfig
 from mirage_min.systems.restore import Restorer
 from mirage_min.systems.restore_folder import Settings
+from mirage_min.training import run
 
 EXPERIMENTS = {1: restore_table1, 2: restore_table2, 3: restore_table3}
 
@@ -201,3 +202,30 @@ def test_the_flow_models_training_moves_it_and_is_read_again(tmp_path):
     before, after = restore_table3.open_flow(args), restore_table3.open_flow(args, tmp_path)
     moved = [key for key, value in after.state_dict().items() if not torch.equal(value, before.state_dict()[key])]
     assert "dit.proj_out.weight" in moved and "enter.weight" in moved
+
+
+def test_the_flow_model_is_trained_twice_as_long_by_the_scripts_schedule_and_its_gradients_are_clipped(tmp_path,
+                                                                                                      monkeypatch):
+    """The gradient of the stand-in has a norm of 5; a step of the stand-in for AdamW writes down what it is given."""
+    seen = []
+
+    class Stand(torch.nn.Linear):
+        vae = None
+
+        def loss(self, z_in, z_gt, draws):
+            return 3 * self.weight.sum() + 4 * self.bias.sum()
+
+    class Optimizer(torch.optim.SGD):
+        def step(self):
+            (group,) = self.param_groups
+            seen.append((group["lr"], torch.stack([p.grad.norm() for p in group["params"]]).norm().item()))
+    latents = argparse.Namespace(batch=lambda count, draws: (count, None))
+    monkeypatch.setattr(restore_table3, "open_flow", lambda args: Stand(1, 1))
+    monkeypatch.setattr(restore_table3, "Pairs", lambda *given: None)
+    monkeypatch.setattr(restore_table3, "DrawnLatents", lambda *given: latents)
+    monkeypatch.setattr(torch.optim, "AdamW", Optimizer)
+    restore_table3.train_flow(argparse.Namespace(steps=30, data=None), 1, tmp_path)
+    rates, norms = zip(*seen)
+    assert rates == pytest.approx([1e-3 * run.schedule(step, 50, 60, cosine=True) for step in range(60)])
+    assert norms == pytest.approx([1] * 60, rel=1e-4)
+    assert weights.load_tensors(tmp_path / restore_table3.WEIGHTS)[0].keys() == {"weight", "bias"}
