@@ -1,6 +1,7 @@
 """Degradations: sizes, repeatability, that every stage loses something, and masks of exactly what they should cover."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -67,6 +68,50 @@ def test_a_point_is_spread_along_the_angle_that_was_drawn_and_as_far(seed):
     assert spread.sum() == pytest.approx(1, abs=1e-5)
     # a kernel of three deviations lacks 3 % of a second moment at most
     assert [float(v) for v in (xx, yy, xy)] == pytest.approx(wanted, abs=0.05 * max(a, b) ** 2)
+
+
+def test_noise_is_as_strong_as_is_drawn_and_the_same_in_all_colours_for_two_clips_of_five():
+    grey, alike, strengths = torch.full((2, 3, 40, 40), 0.5), 0, []
+    for seed in range(200):
+        noise = degradations.noisy(grey, draws(seed), (5, 25)) - grey
+        alike += torch.equal(noise[:, 0], noise[:, 1]) and torch.equal(noise[:, 0], noise[:, 2])
+        strengths.append(float(noise.std()) * 255)
+        assert abs(noise.mean()) < 0.01 and not torch.equal(noise[0], noise[1]), "another in every frame"
+    assert 60 < alike < 100, f"{alike} of 200"
+    assert 4.5 < min(strengths) < 6.5 and 23.5 < max(strengths) < 26, f"from {min(strengths)} to {max(strengths)}"
+
+
+def test_a_resized_frame_has_the_factors_size_by_any_of_three_filters_and_eight_pixels_at_least():
+    frames, found = torch.rand(1, 3, 40, 60, generator=draws()), set()
+    for seed in range(30):
+        y = degradations.resize(frames, (40, 60), 0.37, draws(seed))
+        assert y.shape == (1, 3, 15, 22) and 0 <= y.min() and y.max() <= 1
+        found.add(round(float(y[0, 0, 7, 11]), 5))
+    assert len(found) == 3
+    assert degradations.resize(frames, (10.5, 60), 0.5, draws()).shape == (1, 3, 8, 30)
+    assert degradations.resize(frames, (5, 6), 1.0, draws()).shape == (1, 3, 5, 6), "the last size is the one wanted"
+
+
+def noted(calls, what, frames, *given):
+    """A stage that only notes what it was given, after the frames."""
+    calls.append(given[what])
+    return frames
+
+
+def test_both_rounds_draw_all_of_their_ranges_and_the_second_begins_at_the_last_size(x, monkeypatch):
+    calls = {name: [] for name in ("blur", "resize", "noisy", "as_jpeg", "as_h264")}
+    for name, what in {"blur": 1, "resize": slice(0, 2), "noisy": 1, "as_jpeg": 0, "as_h264": 0}.items():
+        monkeypatch.setattr(degradations, name, partial(noted, calls[name], what))
+    for seed in range(300):
+        assert (low_resolution(x, 4, draws(seed)) - x).abs().max() < 1e-6, "nothing else is done to a clip"
+    assert 0.73 < calls["blur"].count(SECOND.blur) / 300 < 0.87 and calls["blur"].count(FIRST.blur) == 300
+    assert calls["noisy"] == [FIRST.noise, SECOND.noise] * 300
+    sides, factors = zip(*calls["resize"])
+    assert list(sides) == [(48, 72), (12, 18), (12, 18)] * 300 and set(factors[2::3]) == {1.0}
+    for found, (low, high) in ((factors[::3], FIRST.resize), (factors[1::3], SECOND.resize)):
+        near = 0.03 * (high - low)
+        assert low <= min(found) < low + near and high - near < max(found) <= high
+    assert set(calls["as_jpeg"]) == set(range(30, 96)) and set(calls["as_h264"]) == set(range(18, 36))
 
 
 def test_codecs_lose_more_at_a_worse_quality(x):
