@@ -75,7 +75,7 @@ def test_clips_are_seen_at_every_width_and_tones_and_the_picture_are_of_the_firs
 
     def harmonised(mirage, x):
         seen.append(list(x.shape))
-        return x, 2.0
+        return torch.full_like(x, x.shape[3] / 100), 2.0
     monkeypatch.setattr(real_card, "harmonised", harmonised)
     monkeypatch.setattr(real_card, "unchanged_figures", lambda x, y: {"width": x.shape[3]})
     monkeypatch.setattr(real_card, "read_clip", lambda path, frames: smooth(frames, 64, 96))
@@ -86,8 +86,10 @@ def test_clips_are_seen_at_every_width_and_tones_and_the_picture_are_of_the_firs
     assert {width: [row["width"] for row in rows] for width, rows in card["unchanged"].items()} == {
         48: [48] * 4, 96: [96] * 4}
     assert card["unchanged"][48][1]["name"] == "b" and card["unchanged"][48][1]["speed"] == 2
-    assert all(moved == [0, 0, 0] for moved in card["tones"].values()) and len(card["tones"]) == 5
-    assert [list(strip.shape) for strip in strips] == [[3, 214, 960]] * 3, "three frames 320 wide, of the first clips"
+    assert len(card["tones"]) == 5 and card["tones"]["grey"] == pytest.approx([0.48 * 127.5] * 3)
+    for strip in strips:
+        assert strip.shape == (3, 214, 960) and (strip[:, :, 330:630] - 0.48).abs().max() < 1e-5, "input | ours | truth"
+    assert len(strips) == 3
 
 
 def test_frames_a_second_are_those_of_the_whole_clip(monkeypatch):
