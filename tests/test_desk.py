@@ -1,5 +1,6 @@
 """desk.py: every way that a command can end is one line and a status, and what is done stays done."""
 
+import contextlib
 import gc
 import os
 import re
@@ -157,6 +158,48 @@ def test_an_interrupt_while_the_imports_are_loaded_is_one_line(script, tmp_path)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert (process.returncode, err) == (130, f"{script}: stopped by SIGINT; nothing was written\n")
+
+
+DESTRUCTOR = """
+import sys, time
+from mirage_min.data import desk
+
+class Slow:
+    def __del__(self):
+        print("here", flush=True)
+        time.sleep(600)
+
+def run():
+    Slow()
+    for _ in range(1000):  # without end, as far as a signal is concerned
+        time.sleep(0.01)
+
+desk.catch_signals()
+sys.exit(desk.serve("slow.py", run))
+"""
+
+
+def test_a_signal_that_comes_while_a_destructor_runs_is_not_lost():
+    """Python prints what is raised there and goes on; a run would go on for ever, deaf to further signals."""
+    with subprocess.Popen([sys.executable, "-c", DESTRUCTOR], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, preexec_fn=signals.heard) as child:
+        assert child.stdout.readline() == "here\n"
+        child.send_signal(signal.SIGTERM)
+        _, said = child.communicate()
+    assert (child.returncode, said) == (143, "slow.py: stopped by SIGTERM; nothing was written\n")
+
+
+def test_an_interrupt_that_a_library_swallows_comes_again_between_two_steps(capsys):
+    def run():
+        for step in range(9):
+            desk.heed()
+            with contextlib.suppress(KeyboardInterrupt):
+                desk.interrupt(signal.SIGTERM, None)
+            steps.append(step)
+    steps = []
+    assert desk.serve("deaf.py", run) == 143 and steps == [0]
+    assert capsys.readouterr().err == "deaf.py: stopped by SIGTERM; nothing was written\n"
+    assert desk.serve("next.py", desk.heed) == 0, "of the run before"
 
 
 def test_the_desk_opens_before_anything_large_is_loaded():

@@ -27,6 +27,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import get_type_hints
@@ -53,15 +54,39 @@ def catch_signals() -> None:
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
             signal.signal(number, interrupt)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = repeat
 
 
 def interrupt(number: int, frame) -> None:
     """The handler of SIGNALS: KeyboardInterrupt(number) inside `serve`, elsewhere one line and status 128 + number."""
+    global stopping
     ignore_signals()  # a second one must not cut off the cleaning up
+    stopping = number
     if serving:
         raise KeyboardInterrupt(number)
     say_error(f"{Path(sys.argv[0]).name}: stopped by {signal.Signals(number).name}{NOTHING}")
     os._exit(128 + number)  # in the middle of an import, where an exception may be swallowed or printed
+
+
+def heed() -> None:
+    """Raise again an interrupt that some library has swallowed; a long loop calls this between its steps."""
+    if serving and stopping is not None:
+        raise KeyboardInterrupt(stopping)
+
+
+def repeat(ignored) -> None:
+    """sys.unraisablehook: an interrupt in a destructor is only printed by Python, and lost, so it is sent again.
+
+    The same is true of the callbacks of weak references and of the garbage collector.
+    """
+    stop = ignored.exc_value
+    if not (serving and isinstance(stop, KeyboardInterrupt) and stop.args):
+        return sys.__unraisablehook__(ignored)
+    signal.signal(stop.args[0], interrupt)
+    later = threading.Timer(0.01, signal.raise_signal, stop.args)  # a thread: raised here, it would be lost once more
+    later.daemon = True
+    later.start()
 
 
 def ignore_signals() -> None:
@@ -85,7 +110,8 @@ def steady_heap() -> None:
 
 # ---- how a run ends --------------------------------------------------------------------------------------------------
 
-serving = False  # whether a KeyboardInterrupt will be caught
+serving = False               # whether a KeyboardInterrupt will be caught
+stopping: int | None = None   # the number of the signal that ends the run
 
 
 def serve(name: str, run: Callable[[], int | None], stopped: Callable[[], str | None] = lambda: NOTHING,
@@ -97,8 +123,8 @@ def serve(name: str, run: Callable[[], int | None], stopped: Callable[[], str | 
     memory   settings that take less memory, for the line of a run that has not enough
     RuntimeErrors that are not about memory are bugs, and raised again.
     """
-    global serving
-    serving = True
+    global serving, stopping
+    serving, stopping = True, None
     try:
         return run() or 0
     except KeyboardInterrupt as stop:

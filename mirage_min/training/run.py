@@ -179,6 +179,7 @@ class Steps(tqdm):
     def __iter__(self) -> Iterator[int]:
         for step in super().__iter__():
             self.args.step = step  # for the last line of a run that is interrupted
+            desk.heed()
             yield step
 
 
