@@ -79,6 +79,11 @@ def test_a_cell_has_a_spread_only_where_the_seeds_differ_and_the_papers_number_o
     assert tables.cell([None, None], 2.5) == "–" and tables.cell(["inf", "inf"], None) == "inf"
 
 
+def test_a_table_of_one_seed_has_no_spread():
+    text = tables.region_table("crops", {"ours": {"PSNR": 2.5}}, [{"ours": {"PSNR": 1.0, "LPIPS": None}}])
+    assert "crops: ours (paper) | PSNR |" in text and "| ours | 1.000 (2.5) |" in text and "LPIPS" not in text
+
+
 def test_training_is_adamw_at_the_scripts_rate_on_the_clips_of_the_folder(tmp_path):
     """From 0 without decay to feel, AdamW's first step is the rate, its second nearly so for an even gradient."""
     x = torch.randint(0, 256, (2, 3, 9, 96, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
