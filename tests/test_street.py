@@ -192,6 +192,18 @@ def test_a_window_holds_the_car_and_stays_inside_the_frame():
         assert pair.actor.sum() > 50, f"seed {seed}: no car in the crop"
 
 
+@pytest.mark.parametrize("horizon, centre, row, column", [
+    (0.5, 0.5, 0.675, 0.5), (0.5, -1.0, 0.675, 0.12), (0.5, 2.0, 0.675, 0.88), (-0.5, 0.5, 0.075, 0.5),
+    (1.5, 0.5, 0.925, 0.5)])
+def test_the_brightness_of_the_road_is_that_ahead_or_of_what_is_nearest_in_the_frame(horizon, centre, row, column):
+    """A ramp along rows and columns: its median is in the middle of the patch."""
+    y, x = torch.meshgrid((torch.arange(200) + 0.5) / 200, (torch.arange(300) + 0.5) / 300, indexing="ij")
+    ramp = torch.stack([y, x, 0 * x])[:, None] * 2 - 1
+    found = street.brightness_of_the_road(ramp, Street(0.9, horizon, centre))
+    assert (found[:2] ** (1 / street.GAMMA)).tolist() == pytest.approx([row, column], abs=0.005)
+    assert found[2] == pytest.approx(0.02**street.GAMMA), "never black"
+
+
 def test_the_ground_grid_lies_on_the_road_and_the_lanes_meet_at_the_horizon():
     x = street_camera.ground_grid(torch.zeros(3, H, W), Street(0.9, 0.45, lanes=((-2.0, 0.0), (2.0, 0.0))))
     green = (x[1] == 1).nonzero()

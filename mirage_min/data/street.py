@@ -153,10 +153,14 @@ def towards(azimuth: float, elevation: float) -> Tensor:
 
 
 def brightness_of_the_road(x: Tensor, street: Street) -> Tensor:
-    """[3] linear light of the asphalt ahead, the median of a patch: the car's exposure is tied to it."""
+    """[3] linear light of the asphalt ahead, the median of a patch: the car's exposure is tied to it.
+
+    Where the point ahead is out of the frame, as a camera that looks aside has it, the patch is the nearest in it.
+    """
     H, W = x.shape[-2:]
-    top, bottom = street.horizon + 0.10, street.horizon + 0.25
-    patch = x[:, :, int(top * H) : int(bottom * H), int((street.centre - 0.12) * W) : int((street.centre + 0.12) * W)]
+    horizon, centre = min(max(street.horizon, -0.10), 0.75), min(max(street.centre, 0.12), 0.88)
+    top, bottom = horizon + 0.10, horizon + 0.25
+    patch = x[:, :, int(top * H) : int(bottom * H), int((centre - 0.12) * W) : int((centre + 0.12) * W)]
     return ((patch + 1) / 2).flatten(1).median(dim=1).values.clamp(min=0.02) ** GAMMA
 
 
