@@ -110,3 +110,9 @@ def test_a_sun_lights_the_sides_that_it_sees_by_its_own_colour(clip):
     mean = (g_left.mean() + g_above.mean()) / 2
     assert torch.allclose(left, g_left / mean, atol=1e-3) and torch.allclose(above, g_above / mean, atol=1e-3)
     assert (y - x)[:, :, :10].abs().max() < 1e-5, "far from the vehicle nothing changes"
+
+
+def test_the_area_of_a_loop_is_signed_by_its_sense():
+    triangle = torch.tensor([[1.0, 1.0], [4.0, 1.0], [1.0, 3.0]])  # to the right, then down to the left: clockwise
+    assert box_light.area(triangle) == pytest.approx(3) and box_light.area(triangle.flip(0)) == pytest.approx(-3)
+    assert box_light.area(triangle + 100) == pytest.approx(3)

@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
     for seed in (1, 2):
         save_clip(make_clip(seed, CONFIG), folder / f"{seed}.safetensors")
     save_clip(make_clip(3, CONFIG, extras=False), folder / "flat.safetensors")
-    short = make_clip(4, WorldConfig(5, 16, 24))
+    short = make_clip(4, WorldConfig(8, 16, 24))  # one chunk of 5, and not quite two
     save_clip(short, folder / "short.safetensors")
     (folder / "torn.safetensors").write_bytes(b"no clip")
     return folder
@@ -40,7 +40,7 @@ def test_chunks_share_a_frame_and_latents_are_numbered_through_the_clip(folder, 
     chunks = Chunks(folder, vae.encode, vae, latents=3, cache=tmp_path)
     assert chunks.names == ["1.safetensors", "2.safetensors"] and chunks.counts == [1, 1]
     assert [line.partition(".")[0] for line in chunks.left_out] == ["flat", "short", "torn"]
-    assert "holds no K, c2w, depth (toy_world" in chunks.left_out[0] and "has 5 frames, wanted 9" in chunks.left_out[1]
+    assert "holds no K, c2w, depth (toy_world" in chunks.left_out[0] and "has 8 frames, wanted 9" in chunks.left_out[1]
 
     chunks = Chunks(folder, vae.encode, vae, latents=2, cache=tmp_path / "two")
     assert chunks.counts == [3, 3] + [1] and chunks.names[2] == "short.safetensors"
