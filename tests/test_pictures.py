@@ -1,6 +1,7 @@
 """Pictures: as Pillow shows them, in order, each at its time, and none that is half."""
 
 import io
+import re
 import zlib
 from fractions import Fraction
 
@@ -175,6 +176,18 @@ def test_an_avif_whose_tables_disagree_about_its_frames_is_refused(tmp_path):
     data[samples : samples + 4] = (2).to_bytes(4, "big")
     path.write_bytes(data)
     with pytest.raises(ValueError, match="frame 2 .* does not decode"):
+        read(path)
+
+
+def test_an_animated_webp_with_a_spoilt_chunk_is_refused_and_not_read_by_libav_without_its_frame(tmp_path):
+    images = [Image.fromarray(picture(20 * t)) for t in range(6)]
+    path = tmp_path / "a.webp"
+    images[0].save(path, save_all=True, append_images=images[1:], duration=100)
+    data = bytearray(path.read_bytes())
+    third = [found.start() for found in re.finditer(b"ANMF", data)][2]
+    data[third : third + 8] = b"XXXX" + (16).to_bytes(4, "little")  # its frame's data now lie outside of it
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="a.webp: .*(cannot be read as a picture|does not decode)"):
         read(path)
 
 

@@ -133,7 +133,8 @@ def animates(path: Path) -> bool:
         with open(path, "rb") as file:  # of a damaged animation libav would read what it finds
             head = file.read(12)
         avif = "AVIF" in FORMATS and head[4:] in (b"ftypavif", b"ftypavis")
-        return avif or (head.startswith(b"\x89PNG") and png_images(path) > 0)
+        webp = head[:4] + head[8:] == b"RIFFWEBP" and webp_images(path)[0] > 0
+        return avif or webp or (head.startswith(b"\x89PNG") and png_images(path) > 0)
 
 
 def pictures_of(folder: Path) -> list[Path]:
