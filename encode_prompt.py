@@ -139,12 +139,12 @@ def load(cls, base: str, part: str, **settings):
 
 
 @contextmanager
-def refusing(base: str, what: str):
+def refusing(base: str, task: str):
     """Whatever transformers raises in here is a ValueError of one line: a file of the base made it fail."""
     try:
         yield
     except Exception as error:  # it has many ways to fail, and every version its own classes
-        raise ValueError(f"{base}: transformers cannot {what}: {error}") from error
+        raise ValueError(f"{base}: transformers cannot {task}: {error}") from error
 
 
 def tokenize(tokenizer, text: str, L: int, kind: str):

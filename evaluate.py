@@ -170,20 +170,20 @@ def score(paths: dict[str, Path], views: list[dict], flow, distances: dict, netw
     """
     values, clips, features = defaultdict(lambda: defaultdict(list)), defaultdict(list), defaultdict(list)
     before = {}
-    for t, now in enumerate(zip(*(frames(path, method) for method, path in paths.items()), strict=True)):
-        now = {method: x.to(device) for method, x in zip(paths, now)}
+    for t, read in enumerate(zip(*(frames(path, method) for method, path in paths.items()), strict=True)):
+        current = {method: x.to(device) for method, x in zip(paths, read)}
         for method, comparison in shown.items():
-            comparison.add(now[TRUTH][0, :, 0], now[method][0, :, 0])
+            comparison.add(current[TRUTH][0, :, 0], current[method][0, :, 0])
         for region, (rows, columns) in views[t].items():
-            for method, x in now.items():
-                x, y = x[..., rows, columns], now[TRUTH][..., rows, columns]
+            for method, x in current.items():
+                x, y = x[..., rows, columns], current[TRUTH][..., rows, columns]
                 if method != TRUTH:
                     for metric, distance in distances.items():
                         values[region, method][metric].append(distance(x, y).item())
                 if network:
                     clips[region, method].append(x)
         if before and flow:
-            pairs = {method: torch.cat([before[method], now[method]], dim=2) for method in paths}    # [1, 3, 2, H, W]
+            pairs = {method: torch.cat([before[method], current[method]], dim=2) for method in paths}  # [1, 3, 2, H, W]
             w, seen = flow(pairs[TRUTH], t - 1)
             for region, (rows, columns) in views[t - 1].items():
                 inside = torch.zeros_like(seen)
@@ -194,7 +194,7 @@ def score(paths: dict[str, Path], views: list[dict], flow, distances: dict, netw
             if len(clip) == CLIP or (clip and t == len(views) - 1):
                 features[key].append(metrics.clip_features(network, torch.cat(clip, dim=2)).cpu())
                 clip.clear()
-        before = now
+        before = current
     return values, features
 
 
@@ -328,7 +328,7 @@ def main(args) -> None:
     remarks |= {metric: f"absent: {why}" for metric, why in absent.items()} | add_vfid(means, features)
     remarks |= {f"PSNR, {region}, {method}": f"inf in {n} frames, which equal the truth"
                 for (region, method), n in equal.items() if n}
-    text = markdown(means) + "".join(f"* {what}: {remark}\n" for what, remark in remarks.items())
+    text = markdown(means) + "".join(f"* {subject}: {remark}\n" for subject, remark in remarks.items())
     if args.out:
         write(args.out, means, scores, remarks, text, pages)
     if not desk.say(text, end="") and not args.out:

@@ -142,7 +142,7 @@ def control_of(world: World, chunk: Chunk, recipe: Recipe, empty: bool = False) 
             latents = [chunk.z[chunk.number, :, 0]]
         known = Geometry(chunk.depth[here], None if chunk.dynamic is None else chunk.dynamic[here])
         memory = world.remember(memory, torch.stack(latents, dim=1), known, chunk.cameras[here])
-    return world.look(memory, chunk.cameras[first : first + F], chunk.z)
+    return world.shown(memory, chunk.cameras[first : first + F], chunk.z)
 
 
 def forward_and_backward(world: World, part: str, recipe: Recipe, z: Tensor, control: Tensor | None,

@@ -322,7 +322,7 @@ def report(name: str, doc: str, args: argparse.Namespace, paper: dict, seeds: li
     parts = [f"# {(doc or name).partition(chr(10))[0]}", f"`{command} --perceptual DIR`"]
     parts += [region_table(region, paper.get(region, {}), [seed["mean"][region] for seed in seeds])
               for region in (CROPS, FULL)]
-    parts.append("\n".join(f"* {what}: {remark}" for what, remark in seeds[0]["remarks"].items()))
+    parts.append("\n".join(f"* {subject}: {remark}" for subject, remark in seeds[0]["remarks"].items()))
     text = "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
     common.save_json(args.out / "reproduce" / f"{name}.json",
                      {"command": command, "paper": paper, "seeds": seeds} | (more or {}))

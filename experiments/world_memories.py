@@ -105,7 +105,7 @@ class Release(World):
             memory = release_add(memory, z[:, i], geometry.depth[i], camera)
         return memory
 
-    def look(self, memory, views, like):
+    def shown(self, memory, views, like):
         h, w = like.shape[-2:]
         order = Generator().manual_seed(len(memory)) if self.any_order else None
         found = [torch.cat(release_read(memory, view, h, w, order)) for view in views]

@@ -87,7 +87,7 @@ def cost(part: dict) -> str:
               "ms an update, latent", "ms an update, RGB"]
     rows = [[row["frames"], *(f"{row[f'bytes, {name}'] / 1024:.0f}" for name in ("latent", "RGB")),
              f"{row['bytes, RGB'] / row['bytes, latent']:.1f}",
-             *(f"{row[f'{what}, {name}']:.1f}" for what in ("read", "update") for name in ("latent", "RGB"))]
+             *(f"{row[f'{call}, {name}']:.1f}" for call in ("read", "update") for name in ("latent", "RGB"))]
             for row in part["rows"]]
     return COST.format(**part | {"table": common.table(header, rows)})
 

@@ -121,7 +121,7 @@ def read_at(world: World, cloud: World, clip: Clip, path: list[Camera], t: int) 
     latents, colours = (kind.update(kind.blank(x), x, [0], geometry, path[:1]) for kind in (world, cloud))
     first, true = world.vae.encode(x), world.vae.encode(pad(clip.x_gt[None, :, [t]]))
     h, w = true.shape[-2:]
-    z, mask = world.look(latents, [path[t]], true).split([true.shape[1], 1], dim=1)
+    z, mask = world.shown(latents, [path[t]], true).split([true.shape[1], 1], dim=1)
     picture, seen = render(colours, padded(path[t]))
     again, known = world.vae.encode(picture[None, :, None]), known_cells(seen, h, w)[None, :, None]
     both = (mask * known).expand_as(true) > 0
@@ -303,7 +303,7 @@ def filtered(world: World, clip: Clip, path: list[Camera], seed: int) -> dict[st
             done += x.shape[2]
         videos[name] = torch.cat(chunks, dim=2)                        # [1, 3, half, H, W]
     like, back = world.vae.encode(states["with"].past), path[half + 1 :]
-    a, b = (world.look(states[name].memory, back, like) for name in ("with", "without"))
+    a, b = (world.shown(states[name].memory, back, like) for name in ("with", "without"))
     still = clip.moving[None, :, half + 1 :] == 0
     changed = pixels((a != b).any(dim=1), SIZE)[None] & still
     truth = clip.x_gt[None, :, half + 1 :]

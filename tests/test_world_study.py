@@ -185,9 +185,9 @@ def test_the_releases_loop_reads_by_its_own_rules_in_order_or_not(scene):
         world = as_kind(kind, test_world.world())
         x, cameras = pad(clip.x_gt[None, :, :9]), [path[4], path[8]]
         memory = world.start(x[0, :, 0], Known(clip, path)(x[0], views), path[0]).memory
-        assert torch.equal(world.look(memory, views, like)[0, :768, 0, 1], cell_image(x[0, :, 0])[:, 1])
+        assert torch.equal(world.shown(memory, views, like)[0, :768, 0, 1], cell_image(x[0, :, 0])[:, 1])
         memory = world.update(memory, x, [1, 2], Known(clip, path)(x[0], cameras), cameras)
-        found.append(world.look(memory, path[:9], like))
+        found.append(world.shown(memory, path[:9], like))
     assert torch.equal(found[0][:, -1], found[1][:, -1]) and not torch.equal(*found)
 
 

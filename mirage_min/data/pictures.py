@@ -86,7 +86,7 @@ class Animation:
 
     def frames(self) -> Iterator[tuple[np.ndarray | None, int, int]]:
         """(pixels uint8 [H, W, 3], or None where one does not decode; its time and its duration in ms)."""
-        now = 0.0
+        clock = 0.0
         for number in range(self.start, self.images):
             pixels = self._read(number)
             milliseconds = self.image.info.get("duration", 0) or 1000 / self.rate
@@ -94,10 +94,10 @@ class Animation:
                 milliseconds = 100  # as browsers show it
             if number == self.start:
                 self.rate = rate_of(milliseconds)
-            yield pixels, round(now), max(1, round(now + milliseconds) - round(now))
-            now += milliseconds
+            yield pixels, round(clock), max(1, round(clock + milliseconds) - round(clock))
+            clock += milliseconds
         if not self.whole:
-            yield None, round(now), 1
+            yield None, round(clock), 1
 
     def _read(self, number: int) -> np.ndarray | None:
         if self.images == 1:

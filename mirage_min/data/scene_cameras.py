@@ -151,8 +151,8 @@ def ordered(names: list[str], pictures: list[Path], path: Path) -> list[int]:
         last = name.replace("\\", "/").rpartition("/")[2]
         place = places.get(last, places.get(Path(last).stem))          # the file may lack the ending, or name another
         if place is None or place in found:
-            what = "there is no such picture" if place is None else "is another frame's picture"
-            raise ValueError(f"{path}: frames[{i}].file_path: {what} in {pictures[0].parent}: {name}")
+            fault = "there is no such picture" if place is None else "is another frame's picture"
+            raise ValueError(f"{path}: frames[{i}].file_path: {fault} in {pictures[0].parent}: {name}")
         found[place] = i
     return [found[place] for place in sorted(found)]
 

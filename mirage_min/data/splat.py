@@ -192,8 +192,8 @@ def load_ply(path: str | Path) -> Gaussians:
         else:
             good = np.isfinite(as_kept)
         if not good.all():
-            what = "no integer" if name == "object_id" else "not finite"
-            raise ValueError(f"{path}: property {name} is {what} at vertex {good.argmin()}: {values[good.argmin()]}")
+            fault = "no integer" if name == "object_id" else "not finite"
+            raise ValueError(f"{path}: property {name} is {fault} at vertex {good.argmin()}: {values[good.argmin()]}")
         return torch.from_numpy(as_kept)
 
     rest = sum(name.startswith("f_rest_") for name in names)

@@ -179,7 +179,7 @@ def render_car(scene: Scene, K: Tensor, size: tuple[int, int], t: int, shadow: f
     for k in range(len(body.parts)):
         which = (on & (hits.part == k)).nonzero().squeeze(1)
         if len(which):
-            painted[which] = albedo(body, k, hits.of(which), scene.seed)
+            painted[which] = albedo(body, k, hits.at(which), scene.seed)
 
     start = hits.point + 0.01 * hits.normal
     free = torch.ones(len(on))

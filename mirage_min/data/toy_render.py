@@ -76,7 +76,7 @@ class Hits:
     body: Tensor      # index of the body, or GROUND or SKY
     part: Tensor      # index of its part
 
-    def of(self, index: Tensor) -> Points:
+    def at(self, index: Tensor) -> Points:
         """What a paint needs to know of some of them: a mask [N] or indices [M]."""
         return Points(self.local[index], self.normal[index], self.depth[index])
 
@@ -175,7 +175,7 @@ class Surface:
     open_sky: Tensor     # how much of the sky all vehicles but the actor leave open
     open_actor: Tensor   # how much the actor does
 
-    def of(self, index: Tensor) -> "Surface":
+    def at(self, index: Tensor) -> "Surface":
         """Those of a mask [N] or of indices."""
         return Surface(*(v[index] for v in vars(self).values()))
 
@@ -191,7 +191,7 @@ def look_at(scene: Scene, hits: Hits, t: int) -> Surface:
         for k in range(len(body.parts)):
             index = (mine & (hits.part == k)).nonzero().squeeze(1)
             if len(index):
-                points = hits.of(index)
+                points = hits.at(index)
                 found.albedo[index] = albedo(body, k, points, scene.seed)
                 found.gloss[index] = scene.gloss * gloss(body, k, points)
 
@@ -215,7 +215,7 @@ def leaving(surface: Surface, eye: Tensor, light: Light, lit: Tensor, open_sky: 
     color = shade(surface.albedo, surface.normal, light, lit, open_sky)
     shiny = surface.gloss.nonzero().squeeze(1)
     if len(shiny):
-        s = surface.of(shiny)
+        s = surface.at(shiny)
         color[shiny] = color[shiny] + mirror(s.point - eye, s.normal, light, lit[shiny], s.gloss)
     return color
 
@@ -233,7 +233,7 @@ def frame(scene: Scene, config: "WorldConfig", t: int, relit: bool = True, shado
     truth = leaving(s, eye, light, s.lit * s.lit_actor, torch.minimum(s.open_sky, s.open_actor))
     naive = truth.clone() if shadowed else leaving(s, eye, light, s.lit, s.open_sky)
     one = torch.ones(int(actor.sum()))
-    naive[actor] = leaving(s.of(actor), eye, scene.naive, one, one) if relit else truth[actor]
+    naive[actor] = leaving(s.at(actor), eye, scene.naive, one, one) if relit else truth[actor]
     truth[above] = sky(-hits.local[above, 1], light)
     naive[above] = truth[above]
     # distance takes a little of the horizon's colour, the same in both
@@ -271,21 +271,21 @@ def motion(scene: Scene, config: "WorldConfig") -> Motion:
                   torch.stack([moves[h.body].float().view(1, H, W) for h in hits], dim=1))
 
 
-def step(scene: Scene, config: "WorldConfig", t: int, now: Hits, after: Hits) -> tuple[Tensor, Tensor]:
+def step(scene: Scene, config: "WorldConfig", t: int, before: Hits, after: Hits) -> tuple[Tensor, Tensor]:
     """(flow [2, H, W], visible [1, H, W]) from frame t to t + 1, whose rays through the pixels' centres met these."""
     H, W = config.height, config.width
     y, x = torch.meshgrid(torch.arange(H) + 0.5, torch.arange(W) + 0.5, indexing="ij")
     here = torch.stack([x, y], dim=-1).view(-1, 2)
-    point, above = now.point.clone(), now.body == SKY
+    point, above = before.point.clone(), before.body == SKY
     for b, body in enumerate(scene.bodies):
-        on = now.body == b
-        point[on] = now.local[on] @ body.pose[t + 1, :3, :3].T + body.pose[t + 1, :3, 3]
-    point[above] = scene.c2w[t, :3, 3] + 1e5 * now.local[above]
+        on = before.body == b
+        point[on] = before.local[on] @ body.pose[t + 1, :3, :3].T + body.pose[t + 1, :3, 3]
+    point[above] = scene.c2w[t, :3, 3] + 1e5 * before.local[above]
     pixel, z = project(point, intrinsics(config), scene.c2w[t + 1])
     inside = ((pixel > 0) & (pixel < torch.tensor([W, H]))).all(dim=1) & (z > 0.1)
     i = pixel.floor().long().clamp(min=0)
     there = i[:, 1].clamp(max=H - 1) * W + i[:, 0].clamp(max=W - 1)
-    same = (after.body[there] == now.body) & (above | ((after.depth[there] - z).abs() < 0.05 * z + 0.1))
+    same = (after.body[there] == before.body) & (above | ((after.depth[there] - z).abs() < 0.05 * z + 0.1))
     return (pixel - here).T.view(2, H, W), (inside & same).float().view(1, H, W)
 
 

@@ -4,7 +4,7 @@
         for frame in video:                              # one after another: never the whole video in memory
             out.write(frame, *video.times.popleft())     # at its own time, regular or not
 
-What that takes:
+What is kept of a video, and how:
 
     colour   an mp4 is written with the matrix of the input (colour.py) in limited range, and says so: reading it again
              shifts no colour.
@@ -106,7 +106,7 @@ class Video(AbstractContextManager):
 
     def _decode(self) -> Iterator[np.ndarray]:
         """The frames, uint8 [H, W, 3], repaired: none is missing and their times rise."""
-        last, now, step = None, None, 1
+        last, clock, step = None, None, 1
         for number, (pixels, time, duration) in enumerate(self.source.frames()):
             if pixels is not None:
                 self._check(number, pixels)
@@ -119,10 +119,10 @@ class Video(AbstractContextManager):
                                  "(--skip-broken repeats the frame before it)")
             if last is None:
                 continue  # broken from the start: there is nothing to repeat
-            if time is None or (now is not None and time <= now):
-                time = 0 if now is None else now + step
-            now = time
-            self.times.append((now, duration or step))
+            if time is None or (clock is not None and time <= clock):
+                time = 0 if clock is None else clock + step
+            clock = time
+            self.times.append((clock, duration or step))
             yield last
 
     def _check(self, number: int, pixels: np.ndarray) -> None:

@@ -95,12 +95,12 @@ class Harmonizer(nn.Module):
 
     def enhance_whole(self, frame: Tensor, outputs: list[Tensor]) -> Tensor:
         """I_t [B, 3, H, W] and the outputs before it, newest first, of its shape -> Î_t, nothing left out."""
-        now, *outputs = (self.pad(y).unsqueeze(2) for y in (frame, *outputs[: self.settings.past]))
+        current, *outputs = (self.pad(y).unsqueeze(2) for y in (frame, *outputs[: self.settings.past]))
         if self.settings.wiring == "release":
             outputs = outputs if len(outputs) == self.settings.past else []
-            z = self.vae.encode(torch.cat([now, *outputs], dim=2))                     # [B, C, 1 or 1 + K/4, h, w]
+            z = self.vae.encode(torch.cat([current, *outputs], dim=2))                     # [B, C, 1 or 1 + K/4, h, w]
         else:
-            z = torch.cat([self.vae.encode(y) for y in (now, *outputs)], dim=2)        # [B, C, 1 + min(t, K), h, w]
+            z = torch.cat([self.vae.encode(y) for y in (current, *outputs)], dim=2)        # [B, C, 1 + min(t, K), h, w]
         c = self.dit.config
         null = z.new_zeros(len(z), 512, c.text_embed_dim) if c.cross_attention else None
         # ẑ = (1 − τ) z − τ F((1 − τ) z, τ),  τ = σ / (1 + σ)                             (EDM's σ; Cosmos-Predict2)
@@ -131,12 +131,12 @@ class Harmonizer(nn.Module):
 
     def latents(self, frame: Tensor, past: list[Tensor]) -> Tensor:
         """A padded frame [B, 3, H, W] and `past` -> z [B, C, F, h, w], the current frame's latent first."""
-        now = frame.unsqueeze(2)
+        current = frame.unsqueeze(2)
         if self.settings.wiring == "paper":
-            return torch.cat([self.vae.encode(now), *past], dim=2)     # the past's latents were kept
+            return torch.cat([self.vae.encode(current), *past], dim=2)     # the past's latents were kept
         if len(past) < self.settings.past:
-            return self.vae.encode(now)
-        return self.vae.encode(torch.cat([now, *(y.unsqueeze(2) for y in past)], dim=2))
+            return self.vae.encode(current)
+        return self.vae.encode(torch.cat([current, *(y.unsqueeze(2) for y in past)], dim=2))
 
     @torch.no_grad()
     def remember(self, y: Tensor, past: list[Tensor]) -> list[Tensor]:

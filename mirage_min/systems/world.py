@@ -172,14 +172,14 @@ class World(nn.Module):
         return Memory.empty(self.dit.config.in_channels, like.dtype, like.device)
 
     def control(self, memory: Memory, cameras: list[Camera], like: Tensor) -> Tensor:
-        """What the branch is shown for a chunk whose frames have these cameras: `look` at the camera of each latent.
+        """What the branch is shown for a chunk whose frames have these cameras: `shown` at the camera of each latent.
 
         Where there are fewer cameras than frames, the last one stays.
         """
         views = [cameras[min(pixel_frame(f), len(cameras) - 1)] for f in range(self.settings.latents)]
-        return self.look(memory, views, like)
+        return self.shown(memory, views, like)
 
-    def look(self, memory: Memory, views: list[Camera], like: Tensor) -> Tensor:
+    def shown(self, memory: Memory, views: list[Camera], like: Tensor) -> Tensor:
         """What the memory shows at each latent's camera, and the mask -> [1, C + 1, F, h, w]; h and w are those of
         `like`."""
         h, w = like.shape[-2:]
