@@ -98,9 +98,9 @@ class Harmonizer(nn.Module):
         current, *outputs = (self.pad(y).unsqueeze(2) for y in (frame, *outputs[: self.settings.past]))
         if self.settings.wiring == "release":
             outputs = outputs if len(outputs) == self.settings.past else []
-            z = self.vae.encode(torch.cat([current, *outputs], dim=2))                     # [B, C, 1 or 1 + K/4, h, w]
+            z = self.vae.encode(torch.cat([current, *outputs], dim=2))                 # [B, C, 1 or 1 + K/4, h, w]
         else:
-            z = torch.cat([self.vae.encode(y) for y in (current, *outputs)], dim=2)        # [B, C, 1 + min(t, K), h, w]
+            z = torch.cat([self.vae.encode(y) for y in (current, *outputs)], dim=2)    # [B, C, 1 + min(t, K), h, w]
         c = self.dit.config
         null = z.new_zeros(len(z), 512, c.text_embed_dim) if c.cross_attention else None
         # ẑ = (1 − τ) z − τ F((1 − τ) z, τ),  τ = σ / (1 + σ)                             (EDM's σ; Cosmos-Predict2)
