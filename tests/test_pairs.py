@@ -19,6 +19,14 @@ def save(path, T=12, H=20, W=28, seed=0, **extra):
     weights.save_tensors(path, {"x_ni": x[0], "x_gt": x[1], **extra})
 
 
+def save_pictures(folder, name, T, H, W):
+    """A pair of two folders of grey pictures, lighter from frame to frame."""
+    for side in ("ni", "gt"):
+        (folder / side / name).mkdir(parents=True)
+        for t in range(T):
+            Image.fromarray(np.full((H, W, 3), 9 * t, np.uint8)).save(folder / side / name / f"{t}.png")
+
+
 def draws(step, n=2):
     return [run.draws(3, step, k) for k in range(n)]
 
@@ -96,10 +104,7 @@ def test_of_what_moves_only_clips_that_say_so_know_the_motion_the_others_have_no
     flow, visible = torch.full((2, 11, 20, 28), 3.0), torch.ones(1, 11, 20, 28)
     save(tmp_path / "a.safetensors", flow=flow, visible=visible)
     save(tmp_path / "b.safetensors")
-    for side in ("ni", "gt"):
-        (tmp_path / side / "c").mkdir(parents=True)
-        for t in range(5):
-            Image.fromarray(np.full((20, 28, 3), 9 * t, np.uint8)).save(tmp_path / side / "c" / f"{t}.png")
+    save_pictures(tmp_path, "c", 5, 20, 28)
     (tmp_path / "real").mkdir()
     weights.save_tensors(tmp_path / "real" / "road.safetensors", {"x": torch.zeros(3, 5, 32, 40).byte()})
     pairs, seen = Pairs(tmp_path, 5, (16, 24), tmp_path / "real"), set()
@@ -197,10 +202,7 @@ def test_a_pipe_is_left_out_and_not_waited_for_and_hidden_files_are_passed_over(
 
 def test_the_paths_are_all_that_is_read_and_the_real_videos(tmp_path):
     save(tmp_path / "a.safetensors")
-    for side in ("ni", "gt"):
-        (tmp_path / side / "b").mkdir(parents=True)
-        for t in range(4):
-            Image.fromarray(np.full((16, 16, 3), 9 * t, np.uint8)).save(tmp_path / side / "b" / f"{t}.png")
+    save_pictures(tmp_path, "b", 4, 16, 16)
     (tmp_path / "real").mkdir()
     weights.save_tensors(tmp_path / "real" / "street.safetensors", {"x": torch.zeros(3, 5, 32, 40).byte()})
     own = [tmp_path / "a.safetensors", tmp_path / "ni" / "b", tmp_path / "gt" / "b"]

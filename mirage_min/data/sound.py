@@ -27,7 +27,7 @@ def copy_sound(path: Path, out: av.container.OutputContainer) -> Iterator[float]
         yield -math.inf
         for packet in packets(container, streams):
             if packet is not None:
-                second = packet.dts and float(packet.dts * packet.stream.time_base)
+                second = None if packet.dts is None else float(packet.dts * packet.stream.time_base)
                 tracks[packet.stream.index].add(packet)
                 if second is not None:  # the ends of all streams come together, and all of them must be written
                     yield second
