@@ -76,6 +76,8 @@ class Recipe(run.Optimisation):
                                               # `batch` clips, the others with as many pixels, but two clips at least
     norm_groups: int = 8    # of CogVideoX's VAE
     width: float = 1.0      # factor on the autoencoders' channels
+    lambda_lpips: float = 0.1  # of the autoencoders
+    decoder_only: bool = False  # of the 3D VAE: the encoder stays as it is, and with it what was trained on its latents
     init: str = ""          # folder of a network to continue from; "": a new one, and for one_step the prior
     bf16: bool = False      # on a CPU that multiplies it natively
     seed: int = 0
@@ -103,7 +105,7 @@ def sample(mean: Tensor, logvar: Tensor, draws: Generator) -> Tensor:
     return mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=draws).to(mean.device)
 
 
-def reconstruction(y: Tensor, x: Tensor, lpips_distance: Lpips, mean: Tensor, logvar: Tensor):
+def reconstruction(y: Tensor, x: Tensor, lpips_distance: Lpips, lambda_lpips: float, mean: Tensor, logvar: Tensor):
     """The loss of y, made from x [B, 3, T, H, W] in [-1, 1], and of the posterior between; tone is the L1 of means
     over 16 x 16 pixels."""
     y = rearrange(y.float(), "b c t h w -> (b t) c h w")
@@ -112,21 +114,23 @@ def reconstruction(y: Tensor, x: Tensor, lpips_distance: Lpips, mean: Tensor, lo
     tone = nnf.avg_pool2d(y - x, 16).abs().mean()
     lpips = lpips_distance(y, x).mean()
     divergence = kl(mean.float(), logvar.float())
-    # L = MSE + 0.5 tone + 0.1 L1 + 0.1 LPIPS + 1e-4 KL
-    loss = mse + 0.5 * tone + 0.1 * l1 + 0.1 * lpips + 1e-4 * divergence
+    # L = MSE + 0.5 tone + 0.1 L1 + λ_lpips LPIPS + 1e-4 KL
+    loss = mse + 0.5 * tone + 0.1 * l1 + lambda_lpips * lpips + 1e-4 * divergence
     return loss, {"mse": mse, "tone": tone, "l1": l1, "lpips": lpips, "kl": divergence}
 
 
-def vae_2d_loss(model: AutoencoderKL, batch: list[Tensor], draws: Generator, lpips_distance: Lpips):
+def vae_2d_loss(model: AutoencoderKL, batch: list[Tensor], draws: Generator, lpips_distance: Lpips,
+                lambda_lpips: float):
     """Frames of crops, batch[0] [B, 3, T, H, W] in [-1, 1], through the 2D VAE and back."""
     x = batch[0]
     mean, logvar = model.posterior(rearrange(x, "b c t h w -> (b t) c h w"))
     z = sample(mean, logvar, draws)
     y = rearrange(model.decode(z * model.config.scaling_factor), "(b t) c h w -> b c t h w", b=x.shape[0])
-    return reconstruction(y, x, lpips_distance, mean, logvar)
+    return reconstruction(y, x, lpips_distance, lambda_lpips, mean, logvar)
 
 
-def vae_loss(model: CogVideoXVAE | WanVAE, batch: list[Tensor], draws: Generator, lpips_distance: Lpips):
+def vae_loss(model: CogVideoXVAE | WanVAE, batch: list[Tensor], draws: Generator, lpips_distance: Lpips,
+             lambda_lpips: float):
     """Crops, batch[0] [B, 3, T, H, W] in [-1, 1], through the 3D VAE and back, in the same groups as at inference.
 
     ValueError as in `posterior`.
@@ -138,7 +142,7 @@ def vae_loss(model: CogVideoXVAE | WanVAE, batch: list[Tensor], draws: Generator
         y, _ = model.decode_group(model.normalise(z))
     else:
         y = model.decode(z * model.config.scaling_factor)
-    return reconstruction(y, x, lpips_distance, mean, logvar)
+    return reconstruction(y, x, lpips_distance, lambda_lpips, mean, logvar)
 
 
 def posterior(model: CogVideoXVAE | WanVAE, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,7 +239,8 @@ def build(args, recipe: Recipe) -> Stage:
         else:
             model = small_base.new_vae(args.family, recipe.width, recipe.norm_groups)
             loss, out = vae_loss, base / "vae"
-        return Stage(model, data, partial(loss, lpips_distance=lpips), out, files, judge=lpips)
+        loss = partial(loss, lpips_distance=lpips, lambda_lpips=recipe.lambda_lpips)
+        return Stage(model, data, loss, out, files, judge=lpips)
     if args.stage == "one_step_2d":
         vae = EachFrame(AutoencoderKL.from_pretrained(args.out, "vae_2d", device=args.device))
         data = Latents(pairs, vae, recipe, args.run.parent / "latents_2d.safetensors")
@@ -252,6 +257,15 @@ def build(args, recipe: Recipe) -> Stage:
     return Stage(model, data, partial(loss, alpha_bars=alpha_bars), out, pairs.paths())
 
 
+def freeze_encoder(model: nn.Module) -> None:
+    """Let only the decoder of a 3D VAE be trained. ValueError for another network."""
+    if not isinstance(model, CogVideoXVAE | WanVAE):
+        raise ValueError(f"decoder_only: wanted the stage vae, got {type(model).__name__}")
+    for name, p in model.named_parameters():
+        if name.startswith(("encoder.", "quant_conv.")):
+            p.requires_grad_(False)
+
+
 def main(args, recipe: Recipe) -> None:
     torch.manual_seed(recipe.seed)
     stage = build(args, recipe)
@@ -260,7 +274,9 @@ def main(args, recipe: Recipe) -> None:
         stage.model = type(stage.model).from_pretrained(recipe.init)
         files = files + [Path(recipe.init)]
     model = stage.model.train().to(args.device)
-    params = dict(model.named_parameters())
+    if recipe.decoder_only:
+        freeze_encoder(model)
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     identity = checkpoint.identify(args, recipe, files, nn.ModuleList([model, stage.judge]), params)
     optimizer = run.optimizer(params, recipe)
     start = checkpoint.resume(args.run, params, optimizer, identity, recipe.steps)
@@ -291,7 +307,7 @@ def main(args, recipe: Recipe) -> None:
 
 def save(args, recipe: Recipe, stage: Stage) -> None:
     """Write the network as the published ones are; a VAE with its latents' scale, what predicts with its schedule."""
-    if args.stage == "vae":
+    if args.stage == "vae" and not recipe.decoder_only:
         normalise_latents(stage.model, stage.data, recipe)
     if args.stage in ("prior", "one_step_2d"):
         schedule = SCHEDULERS["2d" if args.stage == "one_step_2d" else args.family]
@@ -342,4 +358,4 @@ if __name__ == "__main__":
     args.run = args.runs / name
     args.recipe = name if name in RECIPES else args.stage
     del args.runs  # only where things lie
-    run.launch(main, args, RECIPES)
+    run.launch(main, args, RECIPES, conv3d=args.stage == "vae")

@@ -204,4 +204,4 @@ if __name__ == "__main__":
                         help="folder with stage_a.safetensors, and perhaps a stage H to continue (default weights)")
     parser.add_argument("--base", help="folder or hub id of the base, if not the one stage A names")
     parser.add_argument("--vae2d", help="folder or hub id of the AutoencoderKL, if not the one stage A names")
-    run.launch(main, parser.parse_args(), RECIPES)
+    run.launch(main, parser.parse_args(), RECIPES, conv3d=True)

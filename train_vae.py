@@ -187,4 +187,4 @@ if __name__ == "__main__":
     parser.add_argument("--vae2d", default="weights/vae_2d",
                         help="folder or hub id of an AutoencoderKL; '' with Wan, which needs none")
     parser.add_argument("--prompt", type=Path, help="the prompt's embedding (safetensors with `text`); default zeros")
-    run.launch(main, parser.parse_args(), RECIPES)
+    run.launch(main, parser.parse_args(), RECIPES, conv3d=True)

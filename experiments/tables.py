@@ -203,7 +203,7 @@ def train(params: Iterable[nn.Parameter], loss: Callable[[Tensor, Tensor], Tenso
     bar = tqdm(range(args.steps), unit="step", disable=None)
     for step in bar:
         x_ni, x_gt, _ = data.batch([run.draws(seed, step, k) for k in range(batch)])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=not desk.bfloat16_spoils_conv3d("cpu")):
             value = loss(x_ni, x_gt)
         for group in optimizer.param_groups:
             group["lr"] = lr * run.schedule(step, 50, args.steps, cosine=True)

@@ -126,13 +126,13 @@ def test_a_checkpoint_is_due_after_every_so_many_steps_and_after_the_last():
 # ---- how a run ends --------------------------------------------------------------------------------------------------
 
 
-def launched(monkeypatch, capsys, main, folder, *argv):
-    """(exit status, lines on stderr) of a script with this main."""
+def launched(monkeypatch, capsys, main, folder, *argv, **given):
+    """(exit status, lines on stderr) of a script with this main; given: what else launch gets."""
     monkeypatch.setattr(sys, "argv", ["train_x.py"])
     handlers = {number: signal.getsignal(number) for number in desk.SIGNALS}
     status = 0
     try:
-        run.launch(main, arguments(folder, *argv), {"small": Recipe(), "paper": Recipe(steps=9)})
+        run.launch(main, arguments(folder, *argv), {"small": Recipe(), "paper": Recipe(steps=9)}, **given)
     except SystemExit as stop:
         status = stop.code
     finally:
@@ -148,6 +148,35 @@ def test_a_cpu_takes_bfloat16_where_it_is_native_or_asked_for(monkeypatch, capsy
     for argv in ((), ("--set", "bf16=yes"), ("--set", "bf16=no")):
         launched(monkeypatch, capsys, lambda args, recipe: taken.append(recipe.bf16), tmp_path, *argv)
     assert taken == [native, True, False]
+
+
+@pytest.mark.parametrize("limit, amx", [(None, True), ("ALL", True), ("avx512_core_amx", True),
+                                        ("AVX10_1_512_AMX", True), ("AVX512_CORE_BF16", False), ("avx2", False)])
+def test_3d_convolutions_are_not_trained_in_bfloat16_where_amx_would_write_beyond_their_gradient(
+        monkeypatch, capsys, tmp_path, limit, amx):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": True}, raising=False)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if limit:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    taken = []
+
+    def start(*argv, conv3d=True):
+        return launched(monkeypatch, capsys, lambda args, recipe: taken.append(recipe.bf16), tmp_path, *argv,
+                        conv3d=conv3d)
+    assert start() == start("--set", "bf16=no") == start(conv3d=False) == (0, [])
+    assert taken == [not amx, False, True]
+    status, lines = start("--set", "bf16=yes")
+    if amx:
+        assert status == 2 and len(lines) == 1 and "wanted bf16=no, or ONEDNN_MAX_CPU_ISA=" in lines[0], lines
+    else:
+        assert status == 0 and taken[-1] is True
+
+
+@pytest.mark.parametrize("amx, limit, device", [(False, None, "cpu"), (True, None, "cuda"), (True, "AVX2", "cpu")])
+def test_bfloat16_does_not_spoil_3d_convolutions_elsewhere(monkeypatch, amx, limit, device):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx}, raising=False)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit or "ALL")
+    assert not desk.bfloat16_spoils_conv3d(device)
 
 
 def test_a_script_gets_its_recipe_and_writes_into_its_runs_folder_unless_told_otherwise(monkeypatch, capsys, tmp_path):

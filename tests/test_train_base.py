@@ -89,6 +89,24 @@ def test_a_stage_continues_from_the_network_in_a_folder(folder, tmp_path, stage,
     assert ended.keys() == begun.keys() and all(torch.equal(ended[key], begun[key]) for key in begun)
 
 
+@pytest.mark.parametrize("family, base", [("cogvideox", "base"), ("wan", "base_wan")])
+def test_decoder_only_leaves_latents_and_their_scale_as_they_are(folder, tmp_path, family, base):
+    begun = folder / "out" / base / "vae"
+    train(folder, "vae", family, out=tmp_path, steps=2, init=str(begun), decoder_only=True, lr=0.1)
+    ended = tmp_path / base / "vae"
+    assert (ended / "config.json").read_text() == (begun / "config.json").read_text()
+    (old, _), (new, _) = (weights.load_tensors(at / "diffusion_pytorch_model.safetensors") for at in (begun, ended))
+    moved = {key.split(".")[0] for key in old if not torch.equal(old[key], new[key])}
+    assert moved == {"decoder"} | ({"post_quant_conv"} if family == "wan" else set())
+
+
+@pytest.mark.parametrize("stage", ["vae_2d", "prior"])
+def test_decoder_only_is_refused_for_what_is_no_3d_vae(folder, tmp_path, stage):
+    shutil.copytree(folder / "out" / "base" / "vae", tmp_path / "base" / "vae")
+    with pytest.raises(ValueError, match=r"decoder_only: wanted the stage vae, got (AutoencoderKL|CogVideoXDiT)$"):
+        train(folder, stage, out=tmp_path, steps=1, decoder_only=True)
+
+
 def test_the_base_loads_as_published_ones_do_and_mirage_stands_on_it(folder):
     vae = CogVideoXVAE.from_pretrained(folder / "out" / "base", "vae")
     mirage = Mirage.from_base(folder / "out" / "base", folder / "out" / "vae_2d")
@@ -145,8 +163,8 @@ def test_a_step_trains_on_as_many_crops_of_a_size_as_its_batch_has_pixels_each_d
 def test_a_frame_that_is_uniformly_too_bright_costs_its_tone_and_noise_does_not(folder):
     lpips = perceptual.Lpips(perceptual.Features("squeeze", folder))
     x, zero = torch.zeros(1, 3, 1, 64, 64), torch.zeros(1)
-    _, bright = train_base.reconstruction(x + 0.1, x, lpips, zero, zero)
-    _, noise = train_base.reconstruction(x + 0.1 * torch.randn_like(x).sign(), x, lpips, zero, zero)
+    _, bright = train_base.reconstruction(x + 0.1, x, lpips, 0.1, zero, zero)
+    _, noise = train_base.reconstruction(x + 0.1 * torch.randn_like(x).sign(), x, lpips, 0.1, zero, zero)
     assert abs(bright["mse"] - 0.01) < 1e-6 and abs(bright["tone"] - 0.1) < 1e-6
     assert abs(noise["mse"] - 0.01) < 1e-6 and noise["tone"] < 1.2e-2
 
@@ -180,7 +198,7 @@ def test_the_small_autoencoders_are_made_quiet(make, monkeypatch):
 def test_the_loss_of_an_autoencoder_is_the_weighted_sum_of_terms_that_are_logged_unweighted(folder):
     lpips = perceptual.Lpips(perceptual.Features("squeeze", folder))
     (x, y), mean, logvar = torch.rand(2, 2, 3, 2, 32, 48) * 2 - 1, torch.randn(4, 5), torch.randn(4, 5)
-    loss, terms = train_base.reconstruction(y, x, lpips, mean, logvar)
+    loss, terms = train_base.reconstruction(y, x, lpips, 0.03, mean, logvar)
     frames = [v.movedim(2, 1).flatten(0, 1) for v in (y, x)]
     wanted = {"mse": (y - x).square().mean(), "l1": (y - x).abs().mean(), "lpips": lpips(*frames).mean(),
               "tone": (y - x).unflatten(3, (2, 16)).unflatten(5, (3, 16)).mean(dim=(4, 6)).abs().mean(),
@@ -188,7 +206,7 @@ def test_the_loss_of_an_autoencoder_is_the_weighted_sum_of_terms_that_are_logged
     assert terms.keys() == wanted.keys()
     for name, value in wanted.items():
         assert terms[name].item() == pytest.approx(value.item(), rel=1e-5), name
-    weights_of = {"mse": 1, "tone": 0.5, "l1": 0.1, "lpips": 0.1, "kl": 1e-4}
+    weights_of = {"mse": 1, "tone": 0.5, "l1": 0.1, "lpips": 0.03, "kl": 1e-4}
     weighted = sum(weights_of[name] * value.item() for name, value in wanted.items())
     assert loss.item() == pytest.approx(weighted, rel=1e-5)
 
@@ -208,7 +226,7 @@ def test_an_autoencoder_trains_on_the_groups_of_frames_in_which_inference_takes_
         assert mean.shape == logvar.shape == z.shape and difference < 1e-9, f"largest difference {difference:.1e}"
         monkeypatch.setattr(train_base, "sample", lambda mean, logvar, draws: mean)
         monkeypatch.setattr(train_base, "reconstruction", lambda y, *given: seen.append(y) or (None, {}))
-        train_base.vae_loss(vae, [x], None, None)
+        train_base.vae_loss(vae, [x], None, None, 0.1)
         difference = (seen[0] - vae.decode(z * factor)).abs().max().item()
     assert difference < 1e-9, f"largest difference {difference:.1e}"
 
@@ -220,7 +238,7 @@ def test_a_wan_vae_that_is_trained_on_is_trained_as_it_decodes_whatever_its_late
     plain.load_state_dict(scaled.state_dict())
     x = torch.rand(1, 3, 5, 16, 16) * 2 - 1
     assert torch.allclose(scaled.decode(scaled.encode(x)), plain.decode(plain.encode(x)), atol=1e-5)
-    losses = [train_base.vae_loss(vae, [x], torch.Generator().manual_seed(1), lambda y, x: (y - x).abs())[0].item()
+    losses = [train_base.vae_loss(vae, [x], torch.Generator().manual_seed(1), lambda y, x: (y - x).abs(), 0.1)[0].item()
               for vae in (scaled, plain)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 

@@ -266,8 +266,25 @@ def bfloat16_is_native(device: str) -> bool:
 
     if device != "cpu":
         return torch.device(device).type == "cuda"
-    can = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of PyTorch do not tell
-    return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
+    return bool(_capabilities().get("avx512_bf16") or _capabilities().get("amx_bf16"))
+
+
+def bfloat16_spoils_conv3d(device: str) -> bool:
+    """Whether training 3D convolutions in bfloat16 corrupts memory on this device.
+
+    On CPUs with AMX it does, in PyTorch 2.13: where frames are few and large, as in 1x16x1x96x144, the gradient of the
+    weights is written beyond its buffer. The environment variable ONEDNN_MAX_CPU_ISA can keep AMX from being used.
+    """
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    uses_amx = "AMX" in limit or limit in ("ALL", "DEFAULT")
+    return device == "cpu" and uses_amx and bool(_capabilities().get("amx_bf16"))
+
+
+def _capabilities() -> dict:
+    """What the CPU has, by name; older versions of PyTorch do not tell."""
+    import torch
+
+    return getattr(torch.cpu, "get_capabilities", dict)()
 
 
 def override(recipe, settings: list[str]):

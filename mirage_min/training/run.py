@@ -106,8 +106,8 @@ def flags(doc: str | None, stage: str, recipes: dict) -> argparse.ArgumentParser
     return parser
 
 
-def launch(main: Callable, args: argparse.Namespace, recipes: dict) -> None:
-    """main(args, recipe), alone or as one of torchrun's processes.
+def launch(main: Callable, args: argparse.Namespace, recipes: dict, conv3d: bool = False) -> None:
+    """main(args, recipe), alone or as one of torchrun's processes. conv3d: whether 3D convolutions are trained.
 
     Exit status: 0 done; 2 something is wrong, and one line on stderr says what; 128 + its number after a signal, and
     one line says at which step it came and where the same command continues.
@@ -128,6 +128,12 @@ def launch(main: Callable, args: argparse.Namespace, recipes: dict) -> None:
         if recipe.bf16 and not asked and not desk.bfloat16_is_native(args.device):
             recipe.bf16 = False
             processes.print_once("bf16=no, for this device does not multiply bfloat16 natively")
+        if recipe.bf16 and conv3d and desk.bfloat16_spoils_conv3d(args.device):
+            if asked:
+                raise ValueError("bf16=yes: this processor's AMX spoils the gradients of 3D convolutions; wanted "
+                                 "bf16=no, or ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 in the environment")
+            recipe.bf16 = False
+            processes.print_once("bf16=no, for this processor's AMX spoils the gradients of 3D convolutions")
         main(args, recipe)
 
     def stopped() -> str | None:
