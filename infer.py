@@ -54,6 +54,7 @@ from mirage_min.networks.checked import Within
 from mirage_min.systems.load import system_in
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LESS_MEMORY = "--set tiles=2 takes less"
 
 
 @dataclass
@@ -110,6 +111,11 @@ def harmonise_all(videos: list[Path], load: Callable, args: argparse.Namespace, 
             harmonise(video, targets[video], load, args, settings, f"{number} of {len(left)}")
         except (ValueError, OSError, av.FFmpegError) as error:
             desk.say_error(f"infer.py: {error}")
+            failed += 1
+        except (MemoryError, RuntimeError) as error:
+            if not desk.lacks_memory(error):
+                raise
+            desk.say_error(f"infer.py: {video}: the memory does not suffice ({LESS_MEMORY})")
             failed += 1
     passed_over = ", ".join(args.passed_over[:8]) + ", ..." * (len(args.passed_over) > 8)
     desk.say(f"{args.output}: {len(left) - failed} videos done, {len(videos) - len(left)} were there, {failed} failed"
@@ -270,7 +276,7 @@ def cli(argv: list[str] | None = None) -> int:
     def stopped() -> str:
         return f"; what is in {args.output} is whole, and the same command continues" if args.videos else desk.NOTHING
 
-    return desk.serve("infer.py", lambda: main(args), stopped, memory="--set tiles=2 takes less")
+    return desk.serve("infer.py", lambda: main(args), stopped, memory=LESS_MEMORY)
 
 
 if __name__ == "__main__":

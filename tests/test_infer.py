@@ -429,6 +429,27 @@ def test_memory_that_does_not_suffice_is_one_line_and_status_2(tmp_path, capsys,
          tmp_path / "out.mp4")
 
 
+@pytest.mark.parametrize("error, goes_on", [(torch.OutOfMemoryError("CUDA out of memory."), True),
+                                            (MemoryError("no array of 9 GiB"), True), (RuntimeError("a bug"), False)])
+def test_a_video_for_which_the_memory_does_not_suffice_ends_no_folder(tmp_path, capsys, stand_in, error, goes_on):
+    def full():
+        raise error
+    clips, out = tmp_path / "clips", tmp_path / "out"
+    clips.mkdir()
+    for name, T in (("a.mp4", 3), ("b.mp4", 9), ("c.mp4", 4)):
+        encode(clips / name, pictures(T))
+    stand_in.at[8] = full  # only b.mp4 is that long
+    if not goes_on:
+        with pytest.raises(RuntimeError, match="^a bug$"):
+            run(capsys, clips, out)
+        return
+    status, said, err = run(capsys, clips, out)
+    line = f"infer.py: {clips / 'b.mp4'}: the memory does not suffice (--set tiles=2 takes less)\n"
+    assert status == 1 and err == line
+    assert said.splitlines()[-1] == f"{out}: 2 videos done, 0 were there, 1 failed"
+    assert sorted(path.name for path in out.iterdir()) == ["a.mp4", "c.mp4"]
+
+
 def test_a_bug_is_not_hidden_behind_a_line(tmp_path, capsys, stand_in):
     stand_in.at[1] = lambda: {}["missing"]
     with pytest.raises(KeyError):

@@ -136,14 +136,19 @@ def serve(name: str, run: Callable[[], int | None], stopped: Callable[[], str | 
         say_error(f"{name}: {error}")
         return 2
     except (MemoryError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        short = isinstance(error, (MemoryError, *known("torch", "OutOfMemoryError"))) or "allocate memory" in reason
-        if not short:
+        if not lacks_memory(error):
             raise
+        reason = first_line(str(error).strip())
         say_error(f"{name}: the memory does not suffice{f' ({memory})' * bool(memory)}: {reason}")
         return 2
     finally:
         serving = False
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory does not suffice, be it Python's or PyTorch's."""
+    return (isinstance(error, (MemoryError, *known("torch", "OutOfMemoryError")))
+            or isinstance(error, RuntimeError) and "allocate memory" in first_line(str(error).strip()))
 
 
 def known(module: str, name: str) -> tuple[type, ...]:

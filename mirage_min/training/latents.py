@@ -90,8 +90,8 @@ class DrawnLatents:
         if not file.exists():
             z = None
             for i in desk.bar(range(recipe.latent_clips), desc="encoding", unit="clip"):
-                # steps that are never taken: the pixel loss sees other draws
-                x_in, x_gt, _ = draw(1_000_000 + i, range(1))
+                # steps before the first: the pixel loss sees other draws
+                x_in, x_gt, _ = draw(-1 - i, range(1))
                 with autocast(recipe, device):
                     z_in, z_gt = (vae.encode(x.to(device))[0] for x in (x_in, x_gt))
                     both = torch.stack([z_in, z_gt]).half().cpu()                        # [2, C, F, h, w]
