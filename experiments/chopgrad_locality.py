@@ -1,6 +1,6 @@
 """How little the past matters to a decoder: temporal locality, truncation, tiles (ChopGrad §3.2, Figs. 3 to 5, 7).
 
-    python -m experiments.chopgrad_locality --vae VAE --backbone RESTORER               # small Wan, made-up clips
+    python -m experiments.chopgrad_locality --vae VAE --backbone weights/world          # small Wan, made-up clips
     python -m experiments.chopgrad_locality --vae weights/base/vae --backbone weights/base --label trained clip.mp4 ...
     python -m experiments.chopgrad_locality --random                                    # random weights: the control
 
@@ -36,12 +36,14 @@ from mirage_min.data.toy_world import WorldConfig, make_clip
 from mirage_min.data.video import read_clip
 from mirage_min.method import chopgrad
 from mirage_min.method.perceptual import Lpips
+from mirage_min.method.schedules import WAN
 from mirage_min.networks.imagenet import Features
 from mirage_min.networks.vae_cogvideox import CogVideoXVAE
 from mirage_min.networks.vae_wan import WanVAE
 from mirage_min.networks.weights import read_json
 from mirage_min.systems.restore import Restorer
 from mirage_min.systems.restore_folder import Settings
+from mirage_min.systems.world import World
 
 VAES = {cls.CLASS_NAME: cls for cls in (CogVideoXVAE, WanVAE)}
 
@@ -177,6 +179,18 @@ def backbone(restorer: Restorer, clips: list[Tensor]) -> list[dict[str, float]]:
     full = mean.pop(None)
     return [{"d_trunc": d, "backbone_nmae": nmae(g, full), "backbone_cosine": cosine(g, full)}
             for d, g in mean.items()]
+
+
+def read_backbone(folder: Path, vae: Path) -> Restorer:
+    """A base, a restorer, or a world model's transformer with its own VAE, as a remover of artifacts.
+
+    ValueError or OSError of one line if the folder is none of these.
+    """
+    settings, index = Settings("artifacts"), folder / "model_index.json"
+    if index.exists() and read_json(index).get("_class_name") == "World":
+        world = World.from_pretrained(folder, dtype=torch.float32)
+        return Restorer(world.vae, world.dit, world.text, WAN, settings).requires_grad_(False).eval()
+    return Restorer.from_base(folder, settings, vae=vae, dtype=torch.float32)
 
 
 def without_detail(x: Tensor) -> Tensor:
@@ -324,8 +338,7 @@ def main(args: argparse.Namespace) -> None:
         result = {"clips": [list(x.shape) for x in clips], "probes": args.probes, "tiles_of": args.tiles}
         result |= measure(vae.eval(), clips, args.probes, args.tiles, args.perceptual)
         if args.backbone:
-            restorer = Restorer.from_base(args.backbone, Settings("artifacts"), vae=args.vae, dtype=torch.float32)
-            result["backbone"] = backbone(restorer, clips)
+            result["backbone"] = backbone(read_backbone(args.backbone, args.vae), clips)
         folder = args.out / "chopgrad"
         common.save_json(folder / f"locality_{label}.json", result)
         common.save_figure(folder / f"locality_{label}.png", draw_locality(result, label))
@@ -340,7 +353,8 @@ def flags() -> argparse.ArgumentParser:
                         help="folder of a CogVideoX or Wan VAE (default weights/vae_wan)")
     parser.add_argument("--random", action="store_true", help="small random VAEs of both kinds instead, on noise")
     parser.add_argument("--label", default="trained_wan", help="LABEL in the files' names (default trained_wan)")
-    parser.add_argument("--backbone", type=Path, help="folder of a transformer for this VAE: a base or a restorer")
+    parser.add_argument("--backbone", type=Path,
+                        help="folder of a transformer for this VAE: a base, a restorer or a world model")
     parser.add_argument("--frames", type=int, default=97, help="of each clip, at most (default 97)")
     parser.add_argument("--size", type=int, nargs=2, default=(64, 128), metavar=("H", "W"), help="of the frames")
     parser.add_argument("--probes", type=int, default=2, help="random probes for each influence (default 2)")

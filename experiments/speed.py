@@ -32,6 +32,7 @@ from mirage_min.systems.mirage import Mirage
 from mirage_min.training.memory import LiveBytes
 
 SMALL_VAE = {"block_out_channels": (16, 32, 64, 64), "layers_per_block": 1, "norm_num_groups": 8}  # as shipped
+VAE_SIZES = (9, 96, 144), (17, 96, 144), (9, 160, 240)
 
 
 def calls(ours: nn.Module, theirs: nn.Module, size: tuple[int, int, int], device: str = "cpu") -> dict:
@@ -89,26 +90,28 @@ def operations(call: Callable[[], object]) -> int:
 
 @torch.no_grad()
 def vae_part(args: argparse.Namespace) -> dict:
-    """Seconds and bytes of the official VAEs, the best of --repeat turns in which all calls alternate."""
-    size = args.size or (9, 256, 384)
+    """Seconds and bytes of the official VAEs at three sizes, or the one of --size: the best of --repeat turns in which
+    all calls alternate."""
     peak = conv_peak()
     rows = {"conv3d_peak": peak}
-    for name, pair in published.vaes("cpu").items():
-        every = calls(*pair, size)
-        runs = {key: [] for key in every}
-        for _ in range(args.repeat):
-            for key, call in every.items():
-                runs[key].append(measuring.timed(call))
-        for way in ("encode", "decode"):
-            our_seconds, our_bytes = map(min, zip(*runs["ours", way]))
-            their_seconds, their_bytes = map(min, zip(*runs["diffusers", way]))
-            share = operations(every["ours", way]) / our_seconds / peak
-            rows[f"{name} {way}"] = {"size": size, "seconds": [our_seconds, their_seconds],
-                                     "bytes": [our_bytes, their_bytes], "of_peak": share}
-            print(f"{name} {way} {size}: {our_seconds:.2f} s, diffusers {their_seconds:.2f}, "
-                  f"ratio {our_seconds / their_seconds:.2f}; {our_bytes / GIB:.2f} GiB, "
-                  f"diffusers {their_bytes / GIB:.2f}, ratio {our_bytes / their_bytes:.2f}; "
-                  f"{share:.0%} of conv3d's peak")
+    for size in [args.size] if args.size else VAE_SIZES:
+        for name, pair in published.vaes("cpu").items():
+            every = calls(*pair, size)
+            runs = {key: [] for key in every}
+            for _ in range(args.repeat):
+                for key, call in every.items():
+                    runs[key].append(measuring.timed(call))
+            for way in ("encode", "decode"):
+                our_seconds, our_bytes = map(min, zip(*runs["ours", way]))
+                their_seconds, their_bytes = map(min, zip(*runs["diffusers", way]))
+                share = operations(every["ours", way]) / our_seconds / peak
+                label = f"{name} {way} {'x'.join(map(str, size))}"
+                rows[label] = {"seconds": [our_seconds, their_seconds], "bytes": [our_bytes, their_bytes],
+                               "of_peak": share}
+                print(f"{label}: {our_seconds:.2f} s, diffusers {their_seconds:.2f}, "
+                      f"ratio {our_seconds / their_seconds:.2f}; {our_bytes / GIB:.2f} GiB, "
+                      f"diffusers {their_bytes / GIB:.2f}, ratio {our_bytes / their_bytes:.2f}; "
+                      f"{share:.0%} of conv3d's peak", flush=True)
     return rows
 
 

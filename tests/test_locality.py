@@ -98,6 +98,18 @@ def test_truncation_is_measured_against_full_backpropagation(vae):
     assert rows[0]["z_relative"] > 0.05 and rows[2]["z_relative"] < 1e-5
 
 
+def test_a_world_models_transformer_is_a_backbone_with_its_own_vae(tmp_path):
+    world = small.world(latents=2)
+    world.vae.save_pretrained(tmp_path / "vae")
+    world.save_pretrained(tmp_path / "model", "../vae")
+    restorer = locality.read_backbone(tmp_path / "model", tmp_path / "none")
+    z = torch.randn(1, world.vae.config.z_dim, 2, 4, 4)
+    with torch.no_grad():
+        wanted = z - world.dit(z, torch.tensor([200]), world.text)
+    assert torch.allclose(restorer.denoise(z), wanted, atol=1e-5)
+    assert torch.equal(restorer.vae.post_quant_conv.weight, world.vae.post_quant_conv.weight)
+
+
 def test_the_backbones_gradients_are_those_of_plain_autograd_averaged_over_the_clips():
     """ChopGrad Fig. 4: full gradients by the graph of the whole clip, and those of d_trunc 0 group by group."""
     torch.manual_seed(0)

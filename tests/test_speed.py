@@ -119,8 +119,20 @@ def test_the_best_turn_of_each_vae_counts_and_its_share_is_of_the_fastest_convol
     monkeypatch.setattr(speed, "conv_peak", lambda: 1000.0)
     found = speed.vae_part(flags("vae", "--repeat", 2, "--size", 1, 8, 8))
     assert found.pop("conv3d_peak") == 1000
-    assert found["toy encode"] == {"size": [1, 8, 8], "seconds": [2, 9], "bytes": [70, 20], "of_peak": 210 / 2 / 1000}
-    assert found["toy decode"] == {"size": [1, 8, 8], "seconds": [5, 7], "bytes": [40, 10], "of_peak": 420 / 5 / 1000}
+    assert found == {
+        "toy encode 1x8x8": {"seconds": [2, 9], "bytes": [70, 20], "of_peak": 210 / 2 / 1000},
+        "toy decode 1x8x8": {"seconds": [5, 7], "bytes": [40, 10], "of_peak": 420 / 5 / 1000}}
+
+
+def test_the_vaes_are_measured_at_three_sizes_unless_one_is_asked_for(pair, monkeypatch):
+    seen = []
+    monkeypatch.setattr(speed, "calls", lambda ours, theirs, size: seen.append(size) or {
+        (side, way): None for side in ("ours", "diffusers") for way in ("encode", "decode")})
+    monkeypatch.setattr(measuring, "timed", lambda call: (1.0, 1))
+    monkeypatch.setattr(speed, "operations", lambda call: 1)
+    monkeypatch.setattr(speed, "conv_peak", lambda: 1.0)
+    found = speed.vae_part(flags("vae", "--repeat", 1))
+    assert len(seen) == len(set(seen)) == 3 and len(found) == 1 + 3 * 2
 
 
 def test_the_peak_is_that_of_the_fastest_convolution(monkeypatch):

@@ -272,6 +272,49 @@ def test_what_frame_0_did_not_show_counts_in_the_whole_and_not_in_what_was_seen(
     assert found["PSNR_C"] == found["frame 2"] == float("inf") and found["way back"] == float("inf")
 
 
+def test_the_way_back_begins_after_the_middle_and_ends_with_the_last_frame():
+    y = torch.zeros(3, 9, *SIZE)
+    everywhere = torch.ones(1, 9, *SIZE, dtype=torch.bool)
+
+    def judged(frame):
+        x = y + 0.1
+        x[:, frame] += 0.4
+        return world_study.judge(x, SimpleNamespace(x_gt=y), everywhere, mean_difference)["way back"]
+    small, large = (10 * math.log10(4 / error**2) for error in (0.1, 0.5))
+    assert [judged(frame) for frame in (3, 4)] == pytest.approx([small] * 2, abs=1e-4)
+    assert [judged(frame) for frame in (5, 8)] == pytest.approx([(3 * small + large) / 4] * 2, abs=1e-4)
+
+
+@pytest.mark.parametrize("latents", [2, 3])
+def test_in_the_middle_of_a_path_the_memory_holds_the_true_frames_up_to_there(scene, latents):
+    clip, path = scene
+    world, observe = test_world.world(latents=latents), Known(clip, path)
+    state = world_study.after_true_frames(world, clip, path, observe)
+    assert torch.equal(state.past, pad(clip.x_gt[None, :, [8]])) and state.cameras == [path[8]]
+    memory = Memory.empty(768)
+    for t in (0, 4, 8):
+        memory = world.remember(memory, cell_image(clip.x_gt[:, t])[:, None], observe(clip.x_gt, [path[t]]), [path[t]])
+    assert torch.equal(state.memory.features, memory.features) and torch.equal(state.memory.points, memory.points)
+
+
+def test_the_filter_is_judged_at_rest_where_the_two_memories_differ():
+    """A still camera and a wall. What stood before the cell on the top left in the first half is gone in the second."""
+    wall = torch.rand(3, *SIZE, generator=Generator().manual_seed(0)) * 0.2
+    x, moving = wall[:, None].repeat(1, 17, 1, 1), torch.zeros(1, 17, *SIZE)
+    x[:, :9, :16, :16], moving[:, :9, :16, :16] = 0.9, 1
+    clip = SimpleNamespace(x_gt=x, depth=torch.full((1, 17, *SIZE), 4.0), moving=moving)
+    path = [test_world.camera(0, *SIZE) for _ in range(17)]
+    found = world_study.filtered(test_world.world(), clip, path, seed=0)
+    cell = wall[:, :16, :16]
+
+    def psnr(shown, share):
+        return 10 * math.log10(4 / ((shown - cell).square().mean().item() * share))
+    assert found["cells"] == pytest.approx(1 / 6)
+    for name, shown in (("with", 0.5), ("without", 0.9)):  # the networks show mid-grey where nothing is known
+        assert found[f"cells that the filter changes, {name}"] == pytest.approx(psnr(shown, 1), abs=1e-3)
+        assert found[f"what is at rest, {name}"] == pytest.approx(psnr(shown, 1 / 6), abs=1e-3)
+
+
 def test_cells_become_the_pixels_that_they_are():
     cells = torch.tensor([[[[1.0, 0], [0, 1]]]])
     got = world_study.pixels(cells, (30, 25))
