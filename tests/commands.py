@@ -134,7 +134,7 @@ def run_until_understood(name: str, script: str, as_module: bool, argv: list[str
             raise Understood
         return args
 
-    def launch(main, args: argparse.Namespace, recipes: dict) -> None:
+    def launch(main, args: argparse.Namespace, recipes: dict, conv3d: bool = False) -> None:
         run.check(desk.override(recipes[args.recipe], args.set))
         raise Understood
 
