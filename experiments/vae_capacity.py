@@ -12,8 +12,8 @@ fitted on other clips.
     directions   how many of the latents' principal directions have a larger standard deviation than the noise that
                  training adds to them (the posterior's)
 
-If `linear` is near `decoded` and far below `components`, the encoder is what falls short, and no decoder makes up for
-it. A direction that is smaller than its noise holds next to nothing.
+If `linear` is near `decoded` and far below `components`, it is the encoder that falls short, and a better decoder alone
+is not likely to make up for it. A direction that is smaller than its noise holds next to nothing.
 """
 
 import argparse
