@@ -38,20 +38,33 @@ def pairs(args: argparse.Namespace, folders: list[Path], align: str, name: str) 
     return tables.once(args.runs / "mirage_table3" / name, {"scenes": folders}, make)
 
 
-def main(args: argparse.Namespace) -> None:
+def all_scenes(args: argparse.Namespace) -> tuple[list[Path], list[Path]]:
+    """Those to train on, and those held out."""
     few = args.steps < 10  # enough to see that it runs
-    training = scenes(args, "scenes", 0, 2 if few else TRAINING)
-    held_out = scenes(args, "scenes_held_out", 1_000_000, 1 if few else HELD_OUT)
-    clips, seeds = pairs(args, held_out, "full", "held_out"), []
-    data = {align: pairs(args, training, align, f"pairs_{align}") for align in ("none", "coarse", "full")}
-    steps = max(1, 2 * args.steps * 3 // 5)
-    settings = tables.trained_with(args, system="R3D2", steps_r3d2=steps, scenes=[len(training), len(held_out)])
+    return (scenes(args, "scenes", 0, 2 if few else TRAINING),
+            scenes(args, "scenes_held_out", 1_000_000, 1 if few else HELD_OUT))
+
+
+def settings_of(args: argparse.Namespace) -> dict:
+    """What a model that was trained on scenes depends on, and its steps."""
+    training, held_out = all_scenes(args)
+    return tables.trained_with(args, system="R3D2", steps_r3d2=max(1, 2 * args.steps * 3 // 5),
+                               scenes=[len(training), len(held_out)])
+
+
+def trained(args: argparse.Namespace, align: str, seed: int) -> Path:
+    """R3D2, trained on pairs that were aligned so; r3d2_table5 scores the one of "full", too."""
+    data, settings = pairs(args, all_scenes(args)[0], align, f"pairs_{align}"), settings_of(args)
+    make = partial(tables.train_r3d2, args, seed=seed, data=data, steps=settings["steps_r3d2"])
+    return tables.once(args.runs / "mirage_table3" / f"seed_{seed}" / f"model {align}", settings, make)
+
+
+def main(args: argparse.Namespace) -> None:
+    clips, seeds = pairs(args, all_scenes(args)[1], "full", "held_out"), []
     for seed in range(1, args.seeds + 1):
-        folder, models = args.runs / "mirage_table3" / f"seed_{seed}", {}
-        for align, pairs_aligned in data.items():
-            make = partial(tables.train_r3d2, args, seed=seed, data=pairs_aligned, steps=steps)
-            models[align] = tables.once(folder / f"model {align}", settings, make)
-        results = tables.harmonise(clips, folder, models, settings, tables.read_r3d2)
+        folder = args.runs / "mirage_table3" / f"seed_{seed}"
+        models = {align: trained(args, align, seed) for align in ("none", "coarse", "full")}
+        results = tables.harmonise(clips, folder, models, settings_of(args), tables.read_r3d2)
         seeds.append(tables.evaluate(args, clips, results, folder / "scores", exact=False))
     tables.report("mirage_table3", __doc__, args, {tables.FULL: PAPER}, seeds)
 

@@ -3,7 +3,7 @@
     python -m experiments.r3d2_table5 --perceptual DIR
 
     reconstruction   the scene rendered from its Gaussians, its own car in it: nothing was inserted
-    R3D2             trained on pairs: an asset inserted into the reconstruction, and what was filmed
+    R3D2             trained on pairs: an asset inserted into the reconstruction, and what was filmed (mirage_table3's)
     repair only      the same network, steps and scenes, but trained on reconstructions without an insertion, as Difix
                      is: it sees floaters and noise, and never a missing shadow
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from experiments import common, tables
-from experiments.mirage_table3 import HELD_OUT, TRAINING, pairs, scenes
+from experiments.mirage_table3 import all_scenes, pairs, settings_of, trained
 from mirage_min.data.pixels import to_bytes
 from mirage_min.data.scene import read_scene
 from mirage_min.data.splat import render
@@ -59,20 +59,16 @@ def save_reconstructions(folders: list[Path], clips: Path, to: Path) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    few = args.steps < 10  # enough to see that it runs
-    training = scenes(args, "scenes", 0, 2 if few else TRAINING)
-    held_out = scenes(args, "scenes_held_out", 1_000_000, 1 if few else HELD_OUT)
+    training, held_out = all_scenes(args)
     clips, home = pairs(args, held_out, "full", "held_out"), args.runs / "r3d2_table5"
     repairs = tables.once(home / "repairs", {"scenes": training}, partial(save_repairs, training))
     shown = tables.once(home / "reconstruction", {"scenes": held_out}, partial(save_reconstructions, held_out, clips))
-    data = {"R3D2": pairs(args, training, "full", "pairs_full"), "repair only": repairs}
-    steps, seeds = max(1, 2 * args.steps * 3 // 5), []
-    settings = tables.trained_with(args, steps_r3d2=steps, scenes=[len(training), len(held_out)])
+    settings, seeds = settings_of(args), []
     for seed in range(1, args.seeds + 1):
-        folder, models = home / f"seed_{seed}", {}
-        for name, folder_of_pairs in data.items():
-            make = partial(tables.train_r3d2, args, seed=seed, data=folder_of_pairs, steps=steps)
-            models[name] = tables.once(folder / f"model {name}", settings, make)
+        folder = home / f"seed_{seed}"
+        repair = partial(tables.train_r3d2, args, seed=seed, data=repairs, steps=settings["steps_r3d2"])
+        models = {"R3D2": trained(args, "full", seed),
+                  "repair only": tables.once(folder / "model repair only", settings, repair)}
         results = tables.harmonise(clips, folder, models, settings, tables.read_r3d2)
         seeds.append(tables.evaluate(args, clips, {"reconstruction": shown} | results, folder / "scores", exact=False))
     pictures = {"reconstruction": shown} | results
