@@ -79,7 +79,7 @@ class Recipe(run.Optimisation):
     lambda_lpips: float = 0.1  # of the autoencoders
     decoder_only: bool = False  # of the 3D VAE: the encoder stays as it is, and with it what was trained on its latents
     init: str = ""          # folder of a network to continue from; "": a new one, and for one_step the prior
-    bf16: bool = False      # on a CPU that multiplies it natively
+    bf16: bool = False      # pays where run.Optimisation says
     seed: int = 0
 
 

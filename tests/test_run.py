@@ -141,13 +141,13 @@ def launched(monkeypatch, capsys, main, folder, *argv, **given):
     return status, capsys.readouterr().err.splitlines()
 
 
-@pytest.mark.parametrize("native", [True, False])
-def test_a_cpu_takes_bfloat16_where_it_is_native_or_asked_for(monkeypatch, capsys, tmp_path, native):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native}, raising=False)
+@pytest.mark.parametrize("amx", [True, False])
+def test_a_cpu_trains_in_bfloat16_where_that_is_faster_or_asked_for(monkeypatch, capsys, tmp_path, amx):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": amx}, raising=False)
     taken = []
     for argv in ((), ("--set", "bf16=yes"), ("--set", "bf16=no")):
         launched(monkeypatch, capsys, lambda args, recipe: taken.append(recipe.bf16), tmp_path, *argv)
-    assert taken == [native, True, False]
+    assert taken == [amx, True, False]
 
 
 @pytest.mark.parametrize("limit, amx", [(None, True), ("ALL", True), ("avx512_core_amx", True),
@@ -181,7 +181,7 @@ def test_bfloat16_does_not_spoil_3d_convolutions_elsewhere(monkeypatch, amx, lim
 
 def test_a_script_gets_its_recipe_and_writes_into_its_runs_folder_unless_told_otherwise(monkeypatch, capsys, tmp_path):
     seen = []
-    monkeypatch.setattr(desk, "bfloat16_is_native", lambda device: True)
+    monkeypatch.setattr(desk, "bfloat16_speeds_training", lambda device: True)
     for argv in ((), ("--recipe", "paper", "--set", "lr=0.5", "--out", str(tmp_path / "elsewhere"))):
         assert launched(monkeypatch, capsys, lambda *given: seen.append(given), tmp_path, *argv) == (0, [])
     (one, first), (two, second) = seen

@@ -274,6 +274,14 @@ def bfloat16_is_native(device: str) -> bool:
     return bool(_capabilities().get("avx512_bf16") or _capabilities().get("amx_bf16"))
 
 
+def bfloat16_speeds_training(device: str) -> bool:
+    """Whether training is faster in bfloat16 than in float32. On CPUs that have AVX-512's bfloat16 but not AMX's, the
+    small networks' steps took 1.2 to 1.8 times as long as in float32 (PyTorch 2.13)."""
+    if device != "cpu":
+        return bfloat16_is_native(device)
+    return bool(_capabilities().get("amx_bf16"))
+
+
 def bfloat16_spoils_conv3d(device: str) -> bool:
     """Whether training 3D convolutions in bfloat16 corrupts memory on this device.
 

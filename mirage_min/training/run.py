@@ -52,7 +52,7 @@ class Optimisation:
     weight_decay: float = 0.01
     warmup: int = 1                     # steps over which the rate rises
     cosine: bool = False                # after that it falls as half a cosine; else it is constant, as in the papers
-    bf16: bool = True                   # on a CPU that does not multiply it natively: only where --set bf16=yes says so
+    bf16: bool = True                   # on a CPU that it does not speed up: only where --set bf16=yes says so
     seed: int = 1
     every: int = may_change(200)        # steps between checkpoints, pictures and validations
 
@@ -125,9 +125,9 @@ def launch(main: Callable, args: argparse.Namespace, recipes: dict, conv3d: bool
         args.out.mkdir(parents=True, exist_ok=True)
         processes.join(args.device)
         asked = any(setting.startswith("bf16=") for setting in args.set)
-        if recipe.bf16 and not asked and not desk.bfloat16_is_native(args.device):
+        if recipe.bf16 and not asked and not desk.bfloat16_speeds_training(args.device):
             recipe.bf16 = False
-            processes.print_once("bf16=no, for this device does not multiply bfloat16 natively")
+            processes.print_once("bf16=no, for this device is slower in bfloat16")
         if recipe.bf16 and conv3d and desk.bfloat16_spoils_conv3d(args.device):
             if asked:
                 raise ValueError("bf16=yes: this processor's AMX spoils the gradients of 3D convolutions; wanted "
