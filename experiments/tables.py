@@ -143,7 +143,7 @@ def r3d2_base(args: argparse.Namespace) -> Path:
     """The small UNet after train_base.py one_step_2d, as the transformer of Mirage's base has had one_step: trained
     once for all experiments and seeds, 20 times the steps of a stage."""
     def make(to: Path) -> None:
-        shutil.copytree(args.weights / "vae_2d", to / "vae_2d")
+        shutil.copytree(args.weights / "vae_2d", to / "vae_2d", dirs_exist_ok=True)  # of a run that was killed
         bf16 = "yes" if desk.bfloat16_speeds_training("cpu") else "no"
         python("train_base.py", "one_step_2d", "--data", args.data, "--runs", to / "runs", "--out", to,
                "--device", "cpu", "--set", f"steps={20 * args.steps}", "--set", f"bf16={bf16}")

@@ -270,6 +270,27 @@ def test_r3d2_is_trained_by_its_scripts_as_long_as_mirages_two_stages_and_its_ba
     assert (recipe.lambda_lpips, recipe.lambda_gram, recipe.lambda_mse) == (1.0, 0.5, 2.0)
 
 
+def test_the_base_of_r3d2_is_trained_on_where_a_run_was_killed(tmp_path, monkeypatch):
+    (tmp_path / "weights" / "vae_2d").mkdir(parents=True)
+    (tmp_path / "weights" / "vae_2d" / "config.json").write_text("{}")
+    args = Namespace(steps=5, data=tmp_path / "toy", weights=tmp_path / "weights", runs=tmp_path / "runs")
+    checkpoint = args.runs / "r3d2_base" / "runs" / "checkpoint"
+    seen = []
+
+    def python(*argv):
+        seen.append(checkpoint.exists())
+        checkpoint.parent.mkdir(exist_ok=True)
+        checkpoint.touch()
+        if len(seen) == 1:
+            raise SystemExit(143)
+    monkeypatch.setattr(tables, "python", python)
+    with pytest.raises(SystemExit):
+        tables.r3d2_base(args)
+    for _ in range(2):
+        assert tables.r3d2_base(args) == args.runs / "r3d2_base" / "base_2d"
+    assert seen == [False, True], "the second goes on from the checkpoint of the first, and then it is made"
+
+
 def test_a_trained_r3d2_predicts_each_clip_in_float32(tmp_path):
     small.r3d2().half().save_pretrained(tmp_path / "model")
     clips = tmp_path / "clips"
