@@ -52,6 +52,7 @@ from mirage_min.networks.vae_cogvideox import CogVideoXVAE
 from mirage_min.networks.vae_wan import WanVAE
 from mirage_min.training import checkpoint, processes, run, watch
 from mirage_min.training.latents import EachFrame, Latents
+from mirage_min.training.transform import begin_as_transform
 
 NETWORKS = {"cogvideox": (CogVideoXVAE, CogVideoXDiT), "wan": (WanVAE, WanDiT)}
 SCHEDULERS = {  # scheduler_config.json, by family
@@ -78,6 +79,8 @@ class Recipe(run.Optimisation):
     width: float = 1.0      # factor on the autoencoders' channels
     lambda_lpips: float = 0.1  # of the autoencoders
     decoder_only: bool = False  # of the 3D VAE: the encoder stays as it is, and with it what was trained on its latents
+    z_dim: int = 16         # channels of the latents of a new Wan VAE
+    transform: bool = False  # a new Wan VAE's encoder begins as a linear transform (training/transform.py)
     init: str = ""          # folder of a network to continue from; "": a new one, and for one_step the prior
     bf16: bool = False      # pays where run.Optimisation says
     seed: int = 0
@@ -237,8 +240,13 @@ def build(args, recipe: Recipe) -> Stage:
         if args.stage == "vae_2d":
             model, loss, out = small_base.new_vae_2d(recipe.width), vae_2d_loss, args.out / "vae_2d"
         else:
-            model = small_base.new_vae(args.family, recipe.width, recipe.norm_groups)
+            model = small_base.new_vae(args.family, recipe.width, recipe.norm_groups, recipe.z_dim)
             loss, out = vae_loss, base / "vae"
+            if recipe.transform and (recipe.init or not wan):
+                raise ValueError("transform: wanted a new VAE of Wan's (--family wan, no init), got "
+                                 + (f"init={recipe.init}" if recipe.init else f"--family {args.family}"))
+            if recipe.transform:
+                begin_as_transform(model, some_crops(data, recipe))
         loss = partial(loss, lpips_distance=lpips, lambda_lpips=recipe.lambda_lpips)
         return Stage(model, data, loss, out, files, judge=lpips)
     if args.stage == "one_step_2d":
@@ -248,13 +256,19 @@ def build(args, recipe: Recipe) -> Stage:
         return Stage(small_base.new_unet(), data, loss, args.out / "base_2d" / "unet", pairs.paths())
     out = base / "transformer"
     alpha_bars = None if wan else alpha_bar().to(args.device)
+    vae = VAE.from_pretrained(base, "vae", device=args.device)
     if args.stage == "prior":
-        model, loss = small_base.new_transformer(args.family), prior_loss
+        channels = vae.config.z_dim if wan else vae.config.latent_channels
+        model, loss = small_base.new_transformer(args.family, channels=channels), prior_loss
     else:
         model, loss = DiT.from_pretrained(recipe.init or out), one_step_loss
-    vae = VAE.from_pretrained(base, "vae", device=args.device)
     data = Latents(pairs, vae, recipe, args.run.parent / f"latents{suffix}.safetensors")
     return Stage(model, data, partial(loss, alpha_bars=alpha_bars), out, pairs.paths())
+
+
+def some_crops(data: Crops, recipe: Recipe, batches: int = 64) -> list[Tensor]:
+    """Crops that no step draws, each [n, 3, T, h, w]."""
+    return [next_batch(data, recipe, -1 - i, run.draws(recipe.seed, -1 - i))[0][0] for i in range(batches)]
 
 
 def freeze_encoder(model: nn.Module) -> None:

@@ -116,7 +116,7 @@ def build(args, recipe: Recipe) -> tuple[nn.ModuleList, dict[str, nn.Parameter]]
     if args.base:
         dit = CosmosDiT.from_pretrained(args.base, subfolder(args.base, "transformer"), dtype=torch.float32)
     else:
-        dit = small_base.new_transformer("cosmos")
+        dit = small_base.new_transformer("cosmos", channels=vae.config.z_dim)
     harmonizer = Harmonizer(frugal.apply(vae.float()), dit, Settings(recipe.wiring, recipe.past))
     harmonizer.requires_grad_(False).eval()
     dit.activation_checkpointing = recipe.checkpoint_dit

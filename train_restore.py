@@ -123,7 +123,7 @@ def build(args, recipe: Recipe) -> tuple[nn.ModuleList, dict[str, nn.Parameter]]
     else:
         torch.manual_seed(recipe.seed)
         vae = frugal.apply(WanVAE.from_pretrained(args.vae, subfolder(args.vae, "vae"), dtype=torch.float32))
-        dit = small_base.new_transformer("wan", recipe.heads)
+        dit = small_base.new_transformer("wan", recipe.heads, vae.config.z_dim)
         text = torch.zeros(1, 1, dit.config.text_dim) if text is None else text
         restorer = Restorer(vae, dit, text, WAN, settings).requires_grad_(False).eval()
     restorer.dit.activation_checkpointing = recipe.checkpoint_dit

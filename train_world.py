@@ -94,7 +94,8 @@ def build(args, recipe: Recipe) -> tuple[World, dict[str, nn.Parameter]]:
     settings = dict(latents=recipe.latents, shift=recipe.shift, mask=recipe.mask)
     text = choose_prompt(args.prompt, args.base)
     if args.base is None:
-        dit, vae = small_base.new_transformer("wan"), read_vae(args.vae, dtype=torch.float32)
+        vae = read_vae(args.vae, dtype=torch.float32)
+        dit = small_base.new_transformer("wan", channels=vae.config.z_dim)
         text = torch.zeros(1, 1, dit.config.text_dim) if text is None else text
         world = World(vae, dit, new_branch(dit, recipe.every_layer), text, WorldSettings(**settings))
     else:

@@ -51,7 +51,7 @@ class FlowInpainter(nn.Module):
 
     def __init__(self, vae: WanVAE):
         super().__init__()
-        self.dit = small_base.new_transformer("wan", HEADS)
+        self.dit = small_base.new_transformer("wan", HEADS, vae.config.z_dim)
         self.enter = nn.Conv3d(vae.config.z_dim, self.dit.patch_embedding.out_channels, (1, 2, 2), stride=(1, 2, 2))
         self.seen = [vae]  # a list: no submodule
 

@@ -14,6 +14,7 @@ from mirage_min.data.real_clips import RealClips
 from mirage_min.method import perceptual
 from mirage_min.networks import imagenet, small_base, weights
 from mirage_min.networks.dit_cogvideox import CogVideoXDiTConfig
+from mirage_min.networks.dit_wan import WanDiT
 from mirage_min.networks.unet_2d import UNet2DConfig
 from mirage_min.networks.vae_2d import AutoencoderKL
 from mirage_min.networks.vae_cogvideox import CogVideoXVAE, CogVideoXVAEConfig
@@ -105,6 +106,44 @@ def test_decoder_only_is_refused_for_what_is_no_3d_vae(folder, tmp_path, stage):
     shutil.copytree(folder / "out" / "base" / "vae", tmp_path / "base" / "vae")
     with pytest.raises(ValueError, match=r"decoder_only: wanted the stage vae, got (AutoencoderKL|CogVideoXDiT)$"):
         train(folder, stage, out=tmp_path, steps=1, decoder_only=True)
+
+
+def test_latents_and_the_transformer_on_them_have_the_channels_that_are_asked_for(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(small_base, "VAE_WAN", SMALL_VAE_WAN)
+    for stage, settings in (("vae", {"z_dim": 5}), ("prior", {})):
+        train(folder, stage, "wan", out=tmp_path, steps=1, **settings)
+    vae = WanVAE.from_pretrained(tmp_path / "base_wan" / "vae")
+    dit = WanDiT.from_pretrained(tmp_path / "base_wan" / "transformer")
+    assert vae.encode(torch.zeros(1, 3, 1, 16, 16)).shape[1] == len(vae.config.latents_std) == 5
+    assert dit.config.in_channels == dit.config.out_channels == 5
+
+
+def test_an_encoder_that_begins_as_a_transform_is_that_of_crops_which_no_step_draws(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(small_base, "VAE_WAN", SMALL_VAE_WAN)
+    taken, drawn = [], []
+    begin, batch = train_base.begin_as_transform, train_base.next_batch
+
+    def begin_as_transform(vae, videos):
+        taken.extend(videos)
+        begin(vae, videos)
+
+    def next_batch(data, recipe, step, draws):
+        drawn.append(step)
+        return batch(data, recipe, step, draws)
+    monkeypatch.setattr(train_base, "begin_as_transform", begin_as_transform)
+    monkeypatch.setattr(train_base, "next_batch", next_batch)
+    train(folder, "vae", "wan", out=tmp_path, steps=0, z_dim=5, transform=True)
+    before = [step for step in drawn if step < 0]
+    assert len(taken) == len(before) == len(set(before)) == 64 and taken[0].shape[1] == 3
+    vae = WanVAE.from_pretrained(tmp_path / "base_wan" / "vae")
+    assert not vae.encoder.down_blocks[0].conv2.weight.any()
+
+
+@pytest.mark.parametrize("family, settings, got", [("cogvideox", {}, "--family cogvideox"),
+                                                   ("wan", {"init": "x"}, "init=x")])
+def test_a_transform_is_refused_where_the_encoder_is_not_a_new_one_of_wans(folder, tmp_path, family, settings, got):
+    with pytest.raises(ValueError, match=rf"transform: wanted a new VAE of Wan's \(--family wan, no init\), got {got}"):
+        train(folder, "vae", family, out=tmp_path, steps=0, transform=True, **settings)
 
 
 def test_the_base_loads_as_published_ones_do_and_mirage_stands_on_it(folder):

@@ -40,11 +40,12 @@ def new_vae_2d(width: float = 1.0) -> AutoencoderKL:
     return quiet(AutoencoderKL(config))
 
 
-def new_vae(family: str = "cogvideox", width: float = 1.0, norm_groups: int = 8) -> CogVideoXVAE | WanVAE:
-    """width: a factor on the channels; norm_groups: of CogVideoX's norms, Wan's have none."""
+def new_vae(family: str = "cogvideox", width: float = 1.0, norm_groups: int = 8, z_dim: int = 16
+            ) -> CogVideoXVAE | WanVAE:
+    """width: a factor on the channels; norm_groups: of CogVideoX's norms, Wan's have none; z_dim: of Wan's latents."""
     if family == "wan":
-        config = copy.copy(VAE_WAN)
-        config.base_dim = round(config.base_dim * width)
+        config = replace(VAE_WAN, base_dim=round(VAE_WAN.base_dim * width), z_dim=z_dim,
+                         latents_mean=(0.0,) * z_dim, latents_std=(1.0,) * z_dim)
         return quiet(WanVAE(config))
     config = copy.copy(VAE)
     config.block_out_channels = tuple(round(c * width) for c in config.block_out_channels)
@@ -61,20 +62,22 @@ def quiet(vae: AutoencoderKL | CogVideoXVAE | WanVAE) -> AutoencoderKL | CogVide
 
 
 @torch.no_grad()
-def new_transformer(family: str = "cogvideox", heads: int = 3) -> CogVideoXDiT | WanDiT | CosmosDiT:
+def new_transformer(family: str = "cogvideox", heads: int = 3, channels: int = 16
+                    ) -> CogVideoXDiT | WanDiT | CosmosDiT:
     """A transformer that predicts zeros: every block's gates and the output are zero (adaLN-zero, DiT).
 
-    heads: of Wan's, 64 channels each; the others have three.
+    heads: of Wan's, 64 channels each; the others have three. channels: of the latents.
     """
+    latents = {"in_channels": channels, "out_channels": channels}
     if family == "cosmos":
-        model = CosmosDiT(DIT_COSMOS)
+        model = CosmosDiT(replace(DIT_COSMOS, **latents))
         layers = [norm.linear_2 for block in model.transformer_blocks for norm in (block.norm1, block.norm3)]
         for layer in (*layers, model.time_embed.t_embedder["linear_2"]):
             layer.weight.chunk(3)[2].zero_()  # of shift, scale, gate
         model.proj_out.weight.zero_()
         return model
     if family == "wan":
-        model = WanDiT(replace(DIT_WAN, num_attention_heads=heads, ffn_dim=256 * heads))
+        model = WanDiT(replace(DIT_WAN, num_attention_heads=heads, ffn_dim=256 * heads, **latents))
         time_proj = model.condition_embedder.time_proj
         for k in (2, 5):  # of shift, scale, gate, for attention and for the feed-forward layers
             time_proj.weight.view(6, -1, time_proj.in_features)[k].zero_()
@@ -85,7 +88,7 @@ def new_transformer(family: str = "cogvideox", heads: int = 3) -> CogVideoXDiT |
             block.attn2.to_out[0].weight.zero_()
             block.attn2.to_out[0].bias.zero_()
     else:
-        model = CogVideoXDiT(DIT)
+        model = CogVideoXDiT(replace(DIT, **latents))
         for block in model.transformer_blocks:
             for norm in (block.norm1, block.norm2):  # of shift, scale, gate for the video, then for the text
                 for k in (2, 5):

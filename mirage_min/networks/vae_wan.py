@@ -48,6 +48,9 @@ class WanVAEConfig:
         if len(self.temperal_downsample) != len(self.dim_mult) - 1 or sum(self.temperal_downsample) != 2:
             raise ValueError(f"temperal_downsample must have one value less than dim_mult={list(self.dim_mult)} and be "
                              f"true twice, got {list(self.temperal_downsample)}")
+        if not len(self.latents_mean) == len(self.latents_std) == self.z_dim:
+            raise ValueError(f"latents_mean and latents_std must have z_dim={self.z_dim} values each, got "
+                             f"{len(self.latents_mean)} and {len(self.latents_std)}")
 
 
 class UpBlock(nn.Module):

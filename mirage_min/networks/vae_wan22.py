@@ -51,9 +51,6 @@ class Wan22VAEConfig(WanVAEConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not len(self.latents_mean) == len(self.latents_std) == self.z_dim:
-            raise ValueError(f"latents_mean and latents_std must have z_dim={self.z_dim} values each, got "
-                             f"{len(self.latents_mean)} and {len(self.latents_std)}")
         if len(self.dim_mult) != 4:
             raise ValueError(f"dim_mult must have 4 values, for cells of {CELL} pixels, got {list(self.dim_mult)}")
 
