@@ -8,7 +8,7 @@ Trained: the whole transformer, apart from attention to a text, which is null. F
 From `temporal_from` on every other batch is temporal: two frames in a row, after up to K outputs that the model makes
 of the frames before them, without gradients.
 
-    python train_online.py --vae weights/vae_wan --data data/toy --perceptual DIR            # a small one, from nothing
+    python train_online.py --vae weights/vae_wan_48 --data data/toy --perceptual DIR         # a small one, from nothing
     torchrun --nproc-per-node=8 train_online.py --recipe paper --base COSMOS --vae WAN --data pairs --perceptual DIR
 
 --base is a folder of Cosmos-Predict2 as convert.py writes it, or a harmonizer's, to continue its training. Pairs are of
@@ -294,5 +294,6 @@ def read(data: Pairs, recipe: Recipe, step: int, clips: range, device: str, batc
 if __name__ == "__main__":
     parser = run.flags(__doc__, "harmonizer", RECIPES)
     parser.add_argument("--base", help="a Cosmos-Predict2 or a harmonizer, folder or hub id (default: a small new one)")
-    parser.add_argument("--vae", default="weights/vae_wan", help="Wan 2.1, folder or hub id (default weights/vae_wan)")
+    parser.add_argument("--vae", default="weights/vae_wan_48",
+                        help="Wan 2.1, folder or hub id (default weights/vae_wan_48)")
     run.launch(main, parser.parse_args(), RECIPES)

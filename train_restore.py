@@ -8,7 +8,7 @@ x_in is made of x_gt: low resolution, or a hole; or it is what the pairs have (a
 The result is a folder for infer.py. Two other ways, for comparison: `--set pixel=false` is the paper's ChopGrad*, the
 latent loss alone; `--set each_frame=yes` is DOVE's, which takes every frame by itself through encoder and decoder.
 
-    python train_restore.py --recipe small-upscale --vae weights/vae_wan --data data/toy --perceptual DIR
+    python train_restore.py --recipe small-upscale --vae weights/vae_wan_48 --data data/toy --perceptual DIR
     torchrun --nproc-per-node=4 train_restore.py --recipe dove --base DOVE --prompt empty.safetensors ...
     python train_restore.py --recipe artifacts --base WAN --prompt prompt.safetensors --data pairs --perceptual DIR
 
@@ -261,7 +261,7 @@ def backward_each_frame(vae: nn.Module, z: Tensor, pixel_loss: Callable[[Tensor,
 
 
 def main(args, recipe: Recipe) -> None:
-    args.vae = args.vae or (None if args.base else "weights/vae_wan")
+    args.vae = args.vae or (None if args.base else "weights/vae_wan_48")
     data, val = run.open_data(args, recipe)
     models, params = build(args, recipe)
     restorer, lpips, *_ = models
@@ -330,6 +330,7 @@ if __name__ == "__main__":
     parser = run.flags(__doc__, "restore", RECIPES)
     parser.set_defaults(recipe="small-upscale")
     parser.add_argument("--base", help="folder or hub id of a CogVideoX or Wan (default: a small new transformer)")
-    parser.add_argument("--vae", help="folder or hub id of its VAE (default: the base's; without one weights/vae_wan)")
+    parser.add_argument("--vae", help="folder or hub id of its VAE (default: the base's; without one "
+                                      "weights/vae_wan_48)")
     parser.add_argument("--prompt", type=Path, help="the prompt's embedding (encode_prompt.py; default: zeros)")
     run.launch(main, parser.parse_args(), RECIPES)

@@ -14,7 +14,8 @@ from experiments import tables
 def flags(doc: str, steps: int) -> argparse.ArgumentParser:
     """Those of tables.py, the VAE and the number of pairs."""
     parser = tables.flags(doc, steps)
-    parser.add_argument("--vae", type=Path, default=Path("weights/vae_wan"), help="Wan's (default weights/vae_wan)")
+    parser.add_argument("--vae", type=Path, default=Path("weights/vae_wan_48"),
+                        help="Wan's (default weights/vae_wan_48)")
     parser.add_argument("--pairs", type=int, default=400, help="pairs of all streams to train on (default 400)")
     return parser
 

@@ -28,7 +28,8 @@ LR = 3e-4        # of the second part
 def flags(doc: str, steps: int) -> argparse.ArgumentParser:
     """Those of tables.py, and the VAE."""
     parser = tables.flags(doc, steps)
-    parser.add_argument("--vae", type=Path, default=Path("weights/vae_wan"), help="Wan's (default weights/vae_wan)")
+    parser.add_argument("--vae", type=Path, default=Path("weights/vae_wan_48"),
+                        help="Wan's (default weights/vae_wan_48)")
     return parser
 
 

@@ -1,6 +1,6 @@
 """What the latents of a small 3D VAE hold, against the best linear code of as many numbers.
 
-    python -m experiments.vae_capacity --vae weights/base/vae weights/vae_wan
+    python -m experiments.vae_capacity
 
 PSNR in dB on held-out made-up clips, of frames 1 to 8 of 9, for frame 0 has a latent of its own. What was fitted was
 fitted on other clips.
@@ -31,6 +31,7 @@ from experiments.chopgrad_locality import load_vae
 from experiments.model_card import FIRST_SEED
 from mirage_min.data.toy_world import WorldConfig, make_clip
 
+VAES = [Path("weights/base/vae"), Path("weights/vae_wan"), Path("weights/vae_wan_48")]
 FRAMES, H, W = 9, 96, 144
 FITTED_SEED = 800_000  # of the clips that linear maps are fitted on
 AROUND = 5             # latents in a row that a block is read from
@@ -121,7 +122,7 @@ def main(args: argparse.Namespace) -> None:
 
 def flags() -> argparse.ArgumentParser:
     parser = common.flags(__doc__)
-    parser.add_argument("--vae", type=Path, nargs="+", default=[Path("weights/base/vae"), Path("weights/vae_wan")],
+    parser.add_argument("--vae", type=Path, nargs="+", default=VAES,
                         help="folders of CogVideoX or Wan VAEs (default those of weights/)")
     parser.add_argument("--fitted", type=int, default=100, help="clips that linear maps are fitted on (default 100)")
     parser.add_argument("--clips", type=int, default=32, help="held-out clips (default 32)")

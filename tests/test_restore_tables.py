@@ -67,7 +67,7 @@ def commands(tmp_path, monkeypatch):
 def test_all_methods_of_a_table_continue_one_beginning_with_settings_that_the_script_knows(commands, number, recipe):
     ran = commands(number)
     for settings, given in ran.values():
-        assert given["--recipe"] == recipe and given["--vae"] == "weights/vae_wan"
+        assert given["--recipe"] == recipe and given["--vae"] == "weights/vae_wan_48"
         known = desk.override(train_restore.RECIPES[recipe], [f"{key}={value}" for key, value in settings.items()])
         assert (known.lr, known.latent_until, known.half) == (3e-4, 0, False)
         assert known.task == {1: "upscale", 2: "artifacts", 3: "inpaint"}[number]
