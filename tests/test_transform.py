@@ -127,6 +127,17 @@ def test_more_channels_than_the_encoder_passes_on_are_refused(videos):
         begin_as_transform(small_base.new_vae("wan", z_dim=64), videos)
 
 
+def test_a_first_layer_without_room_for_three_colours_is_refused(videos):
+    vae = small_base.new_vae("wan", width=2 / 16, z_dim=3)
+    with pytest.raises(ValueError, match="base_dim must be 3 at least, for red, green and blue, got 2"):
+        begin_as_transform(vae, videos)
+
+
+def test_stills_alone_are_refused(videos):
+    with pytest.raises(ValueError, match="wanted videos of 5 frames or more among them, got single frames only"):
+        begin_as_transform(small_base.new_vae("wan"), videos[1:])
+
+
 def test_grey_videos_are_no_trouble():
     vae = small_base.new_vae("wan")
     x = torch.zeros(1, 3, 5, 16, 16)

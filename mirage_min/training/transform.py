@@ -33,12 +33,17 @@ LOGVAR = -6.0    # of the latents: noise of .05
 def begin_as_transform(vae: WanVAE, videos: list[Tensor]) -> None:
     """Set the encoder of a VAE to the transform that suits these videos, each [B, 3, 4k + 1, H, W] in [-1, 1].
 
-    ValueError if a latent has more channels than the encoder passes on.
+    ValueError if a latent has more channels than the encoder passes on, or the first layer fewer than a pixel, and if
+    no video moves.
     """
     encoder, z_dim = vae.encoder, vae.config.z_dim
     width = encoder.conv_out.in_channels
     if z_dim >= width:
         raise ValueError(f"z_dim must be less than the {width} channels before the latents, got {z_dim}")
+    if vae.config.base_dim < 3:
+        raise ValueError(f"base_dim must be 3 at least, for red, green and blue, got {vae.config.base_dim}")
+    if max(x.shape[2] for x in videos) == 1:
+        raise ValueError("wanted videos of 5 frames or more among them, got single frames only")
     clear(encoder.conv_in)
     encoder.conv_in.weight[range(3), range(3), -1, 1, 1] = 1
     count = 3  # channels that carry something
