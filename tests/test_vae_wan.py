@@ -358,3 +358,9 @@ def test_attention_does_not_hold_the_products_of_all_cells(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     wan_blocks.FrameAttention(8)(torch.randn(1, 8, 2, 3, 5))
     assert len(taken) == 3 and all(x.shape == (2, 1, 15, 8) and x.stride(-1) == 1 for x in taken)
+
+
+@pytest.mark.parametrize("name", ["latents_mean", "latents_std"])
+def test_statistics_of_another_number_of_channels_are_refused(name):
+    with pytest.raises(ValueError, match="latents_mean and latents_std must have z_dim=3 values each, got "):
+        WanVAEConfig(**SMALL | {name: SMALL[name][:2]})
