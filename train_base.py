@@ -52,7 +52,7 @@ from mirage_min.networks.vae_cogvideox import CogVideoXVAE
 from mirage_min.networks.vae_wan import WanVAE
 from mirage_min.training import checkpoint, processes, run, watch
 from mirage_min.training.latents import EachFrame, Latents
-from mirage_min.training.transform import begin_as_transform
+from mirage_min.training.transform import begin_as_transform, leave_blocks_out
 
 NETWORKS = {"cogvideox": (CogVideoXVAE, CogVideoXDiT), "wan": (WanVAE, WanDiT)}
 SCHEDULERS = {  # scheduler_config.json, by family
@@ -80,7 +80,9 @@ class Recipe(run.Optimisation):
     lambda_lpips: float = 0.1  # of the autoencoders
     decoder_only: bool = False  # of the 3D VAE: the encoder stays as it is, and with it what was trained on its latents
     z_dim: int = 16         # channels of the latents of a new Wan VAE
-    transform: bool = False  # a new Wan VAE's encoder begins as a linear transform (training/transform.py)
+    patches: bool = False   # of a new Wan VAE: frames enter as patches of 2 x 2 pixels
+    transform: bool = False  # a new Wan VAE begins linear, its encoder as a transform (training/transform.py)
+    without_blocks: bool = False  # of such a VAE's decoder: its blocks, which add nothing yet, are left out for now
     init: str = ""          # folder of a network to continue from; "": a new one, and for one_step the prior
     bf16: bool = False      # pays where run.Optimisation says
     seed: int = 0
@@ -240,7 +242,8 @@ def build(args, recipe: Recipe) -> Stage:
         if args.stage == "vae_2d":
             model, loss, out = small_base.new_vae_2d(recipe.width), vae_2d_loss, args.out / "vae_2d"
         else:
-            model = small_base.new_vae(args.family, recipe.width, recipe.norm_groups, recipe.z_dim)
+            model = small_base.new_vae(args.family, recipe.width, recipe.norm_groups, recipe.z_dim,
+                                       recipe.patches)
             loss, out = vae_loss, base / "vae"
             if recipe.transform and (recipe.init or not wan):
                 raise ValueError("transform: wanted a new VAE of Wan's (--family wan, no init), got "
@@ -290,6 +293,8 @@ def main(args, recipe: Recipe) -> None:
     model = stage.model.train().to(args.device)
     if recipe.decoder_only:
         freeze_encoder(model)
+    if recipe.without_blocks:
+        leave_blocks_out(model)
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     identity = checkpoint.identify(args, recipe, files, nn.ModuleList([model, stage.judge]), params)
     optimizer = run.optimizer(params, recipe)

@@ -1,6 +1,8 @@
 """train_base.py: its stages make bases that load, one after the other, and encode every pair both ways round."""
 
 import argparse
+import dataclasses
+import itertools
 import json
 import shutil
 
@@ -106,6 +108,25 @@ def test_decoder_only_is_refused_for_what_is_no_3d_vae(folder, tmp_path, stage):
     shutil.copytree(folder / "out" / "base" / "vae", tmp_path / "base" / "vae")
     with pytest.raises(ValueError, match=r"decoder_only: wanted the stage vae, got (AutoencoderKL|CogVideoXDiT)$"):
         train(folder, stage, out=tmp_path, steps=1, decoder_only=True)
+
+
+def test_a_decoder_trains_without_its_blocks_and_then_with_them(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(small_base, "VAE_WAN_PATCHES", dataclasses.replace(
+        SMALL_VAE_WAN, base_dim=12, dim_mult=(1, 2, 2), temperal_downsample=(True, True), patch_size=2, in_channels=12,
+        out_channels=12))
+    found = []
+    for name, settings in (("begun", dict(patches=True, transform=True, steps=0)),
+                           ("without", dict(without_blocks=True)), ("with", {})):
+        if found:
+            settings |= dict(init=str(tmp_path / "vae"), decoder_only=True, steps=2, lr=0.1)
+        train(folder, "vae", "wan", out=tmp_path / name, **settings)
+        shutil.rmtree(tmp_path / "vae", ignore_errors=True)
+        shutil.copytree(tmp_path / name / "base_wan" / "vae", tmp_path / "vae")
+        found.append(weights.load_tensors(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")[0])
+    moved = [{key for key in old if not torch.equal(old[key], new[key])} for old, new in itertools.pairwise(found)]
+    block = "decoder.up_blocks.0.resnets.0.conv2.weight"
+    assert block not in moved[0] and {"decoder.conv_in.weight", "decoder.conv_out.weight"} <= moved[0]
+    assert block in moved[1] and not any(key.startswith("encoder") for keys in moved for key in keys)
 
 
 def test_latents_and_the_transformer_on_them_have_the_channels_that_are_asked_for(folder, tmp_path, monkeypatch):

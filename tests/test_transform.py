@@ -1,5 +1,7 @@
 """training/transform.py: a new encoder holds nearly what as many principal components do, by numpy's least squares."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch.nn import functional as nnf
 from mirage_min.networks import small_base
 from mirage_min.networks.wan_blocks import Downsample, FrameAttention, ResnetBlock
 from mirage_min.training import transform
-from mirage_min.training.transform import begin_as_transform
+from mirage_min.training.transform import begin_as_transform, leave_blocks_out
 
 
 @pytest.fixture(scope="module")
@@ -20,10 +22,10 @@ def videos():
     return [(x + 0.05 * torch.randn_like(x)).tanh() for x in smooth]
 
 
-@pytest.fixture(scope="module")
-def vae(videos):
+@pytest.fixture(scope="module", params=[False, True], ids=["pixels", "patches"])
+def vae(videos, request):
     torch.manual_seed(1)
-    vae = small_base.new_vae("wan", z_dim=24)
+    vae = small_base.new_vae("wan", z_dim=24, patches=request.param)
     begin_as_transform(vae, videos)
     return vae.eval()
 
@@ -97,6 +99,33 @@ def test_blocks_and_attention_begin_without_effect_and_can_learn(vae, videos):
     vae.zero_grad()
 
 
+def test_a_decoder_gives_the_same_without_its_blocks_which_are_not_trained_then(vae, videos):
+    vae = copy.deepcopy(vae)
+    z = vae.encode(videos[0][:1]).detach()
+    with torch.no_grad():
+        whole = vae.decode(z)
+    ran = []
+    for layer in vae.decoder.modules():
+        if isinstance(layer, ResnetBlock):
+            layer.conv1.register_forward_hook(lambda *_: ran.append("conv1"))
+    leave_blocks_out(vae)
+    y = vae.decode(z)
+    assert torch.allclose(y, whole, atol=1e-6) and y.std() > 0
+    y.square().mean().backward()
+    in_block = ("norm1", "conv1", "norm2", "conv2", "attentions")
+    for name, p in vae.decoder.named_parameters():
+        left_out = name != "norm_out.gamma" and any(part in name.split(".") for part in in_block)
+        assert p.requires_grad != left_out and (p.grad is None) == left_out, name
+    assert not ran
+
+
+def test_a_trained_decoder_keeps_its_blocks():
+    with pytest.raises(ValueError, match="blocks that add nothing yet .*, got mid_block.resnets.0, which was trained"):
+        leave_blocks_out(small_base.new_vae("wan"))
+    with pytest.raises(ValueError, match="wanted a VAE of Wan's .*, got CogVideoXVAE"):
+        leave_blocks_out(small_base.new_vae())
+
+
 @pytest.mark.parametrize("keep_last", [False, True])
 def test_pairs_of_frames_become_their_largest_means_and_differences(keep_last):
     torch.manual_seed(2)
@@ -127,9 +156,11 @@ def test_more_channels_than_the_encoder_passes_on_are_refused(videos):
         begin_as_transform(small_base.new_vae("wan", z_dim=64), videos)
 
 
-def test_a_first_layer_without_room_for_three_colours_is_refused(videos):
-    vae = small_base.new_vae("wan", width=2 / 16, z_dim=3)
-    with pytest.raises(ValueError, match="base_dim must be 3 at least, for red, green and blue, got 2"):
+@pytest.mark.parametrize("patches, wanted, width", [(False, 3, 2 / 16), (True, 12, 11 / 32)])
+def test_a_first_layer_without_room_for_what_enters_is_refused(videos, patches, wanted, width):
+    vae = small_base.new_vae("wan", width=width, z_dim=3, patches=patches)
+    message = f"base_dim must be {wanted} at least, as many as the values of a patch, got {wanted - 1}"
+    with pytest.raises(ValueError, match=message):
         begin_as_transform(vae, videos)
 
 

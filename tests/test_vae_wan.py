@@ -24,6 +24,8 @@ from tests import small  # noqa: E402
 
 CONFIGS = Path(__file__).parents[2] / "shared" / "checkpoint_configs"
 SMALL = dict(base_dim=8, z_dim=3, num_res_blocks=1, latents_mean=[0.3, -0.5, 0.1], latents_std=[1.5, 0.7, 2.0])
+PATCHES = SMALL | dict(dim_mult=[1, 2, 4], temperal_downsample=[True, True], patch_size=2, in_channels=12,
+                       out_channels=12)
 
 
 def published_config(name: str) -> dict:
@@ -33,13 +35,22 @@ def published_config(name: str) -> dict:
     return json.loads(path.read_text())
 
 
+def save(folder, **config):
+    torch.manual_seed(0)
+    small.fill_wan_vae(AutoencoderKLWan(**config)).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A small random checkpoint."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("wan_vae")
-    small.fill_wan_vae(AutoencoderKLWan(**SMALL)).save_pretrained(folder)
-    return folder
+    return save(tmp_path_factory.mktemp("wan_vae"), **SMALL)
+
+
+@pytest.fixture(scope="module")
+def patches(tmp_path_factory):
+    """One whose frames enter as patches of 2 x 2 pixels."""
+    return save(tmp_path_factory.mktemp("wan_vae_patches"), **PATCHES)
 
 
 def ours(folder, dtype=torch.float64):
@@ -106,6 +117,23 @@ def test_encode_and_decode_match_the_published_ones(saved, B, T, H, W):
             z = vae.encode(x)
             close(z, published_encode(reference, x), 1e-5, rms)
             close(vae.decode(z), published_decode(reference, z), 1e-5, rms)
+
+
+@pytest.mark.parametrize("B, T, H, W", [(1, 1, 16, 24), (2, 9, 24, 16)])
+def test_frames_in_patches_match_the_published_ones(patches, B, T, H, W):
+    vae, reference, x = ours(patches), theirs(patches), video(B, T, H, W)
+    with torch.no_grad():
+        z = vae.encode(x)
+        assert z.shape == (B, 3, 1 + (T - 1) // 4, H // 8, W // 8)
+        close(z, published_encode(reference, x), 1e-5)
+        close(vae.decode(z), published_decode(reference, z), 1e-5)
+        small.fill_wan_vae(vae)
+        for a, b in ((vae.encode(x), frugal.apply(vae).encode(x)), (vae.decode(z), frugal.apply(vae).decode(z))):
+            close(b, a, 1e-10)
+    (features,) = vae.mids2d(x)
+    assert features.shape == (B, 8, T, H // 2, W // 2) and vae.feature_channels == [8] and vae.inject_channels == [8]
+    with pytest.raises(ValueError, match=r"with 2 dividing H and W, got \[1, 3, 1, 15, 16\]"):
+        vae.encode(torch.zeros(1, 3, 1, 15, 16))
 
 
 def test_posterior_matches_the_published_mean_and_log_variance(saved):
@@ -305,9 +333,12 @@ def test_the_official_config_has_the_published_keys_and_shapes():
 
 def test_wan_2_2_is_refused_by_a_field_that_differs():
     config = published_config("wan2.2-ti2v-5b.vae.diffusers.json")
-    for field in ("is_residual", "patch_size", "in_channels", "decoder_base_dim"):
+    for field, said in (("is_residual", "understands is_residual only as"),
+                        ("decoder_base_dim", "understands decoder_base_dim only as"),
+                        ("patch_size", "patch_size and dim_mult must make cells of 8 pixels, got patch_size=2 and 4"),
+                        ("in_channels", "must be 3 with patch_size=None, got 12 and 3")):
         official = published_config("wan2.1.vae.diffusers.json")
-        with pytest.raises(ValueError, match=f"understands {field} only as"):
+        with pytest.raises(ValueError, match=said):
             weights.read_config(WanVAE, official | {field: config[field]}, "one field of 2.2")
     with pytest.raises(ValueError, match="is_residual|patch_size|in_channels|decoder_base_dim"):
         weights.read_config(WanVAE, config, "2.2")

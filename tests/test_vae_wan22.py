@@ -223,7 +223,7 @@ def test_diffusers_reads_what_we_save(saved, tmp_path):
 @pytest.mark.parametrize("change, message", [
     ({"is_residual": False}, "understands is_residual only as True"), ({"patch_size": None}, "patch_size"),
     ({"decoder_base_dim": None}, "decoder_base_dim"), ({"z_dim": 16}, "latents_std must have z_dim=16"),
-    ({"dim_mult": [1, 2, 4, 4, 4], "temperal_downsample": [False, True, True, False]}, "dim_mult must have 4 values"),
+    ({"dim_mult": [1, 2, 4, 4, 4], "temperal_downsample": [False, True, True, False]}, "must make cells of 16 pixels"),
     ({"shift": 1}, "does not know the field shift")])
 def test_a_field_that_would_change_the_result_is_refused_by_name(change, message):
     config = published_config("wan2.2-ti2v-5b.vae.diffusers.json")

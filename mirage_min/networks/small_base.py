@@ -21,6 +21,8 @@ VAE_2D = AutoencoderKLConfig(block_out_channels=(16, 32, 32, 32), norm_num_group
                              latent_channels=4)
 VAE = CogVideoXVAEConfig(block_out_channels=(16, 32, 64, 64), norm_num_groups=8, layers_per_block=1)
 VAE_WAN = WanVAEConfig(base_dim=16, num_res_blocks=1, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16)
+VAE_WAN_PATCHES = replace(VAE_WAN, base_dim=32, dim_mult=(1, 2, 2), temperal_downsample=(True, True), in_channels=12,
+                          out_channels=12, patch_size=2)
 DIT = CogVideoXDiTConfig(num_attention_heads=3, num_layers=6, time_embed_dim=64, text_embed_dim=16,
                          max_text_seq_length=1, sample_height=12, sample_width=18,
                          use_rotary_positional_embeddings=True)
@@ -40,11 +42,13 @@ def new_vae_2d(width: float = 1.0) -> AutoencoderKL:
     return quiet(AutoencoderKL(config))
 
 
-def new_vae(family: str = "cogvideox", width: float = 1.0, norm_groups: int = 8, z_dim: int = 16
-            ) -> CogVideoXVAE | WanVAE:
-    """width: a factor on the channels; norm_groups: of CogVideoX's norms, Wan's have none; z_dim: of Wan's latents."""
+def new_vae(family: str = "cogvideox", width: float = 1.0, norm_groups: int = 8, z_dim: int = 16,
+            patches: bool = False) -> CogVideoXVAE | WanVAE:
+    """width: a factor on the channels; norm_groups: of CogVideoX's norms, Wan's have none; z_dim: of Wan's latents;
+    patches: Wan's frames enter as patches of 2 x 2 pixels, in place of its stage at full size."""
     if family == "wan":
-        config = replace(VAE_WAN, base_dim=round(VAE_WAN.base_dim * width), z_dim=z_dim,
+        config = VAE_WAN_PATCHES if patches else VAE_WAN
+        config = replace(config, base_dim=round(config.base_dim * width), z_dim=z_dim,
                          latents_mean=(0.0,) * z_dim, latents_std=(1.0,) * z_dim)
         return quiet(WanVAE(config))
     config = copy.copy(VAE)

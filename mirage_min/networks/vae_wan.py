@@ -17,8 +17,10 @@ enter after the decoder's last. Attribute names are the published keys (diffuser
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
@@ -39,12 +41,25 @@ class WanVAEConfig:
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: checked.Depth = 2
     temperal_downsample: tuple[bool, ...] = (False, True, True)  # as the published config spells it
+    in_channels: int = 3
+    out_channels: int = 3
+    patch_size: int | None = None  # a frame enters, and leaves, as squares of so many pixels, which become channels
     latents_mean: tuple[float, ...] = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
                                        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
     latents_std: tuple[float, ...] = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
                                       3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
 
+    CELL: ClassVar[int] = 8  # pixels, the side of a latent cell
+
     def __post_init__(self):
+        patch = self.patch_size or 1
+        if patch * 2 ** (len(self.dim_mult) - 1) != self.CELL:
+            raise ValueError(f"patch_size and dim_mult must make cells of {self.CELL} pixels, got "
+                             f"patch_size={self.patch_size} and {len(self.dim_mult)} values, dim_mult="
+                             f"{list(self.dim_mult)}")
+        if not self.in_channels == self.out_channels == 3 * patch**2:
+            raise ValueError(f"in_channels and out_channels must be {3 * patch**2} with patch_size={self.patch_size}, "
+                             f"got {self.in_channels} and {self.out_channels}")
         if len(self.temperal_downsample) != len(self.dim_mult) - 1 or sum(self.temperal_downsample) != 2:
             raise ValueError(f"temperal_downsample must have one value less than dim_mult={list(self.dim_mult)} and be "
                              f"true twice, got {list(self.temperal_downsample)}")
@@ -68,7 +83,8 @@ class Encoder(nn.Module):
     def __init__(self, config: WanVAEConfig):
         super().__init__()
         c = [config.base_dim * m for m in config.dim_mult]
-        self.conv_in = CausalConv3d(3, c[0])
+        self.patch = config.patch_size or 1
+        self.conv_in = CausalConv3d(config.in_channels, c[0])
         self.down_blocks = nn.ModuleList()  # one flat list, as published
         for i, c_out in enumerate(c):
             c_in = [c[max(i - 1, 0)]] + [c_out] * (config.num_res_blocks - 1)
@@ -89,9 +105,21 @@ class Encoder(nn.Module):
 
     def layers_by_rate(self) -> tuple[list[Layer], list[Layer]]:
         """The layers in order: those before the first change of the frame rate, and the rest."""
-        layers = [self.conv_in, *self.down_blocks, self.mid_block, self.output]
+        layers = [self.to_patches, self.conv_in, *self.down_blocks, self.mid_block, self.output]
         first = next(i for i, layer in enumerate(layers) if getattr(layer, "time_conv", None) is not None)
         return layers[:first], layers[first:]
+
+    def to_patches(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
+        """[B, 3, T, H, W] -> [B, 3·p², T, H/p, W/p]: a patch's pixels become channels, by colour, column, row.
+
+        ValueError unless p divides H and W.
+        """
+        if self.patch == 1:
+            return x
+        if x.shape[3] % self.patch or x.shape[4] % self.patch:
+            raise ValueError(f"x must be [B, 3, T, H, W] with {self.patch} dividing H and W, got {list(x.shape)}")
+        patches = rearrange(x, "b c t (h q) (w r) -> b t h w (c r q)", q=self.patch, r=self.patch)
+        return patches.movedim(-1, 1)  # channels last in memory
 
     def output(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
         """The last norm and convolution, [B, C, T, H, W] -> [B, C', T, H, W]."""
@@ -111,7 +139,8 @@ class Decoder(nn.Module):
         self.up_blocks = nn.ModuleList(
             UpBlock(c[i - 1] // 2 if i else c[0], c[i], config.num_res_blocks + 1, time[i]) for i in range(len(c)))
         self.norm_out = RMSNorm(c[-1])
-        self.conv_out = CausalConv3d(c[-1], 3)
+        self.patch = config.patch_size or 1
+        self.conv_out = CausalConv3d(c[-1], config.out_channels)
         self.last_doubling = max(i for i in range(len(c)) if time[i])
 
     def forward(self, z: Tensor, old: Cache | None, new: Cache, fusion: nn.ModuleList | None = None,
@@ -133,7 +162,13 @@ class Decoder(nn.Module):
         for i, block in enumerate(self.up_blocks):
             rate = lower if i <= self.last_doubling else full_rate
             rate.extend([*block.resnets, *(block.upsamplers or ())])
-        return lower, [*full_rate, self.output]
+        return lower, [*full_rate, self.output, self.to_pixels]
+
+    def to_pixels(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
+        """[B, 3·p², T, H/p, W/p] -> [B, 3, T, H, W], the inverse of the encoder's `to_patches`."""
+        if self.patch == 1:
+            return x
+        return rearrange(x, "b (c r q) t h w -> b c t (h q) (w r)", q=self.patch, r=self.patch)
 
     output = Encoder.output
 
@@ -144,8 +179,7 @@ class WanVAE(nn.Module):
     CLASS_NAME = "AutoencoderKLWan"
     Config = WanVAEConfig
     HALVES = Encoder, Decoder
-    FIXED = {"in_channels": 3, "out_channels": 3, "patch_size": None, "is_residual": False, "decoder_base_dim": None,
-             "attn_scales": [], "dropout": 0.0}
+    FIXED = {"is_residual": False, "decoder_base_dim": None, "attn_scales": [], "dropout": 0.0}
     IGNORED = {"scale_factor_temporal", "scale_factor_spatial"}  # follow from the fields above
     PUBLISHED = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers, subfolder vae"  # the original Wan2.1_VAE.pth is pickled
     from_pretrained = classmethod(weights.from_pretrained)

@@ -1,7 +1,7 @@
 """The Wan 2.2 causal 3D VAE, TI2V-5B's: 16 x 16 pixels and 4 frames to one latent cell of 48 channels.
 
-It is Wan 2.1's (vae_wan.py), with the same convolutions, caches and groups, and three additions:
-  - a frame enters as patches of 2 x 2 pixels, whose order is colour, column, row;
+It is Wan 2.1's (vae_wan.py), with the same convolutions, caches and groups, and frames that enter as patches of 2 x 2
+pixels. Two additions:
   - each block that halves or doubles has a shortcut without parameters, which takes means, or copies, of its input;
   - the decoder is wider than the encoder.
 
@@ -17,6 +17,7 @@ Left out: 2D features, which enter Wan 2.1's.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from einops import rearrange, reduce
@@ -27,8 +28,6 @@ from . import vae_wan
 from .causal_conv import Cache, CausalConv3d
 from .vae_wan import Layer, WanVAE, WanVAEConfig
 from .wan_blocks import Downsample, MidBlock, ResnetBlock, RMSNorm, Upsample
-
-PATCH, CELL = 2, 16  # pixels: the side of what enters as one position, and of a latent cell
 
 
 @dataclass
@@ -47,12 +46,12 @@ class Wan22VAEConfig(WanVAEConfig):
         0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
         0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
         0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.06, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744)
+    in_channels: int = 12
+    out_channels: int = 12
+    patch_size: int | None = 2
     decoder_base_dim: int = 256
 
-    def __post_init__(self):
-        super().__post_init__()
-        if len(self.dim_mult) != 4:
-            raise ValueError(f"dim_mult must have 4 values, for cells of {CELL} pixels, got {list(self.dim_mult)}")
+    CELL: ClassVar[int] = 16
 
 
 def mean_down(x: Tensor, c_out: int, time: int, space: int) -> Tensor:
@@ -120,7 +119,8 @@ class Encoder(vae_wan.Encoder):
         nn.Module.__init__(self)
         c = [config.base_dim * m for m in (1, *config.dim_mult)]
         time = [*config.temperal_downsample, None]
-        self.conv_in = CausalConv3d(3 * PATCH**2, c[0])
+        self.patch = config.patch_size or 1
+        self.conv_in = CausalConv3d(config.in_channels, c[0])
         self.down_blocks = nn.ModuleList(
             DownBlock(c[i], c[i + 1], config.num_res_blocks, time[i], f"encoder.down_blocks.{i}")
             for i in range(len(time)))
@@ -135,11 +135,6 @@ class Encoder(vae_wan.Encoder):
         return ([self.to_patches, self.conv_in, *self.down_blocks[:n]],
                 [*self.down_blocks[n:], self.mid_block, self.output])
 
-    def to_patches(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
-        """[B, 3, T, H, W] -> [B, 12, T, H/2, W/2]: a patch's pixels become channels: by colour, column, row."""
-        patches = rearrange(x, "b c t (h q) (w r) -> b t h w (c r q)", q=PATCH, r=PATCH)
-        return patches.movedim(-1, 1)  # channels last in memory
-
 
 class Decoder(vae_wan.Decoder):
     """Latents to frames."""
@@ -153,7 +148,8 @@ class Decoder(vae_wan.Decoder):
         self.up_blocks = nn.ModuleList(
             UpBlock(c[i], c[i + 1], config.num_res_blocks + 1, time[i]) for i in range(len(time)))
         self.norm_out = RMSNorm(c[-1])
-        self.conv_out = CausalConv3d(c[-1], 3 * PATCH**2)
+        self.patch = config.patch_size or 1
+        self.conv_out = CausalConv3d(c[-1], config.out_channels)
         self.last_doubling = max(i for i in range(len(time)) if time[i])
 
     def layers_by_rate(self) -> tuple[list[Layer], list[Layer]]:
@@ -161,10 +157,6 @@ class Decoder(vae_wan.Decoder):
         n = self.last_doubling + 1
         return ([self.conv_in, self.mid_block, *self.up_blocks[:n]],
                 [*self.up_blocks[n:], self.output, self.to_pixels])
-
-    def to_pixels(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
-        """[B, 12, T, H/2, W/2] -> [B, 3, T, H, W], the inverse of the encoder's `to_patches`."""
-        return rearrange(x, "b (c r q) t h w -> b c t (h q) (w r)", q=PATCH, r=PATCH)
 
 
 class Wan22VAE(WanVAE):
@@ -176,8 +168,7 @@ class Wan22VAE(WanVAE):
 
     Config = Wan22VAEConfig
     HALVES = Encoder, Decoder
-    FIXED = {"in_channels": 3 * PATCH**2, "out_channels": 3 * PATCH**2, "patch_size": PATCH, "is_residual": True,
-             "attn_scales": [], "dropout": 0.0}
+    FIXED = {"is_residual": True, "attn_scales": [], "dropout": 0.0}
     IGNORED = WanVAE.IGNORED | {"clip_output"}
     PUBLISHED = "Wan-AI/Wan2.2-TI2V-5B-Diffusers, subfolder vae"  # the original Wan2.2_VAE.pth is pickled
     inject_channels, feature_channels = [], []  # no 2D features enter
@@ -185,16 +176,18 @@ class Wan22VAE(WanVAE):
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, 3, T, H, W] in [-1, 1] -> mean and log-variance, not normalised, each [B, 48, F, h, w]."""
         H, W = x.shape[3:]
-        if H % CELL or W % CELL:
+        cell = self.config.CELL
+        if H % cell or W % cell:
             # DEVIATION: the published encode fails here.
-            x = nnf.pad(x, (0, -W % CELL, 0, -H % CELL, 0, 0), mode="replicate")
+            x = nnf.pad(x, (0, -W % cell, 0, -H % cell, 0, 0), mode="replicate")
         return super().posterior(x)
 
     def posterior_group(self, x_g: Tensor, cache: Cache | None = None) -> tuple[Tensor, Tensor, Cache]:
         """A video's first 4k + 1 frames [B, 3, T, H, W], or its next 4k -> (mean, log-variance, each [B, 48, F, h, w];
         the cache for the next group). ValueError unless 16 divides H and W, and for another number of frames."""
-        if x_g.shape[3] % CELL or x_g.shape[4] % CELL:
-            raise ValueError(f"x_g must be [B, 3, T, H, W] with {CELL} dividing H and W, got {list(x_g.shape)}")
+        cell = self.config.CELL
+        if x_g.shape[3] % cell or x_g.shape[4] % cell:
+            raise ValueError(f"x_g must be [B, 3, T, H, W] with {cell} dividing H and W, got {list(x_g.shape)}")
         return super().posterior_group(x_g, cache)
 
     def mids2d(self, x: Tensor) -> list[Tensor]:
