@@ -3,7 +3,7 @@
 mp4 holds many codecs, and players of mp4 know a few: what they know is copied packet by packet, without loss; the rest
 (Vorbis, PCM, ...) is decoded and encoded as AAC. Every track keeps its place in time. Damaged packets are passed over.
 
-    python -m mirage_min.data.sound           # a second of silence as PCM, and what becomes of it
+    python -m mirage_min.data.sound           # what becomes of some codecs
 """
 
 import math
@@ -46,9 +46,14 @@ class Track:
     def add(self, packet: av.Packet) -> None:
         """Take over the next packet, or at the end, a packet without a time, what the coders still hold."""
         end = packet.dts is None
+        if self.copied and not end:
+            late = max(0, self.latest + 1 - packet.dts)  # in an mp4 times rise
+            packet.pts += late
+            packet.dts += late
+            packet.stream = self.track
+            self.latest = packet.dts
+            self.out.mux(packet)
         if self.copied:
-            if not end:
-                self._copy(packet)
             return
         for frame in decode_packet(self.decoder, packet)[0] + [None] * end:
             kind = frame and (frame.format.name, frame.layout.name, frame.sample_rate)
@@ -57,26 +62,11 @@ class Track:
                 self.kind, self.resampler = kind, av.AudioResampler("fltp", self.track.layout, self.track.rate)
             self._encode(self.resampler.resample(frame) if frame else [None])
 
-    def _copy(self, packet: av.Packet) -> None:
-        late = max(0, self.latest + 1 - packet.dts)  # in an mp4 times rise
-        packet.pts += late
-        packet.dts += late
-        packet.stream = self.track
-        self.latest = packet.dts
-        self.out.mux(packet)
-
     def _encode(self, frames: list[av.AudioFrame | None]) -> None:
         for frame in frames:
             self.out.mux(self.track.encode(frame))
 
 
 if __name__ == "__main__":
-    import tempfile
-    import wave
-
-    with tempfile.TemporaryDirectory() as folder, av.open(f"{folder}/out.mp4", "w") as out:
-        with wave.open(f"{folder}/in.wav", "wb") as file:
-            file.setparams((1, 2, 48000, 0, "NONE", ""))
-            file.writeframes(bytes(96000))
-        seconds = list(copy_sound(Path(folder, "in.wav"), out))
-        print(f"{len(seconds) - 1} packets of PCM, the last at {seconds[-1]:.2f} s, as {out.streams[0].name}")
+    for codec in ("aac", "opus", "vorbis", "pcm_s16le", "wmav2"):
+        print(f"{codec}: {'copied' if codec in MP4_SOUND else 'encoded as AAC'}")
