@@ -58,6 +58,7 @@ class Recipe(run.Recipe):
     width: int = 1024
     wiring: Literal["release", "paper"] = "paper"
     past: Annotated[int, checked.Within(0, 64)] = 4  # K
+    change_only: bool = False      # the result is the frame and what the transformer changes of it (harmonizer.py)
     temporal_from: int = 10_000    # the step from which there are temporal batches
     temporal_every: Annotated[int, checked.Within(1)] = 2  # then one step in this many has one
     past_from: Literal["outputs", "truth"] = "outputs"  # what a temporal batch sees: the model's outputs, or the truth
@@ -81,8 +82,8 @@ RECIPES = {
     "release": Recipe(steps=10_000, wiring="release", temporal_from=0, temporal_every=1, past_from="truth",
                       past_share=0.5, lambda_patch=0.0, lambda_lpips=0.3, lambda_warp=0.0),
     # DEVIATION: a transformer that knows nothing first learns latents, at a fraction of what pixels cost.
-    "small": Recipe(steps=9_000, batch=4, lr=1e-3, warmup=50, cosine=True, height=96, width=144, temporal_from=7_000,
-                    latent_until=5_000, lpips="squeeze"),
+    "small": Recipe(steps=9_000, batch=4, lr=1e-3, warmup=50, cosine=True, height=96, width=144, change_only=True,
+                    temporal_from=7_000, latent_until=5_000, lpips="squeeze"),
 }
 
 
@@ -117,7 +118,8 @@ def build(args, recipe: Recipe) -> tuple[nn.ModuleList, dict[str, nn.Parameter]]
         dit = CosmosDiT.from_pretrained(args.base, subfolder(args.base, "transformer"), dtype=torch.float32)
     else:
         dit = small_base.new_transformer("cosmos", channels=vae.config.z_dim)
-    harmonizer = Harmonizer(frugal.apply(vae.float()), dit, Settings(recipe.wiring, recipe.past))
+    harmonizer = Harmonizer(frugal.apply(vae.float()), dit, Settings(recipe.wiring, recipe.past,
+                                                             change_only=recipe.change_only))
     harmonizer.requires_grad_(False).eval()
     dit.activation_checkpointing = recipe.checkpoint_dit
     unused = (".attn2.", ".norm2.")  # attention to a text: of null text it has no gradient, and decay would shrink it

@@ -11,6 +11,7 @@ The crop is evaluate.py's (metrics.actor_crops): it follows the actor; its shado
 import argparse
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from torch.nn import functional as nnf
 from tqdm import tqdm
 
 from experiments import common
+from mirage_min.data import desk
 from mirage_min.data.toy_world import Clip, WorldConfig, make_clip
 from mirage_min.data.video import read_clip
 from mirage_min.method import metrics, optical_flow
@@ -31,6 +33,17 @@ FIRST_SEED, SHOWN = 1_000_000, 8  # of the held-out clips; how many of them the 
 ROWS = {"crop_psnr": "PSNR in the crop", "actor_psnr": "PSNR on the actor", "shadow_psnr": "PSNR in its shadow",
         "crop_lpips": "LPIPS in the crop", "full_psnr": "PSNR, full frame", "full_lpips": "LPIPS, full frame",
         "warp_background": "warp error outside actor and shadow, x 10³", "warp": "warp error, full frame, x 10³"}
+
+
+def load(model: Path, settings: list[str]) -> nn.Module:
+    """The system in a folder, in float32; settings: KEY=VALUE as infer.py's --set takes them."""
+    System = system_in(model)
+    return System.from_pretrained(model, dtype=torch.float32, **asdict(desk.override(System.Options(), settings)))
+
+
+def chosen(settings: list[str]) -> str:
+    """What a report says of such settings."""
+    return f" with `{' '.join(f'--set {setting}' for setting in settings)}`" if settings else ""
 
 
 def harmonised(system: nn.Module, x: Tensor) -> Tensor:
@@ -121,9 +134,9 @@ def report(card: dict) -> str:
     rows = [[title, *cells(key)] for key, title in ROWS.items()]
     rows.append(["PSNR to the input outside actor and shadow", "", f"{card['background_psnr_ours']:.2f}", ""])
     parts = ["# A small model, measured",
-             f"Made by `python -m experiments.model_card` of `{card['model']}`. Means over {card['clips']} "
-             f"held-out toy clips of {card['frames']} frames; the crop is the actor's (metrics.actor_crops); LPIPS is "
-             "AlexNet's.",
+             f"Made by `python -m experiments.model_card` of `{card['model']}`{chosen(card['set'])}. Means over "
+             f"{card['clips']} held-out toy clips of {card['frames']} frames; the crop is the actor's "
+             "(metrics.actor_crops); LPIPS is AlexNet's.",
              common.table(["", "naive insertion", "ours", "truth"], rows)]
     if "real" in card:
         real, blank = card["real"], card["blank"]
@@ -143,7 +156,7 @@ def draw_sheet(strips: list[Tensor]) -> Figure:
 
 
 def main(args: argparse.Namespace) -> None:
-    system = system_in(args.model).from_pretrained(args.model, dtype=torch.float32)
+    system = load(args.model, args.set)
     lpips = None if args.perceptual is None else Lpips(Features("alex", args.perceptual))
     rows, strips, middle = [], [], args.frames // 2
     for seed in tqdm(range(FIRST_SEED, FIRST_SEED + args.clips), unit="clip", disable=None):
@@ -153,7 +166,7 @@ def main(args: argparse.Namespace) -> None:
         if len(strips) < SHOWN:
             strips.append(torch.cat([x[:, middle] for x in (clip.x_ni, x_dr, clip.x_gt)], dim=2))
     card = mean_figures(rows)
-    card |= {"model": str(args.model), "clips": args.clips, "frames": args.frames,
+    card |= {"model": str(args.model), "set": args.set, "clips": args.clips, "frames": args.frames,
              "crop_gain": card["crop_psnr_ours"] - card["crop_psnr_naive"],
              "warp_ours_over_truth": card["warp_ours"] / card["warp_truth"]}
     if args.real:
@@ -170,6 +183,8 @@ def flags() -> argparse.ArgumentParser:
     parser = common.flags(__doc__)
     parser.add_argument("--model", type=Path, default=Path("weights"),
                         help="folder of a Mirage, an R3D2 or a harmonizer (default weights)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                        help="an option of the model, as in infer.py: change_only=yes")
     parser.add_argument("--name", default="model_card", help="of the files that are written (default model_card)")
     parser.add_argument("--clips", type=int, default=64, help="held-out toy clips (default 64)")
     parser.add_argument("--frames", type=int, default=9, help="frames of each (default 9)")

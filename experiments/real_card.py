@@ -9,8 +9,8 @@
 --insertions  folder with NAME_ni.mp4 and NAME_gt.mp4, real insertions and the real recording, aligned frame by frame;
               the crop is around the largest patch in which the two differ
 
-Whatever is left out of the command is left out of the card. Writes real_card.json, real_card.md and real_card.png
-(input | ours | truth, the first clips of each kind, not chosen).
+Whatever is left out of the command is left out of the card. Writes real_card.json, .md and .png, or NAME.* (input |
+ours | truth, the first clips of each kind, not chosen).
 """
 
 import argparse
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 from tqdm import tqdm
 
-from experiments import common
+from experiments import common, model_card
 from mirage_min.data.pixels import from_bytes
 from mirage_min.data.video import read_clip
 from mirage_min.method import metrics, optical_flow
@@ -143,7 +143,8 @@ def report(card: dict) -> str:
     def three(values: list[float]) -> str:
         return ", ".join(f"{value:+.1f}" for value in values)
 
-    parts = ["# The shipped model on real streets", "Made by `python -m experiments.real_card`."]
+    made = f"Made by `python -m experiments.real_card`{model_card.chosen(card['set'])}."
+    parts = ["# The shipped model on real streets", made]
     for width, rows in card.get("unchanged", {}).items():
         cells = [[r["name"], f"{r['psnr']:.1f}", three(r["shift"]), f"{r['flicker']:.2f}", f"{r['speed']:.2f}"]
                  for r in rows]
@@ -223,28 +224,31 @@ def measure_insertions(folder: Path, mirage: Mirage, lpips: Lpips | None, strips
 
 
 def main(args: argparse.Namespace) -> None:
-    mirage = Mirage.from_pretrained(args.model, dtype=torch.float32)
+    if not (args.unchanged or args.streets or args.insertions):
+        raise ValueError("wanted --unchanged, --streets or --insertions")
+    mirage = model_card.load(args.model, args.set)
     lpips = None if args.perceptual is None else Lpips(Features("alex", args.perceptual))
-    card, strips = {}, []
+    card, strips = {"set": args.set}, []
     if args.unchanged:
         card |= measure_unchanged(args, mirage, strips)
     if args.streets:
         card["streets"] = measure_streets(args.streets, mirage, lpips, strips)
     if args.insertions:
         card["insertions"] = measure_insertions(args.insertions, mirage, lpips, strips)
-    if not card:
-        raise ValueError("wanted --unchanged, --streets or --insertions")
     height = max(strip.shape[1] for strip in strips)
     sheet = torch.cat([nnf.pad(strip, (0, 0, 0, height - strip.shape[1])) for strip in strips], dim=1)
-    common.save_json(args.out / "real_card.json", card)
-    common.save_text(args.out / "real_card.md", report(card))
-    common.save_figure(args.out / "real_card.png", common.picture(sheet), dpi=100)
+    common.save_json(args.out / f"{args.name}.json", card)
+    common.save_text(args.out / f"{args.name}.md", report(card))
+    common.save_figure(args.out / f"{args.name}.png", common.picture(sheet), dpi=100)
     print(report(card))
 
 
 def flags() -> argparse.ArgumentParser:
     parser = common.flags(__doc__)
     parser.add_argument("--model", type=Path, default=Path("weights"), help="folder of a Mirage (default weights)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                        help="an option of the model, as in infer.py: change_only=yes")
+    parser.add_argument("--name", default="real_card", help="of the files that are written (default real_card)")
     parser.add_argument("--unchanged", type=Path, metavar="DIR", help="videos without insertions")
     parser.add_argument("--streets", type=Path, metavar="DIR", help="pairs on recorded streets")
     parser.add_argument("--insertions", type=Path, metavar="DIR", help="real insertions with their truth")

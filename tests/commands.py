@@ -130,7 +130,7 @@ def run_until_understood(name: str, script: str, as_module: bool, argv: list[str
     def parse_and_stop(parser: argparse.ArgumentParser, given=None) -> argparse.Namespace:
         args = parse(parser, argv if given is None else given)
         check_settings(script, args)
-        if not hasattr(args, "set"):
+        if not hasattr(args, "set") or script.startswith("experiments/"):
             raise Understood
         return args
 
@@ -161,11 +161,14 @@ def run_until_understood(name: str, script: str, as_module: bool, argv: list[str
 
 
 def check_settings(script: str, args: argparse.Namespace) -> None:
-    """ValueError for a --set that none of the systems takes that infer.py, or generate.py, runs."""
-    if script == "infer.py":
+    """ValueError for a --set that none of the systems takes that infer.py, generate.py or an experiment runs."""
+    if script == "infer.py" or script.startswith("experiments/") and hasattr(args, "set"):
         for System in (Mirage, *SYSTEMS):
             try:
-                infer.choose(System, args)
+                if script == "infer.py":
+                    infer.choose(System, args)
+                else:
+                    desk.override(System.Options(), args.set)
                 return
             except ValueError as error:
                 refusal = error

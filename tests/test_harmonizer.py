@@ -133,9 +133,11 @@ def test_matches_a_loop_over_the_published_networks(parts, wiring, loop):
 
 
 @WIRINGS
-def test_pruned_is_equal_to_whole(parts, wiring):
+@pytest.mark.parametrize("change_only", [False, True])
+def test_pruned_is_equal_to_whole(parts, wiring, change_only):
     """In float64, so that only what is left out could make a difference."""
-    model, past, outputs = harmonizer(parts, wiring, torch.float64), [], []
+    model = harmonizer(parts, wiring, torch.float64, change_only=change_only)
+    past, outputs = [], []
     with torch.no_grad():
         for frame in video(6, 16, 24, B=2, dtype=torch.float64).unbind(dim=2):
             pruned, whole = model.enhance(frame, past), model.enhance_whole(frame, outputs)
@@ -143,6 +145,20 @@ def test_pruned_is_equal_to_whole(parts, wiring):
             past = model.remember(pruned, past)
             kept = pruned.clamp(-1, 1)
             outputs = [in_8_bits(kept) if wiring == "release" else kept, *outputs]
+
+
+@WIRINGS
+def test_change_only_adds_to_the_frame_what_the_transformer_changes(parts, wiring):
+    plain, changing = harmonizer(parts, wiring), harmonizer(parts, wiring, change_only=True)
+    frame, *outputs = video(5, 20, 36).unbind(2)
+    past = []
+    for y in outputs[::-1]:
+        past = plain.remember(y, past)
+    with torch.no_grad():
+        through = plain.vae.decode(plain.vae.encode(plain.pad(frame).unsqueeze(2)))[:, :, 0, :20, :36]
+        close(changing.enhance(frame, past), frame + plain.enhance(frame, past) - through, 1e-5)
+        changing.denoise = lambda z, constants: z[:, :, :1]
+        close(changing.enhance(frame, past), frame, 1e-5)
 
 
 @WIRINGS
@@ -300,8 +316,9 @@ def test_an_overflow_in_float16_ends_the_stream_at_its_frame(parts, wiring):
 
 
 @WIRINGS
-def test_gradients_of_the_pruned_step_are_those_of_the_whole(parts, wiring):
-    model = harmonizer(parts, wiring, torch.float64)
+@pytest.mark.parametrize("change_only", [False, True])
+def test_gradients_of_the_pruned_step_are_those_of_the_whole(parts, wiring, change_only):
+    model = harmonizer(parts, wiring, torch.float64, change_only=change_only)
     frame, *outputs = video(5, 16, 16, dtype=torch.float64).unbind(2)
     outputs, past = [in_8_bits(y) for y in outputs], []
     for y in outputs[::-1]:
@@ -377,6 +394,11 @@ def test_a_saved_harmonizer_loads_with_its_wiring_and_a_setting_may_replace_it(p
     with torch.no_grad():
         close(again(x), model(x), 1e-6)
     assert Harmonizer.from_pretrained(tmp_path, wiring="release", past=4).settings == Settings("release", 4, 0.5)
+    changing = Harmonizer.from_pretrained(tmp_path, change_only="yes")
+    assert changing.settings == Settings("paper", 3, 0.5, change_only=True)
+    changing.save_pretrained(tmp_path / "changing")
+    assert Harmonizer.from_pretrained(tmp_path / "changing").settings.change_only
+    assert not Harmonizer.from_pretrained(tmp_path / "changing", change_only="no").settings.change_only
 
 
 def test_parts_of_two_types_compute_in_the_transformers(parts, tmp_path):

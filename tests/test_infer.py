@@ -187,11 +187,12 @@ def test_the_flags_reach_the_model(tmp_path, capsys, monkeypatch):
     source = encode(tmp_path / "in.mp4", pictures(2))
     succeed(capsys, source, tmp_path / "a.mp4", "--device", "cpu")
     assert seen == dict(path=ROOT / "weights", base="", vae2d="", device="cpu", dtype=torch.float32, window=0, tiles=1,
-                        margin=8)
+                        margin=8, change_only=False)
     succeed(capsys, source, tmp_path / "b.mp4", "--model", "m", "--base", "b", "--vae2d", "v", "--dtype", "bfloat16",
-            "--window", "5", "--device", "cpu", "--set", "tiles=2", "--set", "margin=4")
+            "--window", "5", "--device", "cpu", "--set", "tiles=2", "--set", "margin=4",
+            "--set", "change_only=yes")
     assert seen == dict(path=Path("m"), base="b", vae2d="v", device="cpu", dtype=torch.bfloat16, window=5, tiles=2,
-                        margin=4)
+                        margin=4, change_only=True)
 
 
 @pytest.mark.parametrize("can, card, wanted", [
@@ -378,7 +379,7 @@ def test_bad_paths_are_one_line_and_status_2(tmp_path, capsys, monkeypatch, stan
 
 def test_bad_settings_are_one_line_and_status_2(tmp_path, capsys, stand_in):
     clip, out = encode(tmp_path / "clip.mp4", pictures(2)), tmp_path / "out.mp4"
-    fail(capsys, "unknown key 'quality', there are crf, preset, fps, at_height, keep, edge, base, .*, tiles, margin$",
+    fail(capsys, "unknown key 'quality', there are crf, preset, fps, at_height, .*, margin, change_only$",
          clip, out, "--set", "quality=3")
     fail(capsys, "tiles: wanted an integer from 1 to", clip, out, "--set", "tiles=0")
     fail(capsys, "no such file", clip, out, "--set", "keep=nowhere.json")

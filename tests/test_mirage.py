@@ -27,6 +27,18 @@ def test_the_forward_is_figure_2_written_out(mirage):
     assert torch.equal(mirage(x), wanted)
 
 
+def test_change_only_adds_to_the_input_what_the_transformer_changes(mirage):
+    x = clip(9, 20, 36)
+    padded = mirage.pad(x)
+    z_ni, features = mirage.vae.encode(padded), mirage.mids(padded)
+    change = [mirage.vae.decode(z, inject=list(features)) for z in (mirage.denoise(z_ni), z_ni)]
+    changing = small.mirage(window=3)
+    changing.change_only = True
+    assert torch.allclose(changing(x), x + (change[0] - change[1])[..., :20, :36], atol=1e-5)
+    changing.denoise = lambda z: z
+    assert torch.allclose(changing(x), x, atol=1e-6), "what nothing changes stays as it was"
+
+
 def test_figure_2_walked_stage_by_stage_is_the_forward(mirage, capsys):
     x = clip(3, 17, 20)
     difference = (explain(mirage, x) - mirage(x)).abs().max()

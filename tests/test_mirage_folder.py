@@ -171,7 +171,9 @@ def test_metadata_of_another_type_sign_or_size_is_refused_by_file_and_field(whol
 
 
 def test_what_is_chosen_when_a_mirage_is_loaded_is_what_its_streams_use(whole):
-    assert vars(Mirage.from_pretrained(whole)).items() >= dict(window=5, tiles=1, margin=8, t=199).items()
+    default = dict(window=5, tiles=1, margin=8, t=199, change_only=False)
+    assert vars(Mirage.from_pretrained(whole)).items() >= default.items()
+    assert Mirage.from_pretrained(whole, change_only=True).change_only
     mirage = Mirage.from_pretrained(whole, window=9, tiles=2, margin=0)
     x = clip(9, 32, 32)[0].unbind(1)
     wanted = Mirage.from_pretrained(whole).stream(x, window=9, tiles=2, margin=0)

@@ -13,6 +13,7 @@ from mirage_min.data.toy_world import WorldConfig, make_clip
 from mirage_min.method import metrics, optical_flow
 from mirage_min.networks.vae_wan import WanVAE
 from mirage_min.systems.mirage import Mirage
+from mirage_min.systems.mirage_folder import Options
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
@@ -112,21 +113,28 @@ def test_blank_frames_are_dark_barred_and_of_one_colour():
 
 
 def test_the_card_is_written_as_text_numbers_and_a_picture(tmp_path, monkeypatch, capsys):
+    given = {}
+
     class System:
+        Options = Options
+
         @staticmethod
-        def from_pretrained(path, dtype):
+        def from_pretrained(path, dtype, **options):
+            given.update(options)
             return Brightening()
 
     monkeypatch.setattr(model_card, "system_in", {tmp_path / "model": System}.get)
     real = torch.rand(3, 9, 12, 12) * 2 - 1
     monkeypatch.setattr(model_card, "real_clip", lambda *args: real)
     args = ["--clips", "2", "--frames", "2", "--real", "x", "--out", str(tmp_path), "--model", str(tmp_path / "model"),
-            "--name", "a_card"]
+            "--name", "a_card", "--set", "change_only=yes"]
     model_card.main(model_card.flags().parse_args(args))
     card = json.loads((tmp_path / "a_card.json").read_text())
+    assert given == vars(Options(change_only=True))
     assert card["clips"] == 2 and card["model"].endswith("model")
     assert card["crop_gain"] == card["crop_psnr_ours"] - card["crop_psnr_naive"]
     text = (tmp_path / "a_card.md").read_text()
+    assert "model` with `--set change_only=yes`. Means over 2 held-out" in text
     for key, row in (("crop_psnr", "PSNR in the crop"), ("shadow_psnr", "PSNR in its shadow")):
         assert f"| {row} | {card[f'{key}_naive']:.3f} | {card[f'{key}_ours']:.3f} |  |" in text
     assert f"| {card['warp_truth']:.3f} |" in text and "+2.55, +5.10, +7.65" in text

@@ -116,7 +116,8 @@ def test_the_card_has_every_part_that_was_asked_for_and_names_an_empty_folder(tm
              "--widths", 96, 48, "--out", tmp_path / "out"]
     real_card.main(real_card.flags().parse_args([str(a) for a in given]))
     card = json.loads((tmp_path / "out" / "real_card.json").read_text())
-    assert card.keys() == {"unchanged", "tones", "streets", "insertions"} and card["unchanged"].keys() == {"96", "48"}
+    assert card.keys() == {"set", "unchanged", "tones", "streets", "insertions"}
+    assert card["unchanged"].keys() == {"96", "48"}
     (street,) = card["streets"]
     assert street["crop_psnr_naive"] < street["full_psnr_naive"] and street["shadow_psnr_ours"] > 0
     text = capsys.readouterr().out
@@ -127,5 +128,5 @@ def test_the_card_has_every_part_that_was_asked_for_and_names_an_empty_folder(tm
         with pytest.raises(ValueError, match=wanted):
             real_card.main(real_card.flags().parse_args([flag, str(tmp_path / "none"), "--out", str(tmp_path)]))
     with pytest.raises(ValueError, match="wanted --unchanged, --streets or --insertions"):
-        real_card.main(argparse.Namespace(unchanged=None, streets=None, insertions=None, perceptual=None,
+        real_card.main(argparse.Namespace(set=[], unchanged=None, streets=None, insertions=None, perceptual=None,
                                           model=tmp_path, out=tmp_path))

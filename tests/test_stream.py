@@ -29,6 +29,16 @@ def test_a_stream_with_one_window_is_the_plain_forward(T, patch_size_t):
     assert difference < 1e-5, f"largest difference {difference:.1e} to the plain forward, allowed 1e-5"
 
 
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_a_stream_of_the_change_only_is_the_forward_of_it(tiles):
+    mirage, x = small.mirage(), clip(17, 40, 32)
+    plain = streamed(mirage, x)
+    mirage.change_only = True
+    changed = streamed(mirage, x, window=9, tiles=tiles, margin=3)  # a margin as wide as the frame: tiles are exact
+    difference = (changed - mirage(x).clamp(-1, 1)).abs().max()
+    assert difference < 1e-5 and (changed - plain).abs().max() > 0.1, f"largest difference {difference:.1e}"
+
+
 @pytest.mark.parametrize("T, H, W", [(1, 16, 16), (2, 17, 33), (8, 16, 40), (9, 31, 16), (18, 20, 16)])
 def test_a_stream_of_any_length_and_size_is_as_many_clamped_frames_of_that_size(mirage, T, H, W):
     y = streamed(mirage, 3 * clip(T, H, W))

@@ -11,6 +11,8 @@ in two ways, `wiring` in the folder's model_index.json:
               after the current frame. Until there are four outputs, the current frame is alone.
     paper     every frame is encoded by itself: K + 1 latents, or as many as there are outputs yet.
 
+With `change_only` in that file what the VAE loses of the frame is not lost: Î_t = I_t + D(F(…)) − D(E(I_t)).
+
 `enhance_whole` is the method as it is written down. `enhance`, which everything else calls, gives the same numbers with
 .57 of the operations of the release (docs/harmonizer.md): it leaves out what cannot reach the current frame.
 
@@ -50,6 +52,7 @@ class Settings:
     wiring: Literal["release", "paper"] = "release"
     past: Annotated[int, checked.Within(0, 64)] = 4               # K: outputs in view; in the release 4, or a multiple
     sigma: Annotated[float, checked.Within(1e-3, 1e3)] = 0.25     # EDM's; the release calls it timestep 250
+    change_only: bool = False     # DEVIATION: the result is the frame and what the transformer changes of it
 
     def __post_init__(self):
         if self.wiring == "release" and self.past % 4:
@@ -62,6 +65,7 @@ class Options:
     """What can be chosen when a trained Harmonizer is loaded."""
 
     wiring: Literal["", "release", "paper"] = ""     # "": as its model_index.json says
+    change_only: Literal["", "yes", "no"] = ""       # the same; yes: the frame, and what the transformer changes of it
 
 
 def describes(index: dict) -> bool:
@@ -107,7 +111,8 @@ class Harmonizer(nn.Module):
         t = self.timestep
         z_hat = (1 - t) * z - t * self.dit((1 - t) * z, t, null)
         y = self.vae.decode(z_hat) if self.settings.wiring == "release" else self.vae.decode(z_hat[:, :, :1])
-        return y[:, :, 0, : frame.shape[-2], : frame.shape[-1]]
+        y = y[:, :, 0, : frame.shape[-2], : frame.shape[-1]]
+        return y + self.lost(frame, z) if self.settings.change_only else y
 
     # ---- the same without what cannot reach the current frame ------------------------------------------------------
 
@@ -120,7 +125,13 @@ class Harmonizer(nn.Module):
         with torch.no_grad():  # the VAE is frozen
             z = self.latents(self.pad(frame), past)
         z_hat = self.denoise(z, constants or self.constants(frame))
-        return self.vae.decode(z_hat)[:, :, 0, : frame.shape[-2], : frame.shape[-1]]
+        y = self.vae.decode(z_hat)[:, :, 0, : frame.shape[-2], : frame.shape[-1]]
+        return y + self.lost(frame, z) if self.settings.change_only else y
+
+    @torch.no_grad()
+    def lost(self, frame: Tensor, z: Tensor) -> Tensor:
+        """I_t − D(E(I_t)) of a frame [B, 3, H, W], the first of the latents z: what the VAE loses of it."""
+        return frame - self.vae.decode(z[:, :, :1])[:, :, 0, : frame.shape[-2], : frame.shape[-1]]
 
     def denoise(self, z: Tensor, constants: tuple | None = None) -> Tensor:
         """z [B, C, F, h, w] of `latents` -> the current frame's ẑ_t [B, C, 1, h, w]."""
@@ -197,8 +208,9 @@ class Harmonizer(nn.Module):
 
     @classmethod
     @hub.reads_hub
-    def from_pretrained(cls, path: str | Path, device=None, dtype=None, wiring: str = "", **settings) -> "Harmonizer":
-        """A trained Harmonizer from its folder or hub id; `wiring`, if given, and `settings` replace what it says.
+    def from_pretrained(cls, path: str | Path, device=None, dtype=None, wiring: str = "", change_only: str = "",
+                        **settings) -> "Harmonizer":
+        """A trained Harmonizer from its folder or hub id; the options, if given, and `settings` replace what it says.
 
         ValueError of one line that names the file, if it is not a Harmonizer's or a part is missing or does not fit.
         """
@@ -207,6 +219,7 @@ class Harmonizer(nn.Module):
         if not describes(index):
             raise ValueError(f"{file}: wanted _class_name {CLASS_NAME!r}, got {index.get('_class_name')!r}")
         settings |= {"wiring": wiring} if wiring else {}
+        settings |= {"change_only": change_only == "yes"} if change_only else {}
         about = asdict(checked.record(Settings, index | settings, file))
         vae = checked.value(str, index.get("vae", "vae"), file, "vae")
         if (Path(path) / vae).is_dir():

@@ -4,7 +4,9 @@
       └──2D encoder, each frame alone──> features ──fusion blocks──┘ (last two decoder stages)
 
 `Mirage.forward` is that figure, for a clip that fits in memory. stream.py does the same to a video of any length, and
-mirage_folder.py reads and writes a Mirage's folder.
+mirage_folder.py reads and writes a Mirage's folder. With `change_only` what the decoder loses of the scene is not lost:
+
+    x_DR = x_NI + D3D[z_DR, z2D_mid] − D3D[z_NI, z2D_mid]
 
     python -m mirage_min.systems.mirage [VIDEO [MODEL]]     # walks Figure 2 once: shapes, ranges, seconds
 """
@@ -32,7 +34,7 @@ class Mirage(nn.Module):
     """Figure 2: a causal 3D VAE with fusion blocks, a transformer, and a 2D encoder that supplies detail."""
 
     def __init__(self, vae: nn.Module, dit: nn.Module, vae2d: nn.Module | None, text: Tensor, alpha_bar: Tensor | None,
-                 t: int = T_MIRAGE, window: int = 9, tiles: int = 1, margin: int = 8):
+                 t: int = T_MIRAGE, window: int = 9, tiles: int = 1, margin: int = 8, change_only: bool = False):
         """
         vae        CogVideoXVAE or WanVAE; gets the fusion blocks, which change nothing yet
         dit        CogVideoXDiT or WanDiT
@@ -40,11 +42,12 @@ class Mirage(nn.Module):
         text       [1, L, D], the embedding of the one prompt
         alpha_bar  [1000], of a transformer that predicts v; None for one that predicts a flow
         window, tiles, margin    what `stream` uses by default
+        change_only    DEVIATION: the result is x_NI and what the transformer changes, not all that the decoder makes
         """
         super().__init__()
         self.vae, self.dit, self.vae2d = vae, dit, vae2d
         self.alpha_bar, self.t = alpha_bar, t
-        self.window, self.tiles, self.margin = window, tiles, margin
+        self.window, self.tiles, self.margin, self.change_only = window, tiles, margin, change_only
         self.register_buffer("text", text)
         injection.attach(vae, vae.feature_channels if vae2d is None else vae2d.config.block_out_channels[:2])
 
@@ -55,7 +58,10 @@ class Mirage(nn.Module):
         # z_DR = ε_θ's estimate of z0 from z_NI at t                                     Mirage §3.2
         z_dr = self.denoise(z_ni)
         # x_DR = D3D[z_DR, z2D_mid]                                                      Mirage §3.2
-        x_dr = self.vae.decode(z_dr, inject=self.mids(x))
+        mids = self.mids(x)
+        x_dr = self.vae.decode(z_dr, inject=mids)
+        if self.change_only:
+            x_dr = x + x_dr - self.vae.decode(z_ni, inject=mids)
         return x_dr[:, :, : x_ni.shape[2], : x_ni.shape[3], : x_ni.shape[4]]
 
     def denoise(self, z_ni: Tensor) -> Tensor:
@@ -93,7 +99,7 @@ class Mirage(nn.Module):
         window = self.window if window is None else window
         tiles = self.tiles if tiles is None else tiles
         margin = self.margin if margin is None else margin
-        return stream_windows(frames, self, window, tiles, margin)
+        return stream_windows(frames, self, window, tiles, margin, self.change_only)
 
     Options = mirage_folder.Options
     from_base = classmethod(mirage_folder.from_base)

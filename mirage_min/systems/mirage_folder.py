@@ -51,6 +51,7 @@ class Options:
     window: Annotated[int, Within(0)] = 0    # latents that the transformer sees at once; 0: as its stage H says
     tiles: Annotated[int, COUNT] = 1         # rows and columns into which large frames are cut for the VAEs
     margin: Annotated[int, Within(0)] = 8    # latent cells around each of them
+    change_only: bool = False                # the result is the input and what the transformer changes
 
 
 @dataclass
@@ -134,7 +135,7 @@ def read_base(base: str | Path, device=None, dtype=None, vae: str | Path | None 
 @hub.reads_hub
 def from_pretrained(cls: type["Mirage"], path: str | Path, base: str | Path | None = None,
                     vae2d: str | Path | None = None, device=None, dtype=None, window: int = 0, tiles: int = 1,
-                    margin: int = 8) -> "Mirage":
+                    margin: int = 8, change_only: bool = False) -> "Mirage":
     """A trained Mirage from its folder, with stage H if there is one; the other arguments are Options.
 
     The base may come from the hub; base="org/name@revision" says at which revision.
@@ -152,7 +153,7 @@ def from_pretrained(cls: type["Mirage"], path: str | Path, base: str | Path | No
     settings = {"t": h.t, "window": window or h.window}
     settings = {key: value for key, value in settings.items() if value is not None}
     mirage = cls.from_base(base or seen_from(path, a.base), vae2d or seen_from(path, a.vae2d), text, device=device,
-                           dtype=dtype, tiles=tiles, margin=margin, **settings)
+                           dtype=dtype, tiles=tiles, margin=margin, change_only=change_only, **settings)
     for name, (tensors, texts) in stages.items():
         mirage.load_stage(tensors, texts, path / name)
     return mirage.to(device)

@@ -76,20 +76,21 @@ def stream_images(frames: Iterable[Tensor], harmonise: Callable[[Tensor], Tensor
 # ---- groups of frames, windows of latents ----------------------------------------------------------------------------
 
 @torch.no_grad()
-def stream_windows(frames: Iterable[Tensor], mirage: nn.Module, window: int, tiles: int = 1, margin: int = 8
-                   ) -> Iterator[Tensor]:
+def stream_windows(frames: Iterable[Tensor], mirage: nn.Module, window: int, tiles: int = 1, margin: int = 8,
+                   change_only: bool = False) -> Iterator[Tensor]:
     """Mirage.forward piece by piece, on frames [3, H, W] in [-1, 1]: the VAE's caches are carried from first to last.
 
     window  latents that the transformer sees at once; two windows share about a quarter, and are blended there
     tiles   rows and columns into which frames are cut for the VAEs where memory is short; the transformer sees all
     margin  latent cells around each tile that it sees besides its own
+    change_only    as in Mirage.forward
     ValueError for a window or tiles that do not fit.
     """
     windows = Windows(mirage.denoise, window, mirage.temporal_patch)
-    waiting: deque[tuple[Group, int]] = deque()  # encoded groups, each with the number of its latents
-    z_dr: Tensor | None = None                   # their denoised latents, as far as they are final
-    plan, encoding, decoding = [], [], []        # the tiles of a frame, and two caches for each
-    done = 0                                     # frames
+    waiting: deque[tuple[Group, Tensor]] = deque()  # encoded groups, each with its z_NI
+    z_dr: Tensor | None = None                      # their denoised latents, as far as they are final
+    plan, encoding, decoding = [], [], []           # the tiles of a frame, and two caches for each
+    done = 0                                        # frames
 
     for group in groups(frames, mirage):
         h, w = (n // CELL for n in group.x.shape[-2:])
@@ -97,12 +98,16 @@ def stream_windows(frames: Iterable[Tensor], mirage: nn.Module, window: int, til
             plan = cut(h, w, (tiles, tiles), margin)
             encoding, decoding = [None] * len(plan), [None] * len(plan)
         z_ni = assemble(encode_tiles(mirage, group.x, plan, encoding), h, w)
-        waiting.append((group, z_ni.shape[2]))
+        waiting.append((group, z_ni))
         final = windows.push(z_ni, group.last)
         z_dr = final if z_dr is None else torch.cat([z_dr, final], dim=2)
-        while waiting and z_dr.shape[2] >= waiting[0][1]:
-            ready, latents = waiting.popleft()
-            x_dr = assemble(decode_tiles(mirage, z_dr[:, :, :latents], ready.x, plan, decoding), h, w)
+        while waiting and z_dr.shape[2] >= waiting[0][1].shape[2]:
+            ready, z_ni = waiting.popleft()
+            latents = z_ni.shape[2]
+            z = torch.cat([z_dr[:, :, :latents], z_ni]) if change_only else z_dr[:, :, :latents]
+            x_dr = assemble(decode_tiles(mirage, z, ready.x, plan, decoding), h, w)
+            if change_only:
+                x_dr = ready.x + x_dr[:1] - x_dr[1:]
             z_dr = z_dr[:, :, latents:]
             yield from finished(x_dr[0, :, : ready.frames, : ready.H, : ready.W].transpose(0, 1), done)
             done += ready.frames
@@ -145,9 +150,11 @@ def encode_tiles(mirage: nn.Module, x: Tensor, plan: list[Tile], caches: list[Ca
 
 def decode_tiles(mirage: nn.Module, z: Tensor, x: Tensor, plan: list[Tile], caches: list[Cache | None]
                  ) -> Iterator[tuple[Tile, Tensor]]:
-    """z_DR [1, C, F, h, w] and x_NI [1, 3, T, H, W] -> (tile, its x_DR) for each tile; its cache is replaced."""
+    """Latents [B, C, F, h, w] and x_NI [1, 3, T, H, W], whose features all of them get -> (tile, its frames) for each
+    tile; its cache is replaced."""
     for i, tile in enumerate(plan):
         mids = mirage.mids(select(x, tile, CELL))
+        mids = mids and [m.expand(len(z), -1, -1, -1, -1) for m in mids]
         y, caches[i] = mirage.vae.decode_group(select(z, tile, 1), caches[i], inject=mids)
         yield tile, y
 
