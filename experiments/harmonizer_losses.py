@@ -71,8 +71,10 @@ def main(args: argparse.Namespace) -> None:
         folder = args.runs / "harmonizer_losses" / f"seed_{seed}"
         models = {}
         for name, settings in METHODS.items():  # the loss matters from the first step through pixels on
-            settings = settings | {"steps": 2 * args.steps, "temporal_from": 2 * args.steps} | harmonizers.latents(args)
-            models[name] = harmonizers.continued(args, seed, data, folder / f"model of {name}", None, **settings)
+            settings = settings | {"temporal_from": 2 * args.steps}
+            if not args.start:
+                settings |= {"steps": 2 * args.steps} | harmonizers.latents(args)
+            models[name] = harmonizers.continued(args, seed, data, folder / f"model of {name}", args.start, **settings)
         results = tables.harmonise(clips, folder, models, tables.scored_on(args))
         scores = tables.evaluate(args, clips, results, folder / "scores")
         spectra.append({name: residual_spectrum(clips, where) for name, where in results.items()})

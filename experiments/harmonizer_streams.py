@@ -38,8 +38,13 @@ def main(args: argparse.Namespace) -> None:
     data = {"all": pairs} | {f"no {name}": without(pairs, name, args.runs / f"streams_{args.pairs}_no_{name}")
                              for name in STREAMS}
     for seed in range(1, args.seeds + 1):
-        folder = args.runs / "harmonizer_streams" / f"seed_{seed}"
-        models = {name: harmonizers.beginning(args, seed, where, name) for name, where in data.items()}
+        folder, models = args.runs / "harmonizer_streams" / f"seed_{seed}", {}
+        for name, where in data.items():
+            if args.start:
+                models[name] = harmonizers.continued(args, seed, where, folder / f"model of {name}", args.start,
+                                                     temporal_from=args.steps)
+            else:
+                models[name] = harmonizers.beginning(args, seed, where, name)
         results = tables.harmonise(clips, folder, models, tables.scored_on(args))
         seeds.append(tables.evaluate(args, clips, results, folder / "scores"))
     tables.report("harmonizer_streams", __doc__, args, {}, seeds)

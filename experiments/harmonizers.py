@@ -1,7 +1,8 @@
 """What the experiments on DiffusionHarmonizer share: pairs of all five streams, and small harmonizers trained on them.
 
 A harmonizer's training has two parts of --steps steps each after as many on latents: single frames, then batches of
-which every other one is temporal. Methods that differ in the second part alone share the first.
+which every other one is temporal. Methods that differ in the second part alone share the first. With --start FOLDER
+there is one part only, which continues that harmonizer.
 """
 
 import argparse
@@ -17,6 +18,7 @@ def flags(doc: str, steps: int) -> argparse.ArgumentParser:
     parser.add_argument("--vae", type=Path, default=Path("weights/vae_wan_48"),
                         help="Wan's (default weights/vae_wan_48)")
     parser.add_argument("--pairs", type=int, default=400, help="pairs of all streams to train on (default 400)")
+    parser.add_argument("--start", type=Path, metavar="DIR", help="a harmonizer to continue in place of a new one")
     return parser
 
 
@@ -41,15 +43,18 @@ def latents(args: argparse.Namespace) -> dict:
 
 
 def beginning(args: argparse.Namespace, seed: int, data: Path, name: str = "all") -> Path:
-    """A harmonizer after latents and single frames: it has seen no past. name: of the data, for its folder."""
+    """A harmonizer after latents and single frames, or --start. name: of the data, for its folder."""
+    if args.start:
+        return args.start
     never = 2 * args.steps
     make = partial(train, args, seed=seed, data=data, steps=never, temporal_from=never, **latents(args))
     settings = tables.trained_with(args, pairs=args.pairs, streams=name)
     return tables.once(args.runs / "harmonizer_beginning" / name / f"seed_{seed}", settings, make)
 
 
-def continued(args: argparse.Namespace, seed: int, data: Path, folder: Path, start: Path, **settings) -> Path:
-    """The second part of the training, which continues `start`; kept in `folder`."""
+def continued(args: argparse.Namespace, seed: int, data: Path, folder: Path, start: Path | None,
+              **settings) -> Path:
+    """The second part of the training, which continues `start`, or begins anew; kept in `folder`."""
     settings = {"temporal_from": 0} | settings
     make = partial(train, args, seed=seed, data=data, base=start, **settings)
     return tables.once(folder, tables.trained_with(args, pairs=args.pairs, start=start, **settings), make)

@@ -37,10 +37,10 @@ def commands(tmp_path, monkeypatch):
     monkeypatch.setattr(harmonizer_temporal, "temporal_score", lambda *given: 0.98)
     monkeypatch.setattr(harmonizer_losses, "residual_spectrum", lambda *given: torch.ones(73))
 
-    def run(name):
+    def run(name, *more):
         parser = EXPERIMENTS[name].flags()
         args = parser.parse_args(["--steps", "3", "--seeds", "1", "--clips", "1", "--pairs", "5", "--perceptual", "p",
-                                  "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+                                  "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), *more])
         EXPERIMENTS[name].main(args)
         return {method: ran[str(where)] for method, where in scored.items()}
     return run
@@ -63,6 +63,13 @@ def test_the_losses_are_trained_from_nothing_on_the_same_pairs(commands):
     common = {"steps": "6", "seed": "1", "latent_until": "3", "latent_clips": "48", "temporal_from": "6"}
     assert ran["patch"][1] == common and ran["L2"][1] == common | {"lambda_patch": "0.0"}
     assert ran["LPIPS"][1] == common | {"lambda_patch": "0.0", "lambda_lpips": "1.0", "lpips": "vgg"}
+
+
+@pytest.mark.parametrize("name", ["temporal", "losses", "streams"])
+def test_every_method_may_continue_a_harmonizer_that_is_there(commands, name):
+    ran = commands(name, "--start", "weights/harmonizer")
+    assert {given["--base"] for _, _, given in ran.values()} == {"weights/harmonizer"}
+    assert all(settings["steps"] == "3" and settings["latent_until"] == "0" for _, settings, _ in ran.values())
 
 
 def test_each_stream_is_left_out_once(commands):
@@ -144,7 +151,8 @@ def test_the_temporal_score_of_a_still_clip_is_1_and_of_a_flickering_one_less(tm
 def test_what_was_trained_is_kept_until_a_setting_changes(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(tables, "python", lambda *argv: calls.append(argv))
-    args = argparse.Namespace(runs=tmp_path, steps=2, data="d", weights="w", perceptual="p", vae="v", pairs=5)
+    args = argparse.Namespace(runs=tmp_path, steps=2, data="d", weights="w", perceptual="p", vae="v", pairs=5,
+                              start=None)
     for settings in ({}, {}, {"past": 0}):
         harmonizers.continued(args, 1, tmp_path, tmp_path / "model", tmp_path / "start", **settings)
     assert len(calls) == 2
