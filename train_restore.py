@@ -78,6 +78,7 @@ class Recipe(run.Recipe):
     lambda_dists: Weight = 0.0
     lambda_frame: Weight = 0.0  # of the difference from frame to frame, as in DOVE; wants each_frame
     lpips: str = "vgg"          # LPIPS' backbone
+    normalised: bool = True     # of the latent loss: latents of unit variance; False: a channel counts as it varies
     pixel: bool = True          # False: the latent loss alone (ChopGrad*)
     each_frame: bool = False    # DOVE's way through pixels: every frame is encoded and decoded by itself
     latent_until: int = 0       # until this step the latent loss alone, on latents that were encoded once
@@ -94,7 +95,8 @@ class Recipe(run.Recipe):
 
 
 SMALL = dict(steps=1_200, batch=1, frames=9, height=96, width=144, lr=1e-3, warmup=50, cosine=True, weight_decay=0.01,
-             latent_until=900, lambda_lpips=3.0, lambda_mse=10.0, lpips="squeeze", tiles=1, real=0.2, half=True)
+             latent_until=900, lambda_lpips=3.0, lambda_mse=10.0, lpips="squeeze", normalised=False, tiles=1, real=0.2,
+             half=True)
 RECIPES = {
     # DEVIATION: DOVE's second stage has images too; ChopGrad trains on videos alone, as here. DOVE's MSE is of [0, 1],
     # a quarter of that on [-1, 1]
@@ -126,6 +128,8 @@ def build(args, recipe: Recipe) -> tuple[nn.ModuleList, dict[str, nn.Parameter]]
         dit = small_base.new_transformer("wan", recipe.heads, vae.config.z_dim)
         text = torch.zeros(1, 1, dit.config.text_dim) if text is None else text
         restorer = Restorer(vae, dit, text, WAN, settings).requires_grad_(False).eval()
+    if not (recipe.normalised or isinstance(restorer.vae, WanVAE)):
+        raise ValueError("normalised: CogVideoX's latents have one factor for all channels: wanted a Wan VAE, or yes")
     restorer.dit.activation_checkpointing = recipe.checkpoint_dit
     restorer.dit.requires_grad_()
     judges = [Lpips(Features(recipe.lpips, args.perceptual))]
@@ -191,7 +195,11 @@ def latent_loss(restorer: Restorer, recipe: Recipe, z_in: Tensor, z_gt: Tensor, 
     """z_in, z_gt [n, C, F, h, w] -> (z_out, λ_latent times its share of the batch's mean square)."""
     z_out = restorer.denoise(z_in)
     # L_latent = ‖z_out − z_gt‖²                                                        ChopGrad C.2
-    mse = nnf.mse_loss(wide(z_out), wide(z_gt))
+    error = wide(z_out) - wide(z_gt)
+    if not recipe.normalised:
+        std = torch.tensor(restorer.vae.config.latents_std, dtype=error.dtype, device=error.device)
+        error = error * std.view(-1, 1, 1, 1)
+    mse = error.square().mean()
     terms["latent"] += share * mse.detach()
     return z_out, share * recipe.lambda_latent * mse
 

@@ -127,6 +127,19 @@ def test_the_latent_loss_alone_decodes_nothing(work, monkeypatch):
     assert terms.keys() == {"latent"} and restorer.dit.proj_out.weight.grad.abs().sum() > 0
 
 
+def test_channels_of_latents_that_are_not_normalised_count_as_they_vary(work):
+    world, std = small.world(), [0.5, 1.0, 2.0, 4.0]
+    world.vae.config.latents_std = std
+    restorer = Restorer(world.vae, world.dit, torch.ones(1, 2, 8), train_restore.WAN, Settings("artifacts"))
+    z_in, z_gt = torch.randn(2, 2, 4, 2, 4, 4)
+    terms, recipe = defaultdict(float), train_restore.Recipe(normalised=False, lambda_latent=3.0)
+    with torch.no_grad():
+        z_out, loss = train_restore.latent_loss(restorer, recipe, z_in, z_gt, 0.5, terms)
+    wanted = sum(s**2 * nnf.mse_loss(z_out[:, c], z_gt[:, c]) for c, s in enumerate(std)) / 4 / 2
+    assert float(terms["latent"]) == pytest.approx(wanted.item(), rel=1e-5)
+    assert loss.item() == pytest.approx(3 * wanted.item(), rel=1e-5)
+
+
 def test_the_recipes_are_the_papers():
     artifacts, dove = train_restore.RECIPES["artifacts"], train_restore.RECIPES["dove"]
     # C.2: latent MSE 1, LPIPS (VGG) 100, 81 frames of 480 x 832 in 2 x 2 pieces, 880 steps
