@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.clip} is {list(x_ni.shape)}, {args.truth} {list(x_gt.shape)}")
     with Video(args.clip) as video:
         fps = float(video.format.rate)
-    mirage = Mirage.from_pretrained(args.model, dtype=torch.float32)
+    mirage = Mirage.from_pretrained(args.model, dtype=torch.float32, change_only=True)
     x_dr = torch.stack(list(mirage.stream(iter(x_ni.unbind(1)))), dim=1)
     for name, x in (("naive insertion", x_ni), ("ours", x_dr)):
         print(f"{name}: PSNR {metrics.psnr(x[None], x_gt[None]).item():.2f} dB over full frames")

@@ -184,7 +184,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, default=Path("weights"),
                         help="folder of a Mirage, an R3D2 or a harmonizer (default weights)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
-                        help="an option of the model, as in infer.py: change_only=yes")
+                        help="an option of the model, as in infer.py: change_only=no")
     parser.add_argument("--name", default="model_card", help="of the files that are written (default model_card)")
     parser.add_argument("--clips", type=int, default=64, help="held-out toy clips (default 64)")
     parser.add_argument("--frames", type=int, default=9, help="frames of each (default 9)")

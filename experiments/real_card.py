@@ -247,7 +247,7 @@ def flags() -> argparse.ArgumentParser:
     parser = common.flags(__doc__)
     parser.add_argument("--model", type=Path, default=Path("weights"), help="folder of a Mirage (default weights)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
-                        help="an option of the model, as in infer.py: change_only=yes")
+                        help="an option of the model, as in infer.py: change_only=no")
     parser.add_argument("--name", default="real_card", help="of the files that are written (default real_card)")
     parser.add_argument("--unchanged", type=Path, metavar="DIR", help="videos without insertions")
     parser.add_argument("--streets", type=Path, metavar="DIR", help="pairs on recorded streets")

@@ -44,7 +44,7 @@ def memory_above_model(model: Path, frames: list[int], H: int = 64, W: int = 96)
     for T in frames:
         with tempfile.TemporaryDirectory() as folder:
             clip = measuring.noise_clip(Path(folder, "in.mp4"), T, H, W)
-            flags = "--device", "cpu", "--dtype", "float32", "--model", model
+            flags = "--device", "cpu", "--dtype", "float32", "--model", model, "--set", "change_only=no"
             peak = measuring.peak_of_script("infer.py", clip, Path(folder, "out.mp4"), *flags)
         found[str(T)] = (peak - loaded) / 2**20
     return found

@@ -187,12 +187,12 @@ def test_the_flags_reach_the_model(tmp_path, capsys, monkeypatch):
     source = encode(tmp_path / "in.mp4", pictures(2))
     succeed(capsys, source, tmp_path / "a.mp4", "--device", "cpu")
     assert seen == dict(path=ROOT / "weights", base="", vae2d="", device="cpu", dtype=torch.float32, window=0, tiles=1,
-                        margin=8, change_only=False)
+                        margin=8, change_only=True)
     succeed(capsys, source, tmp_path / "b.mp4", "--model", "m", "--base", "b", "--vae2d", "v", "--dtype", "bfloat16",
             "--window", "5", "--device", "cpu", "--set", "tiles=2", "--set", "margin=4",
-            "--set", "change_only=yes")
+            "--set", "change_only=no")
     assert seen == dict(path=Path("m"), base="b", vae2d="v", device="cpu", dtype=torch.bfloat16, window=5, tiles=2,
-                        margin=4, change_only=True)
+                        margin=4, change_only=False)
 
 
 @pytest.mark.parametrize("can, card, wanted", [

@@ -64,13 +64,14 @@ def test_a_folder_says_which_system_it_holds_and_infer_runs_it(folders, frames, 
     status, said = infer_py(capsys, frames, tmp_path / "out", "--model", folders[name], "--device", "cpu")
     assert status == 0, said.err
     x, y = read_clip(frames), read_clip(tmp_path / "out")
-    system = SYSTEMS[name].from_pretrained(folders[name])
+    system = SYSTEMS[name].from_pretrained(folders[name], **vars(SYSTEMS[name].Options()))
     wanted = torch.stack(list(system.stream(x.unbind(1))), dim=1)
     assert (y - wanted).abs().max() <= 1.01 / 255 and (y - x).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("name, options", [
-    ("mirage", {"window": 5, "tiles": 2, "margin": 0}), ("harmonizer", {"wiring": "paper"}),
+    ("mirage", {"window": 5, "tiles": 2, "margin": 0, "change_only": False}), ("mirage", {"change_only": False}),
+    ("harmonizer", {"wiring": "paper"}), ("harmonizer", {"change_only": "yes"}),
     ("r3d2", {"reference": "reference.png", "batch": 4})])
 def test_what_a_system_takes_is_set_by_key_and_makes_the_difference_that_it_should(
         folders, frames, tmp_path, capsys, monkeypatch, name, options):
@@ -87,14 +88,14 @@ def test_what_a_system_takes_is_set_by_key_and_makes_the_difference_that_it_shou
 
 
 @pytest.mark.parametrize("name, flags, said", [
-    ("harmonizer", ["--set", "tiles=2"], "unknown key 'tiles', there are crf, .*, wiring$"),
+    ("harmonizer", ["--set", "tiles=2"], "unknown key 'tiles', there are crf, .*, wiring, change_only$"),
     ("harmonizer", ["--base", "x"], "unknown key 'base', there are "),
     ("harmonizer", ["--set", "wiring=new"], "wiring: wanted one of '', 'release', 'paper', got 'new'"),
     ("r3d2", ["--window", "5"], "unknown key 'window', there are crf, .*, batch, reference, prompt, t$"),
     ("r3d2", ["--set", "batch=0"], "batch: wanted an integer from 1 to"),
     ("r3d2", ["--set", "reference=no.png"], "no.png: no such file"),
-    ("mirage", ["--set", "wiring=paper"], "unknown key 'wiring', there are crf, .*, base, vae2d, window, tiles, margin$"
-     )])
+    ("mirage", ["--set", "wiring=paper"], "unknown key 'wiring', there are crf, .*, window, tiles, margin, "
+     "change_only$")])
 def test_what_a_system_does_not_take_is_refused_with_all_it_takes(folders, frames, tmp_path, capsys, name, flags, said):
     status, output = infer_py(capsys, frames, tmp_path / "out", "--model", folders[name], "--device", "cpu", *flags)
     line, = output.err.splitlines()

@@ -127,14 +127,14 @@ def test_the_card_is_written_as_text_numbers_and_a_picture(tmp_path, monkeypatch
     real = torch.rand(3, 9, 12, 12) * 2 - 1
     monkeypatch.setattr(model_card, "real_clip", lambda *args: real)
     args = ["--clips", "2", "--frames", "2", "--real", "x", "--out", str(tmp_path), "--model", str(tmp_path / "model"),
-            "--name", "a_card", "--set", "change_only=yes"]
+            "--name", "a_card", "--set", "change_only=no"]
     model_card.main(model_card.flags().parse_args(args))
     card = json.loads((tmp_path / "a_card.json").read_text())
-    assert given == vars(Options(change_only=True))
+    assert given == vars(Options(change_only=False))
     assert card["clips"] == 2 and card["model"].endswith("model")
     assert card["crop_gain"] == card["crop_psnr_ours"] - card["crop_psnr_naive"]
     text = (tmp_path / "a_card.md").read_text()
-    assert "model` with `--set change_only=yes`. Means over 2 held-out" in text
+    assert "model` with `--set change_only=no`. Means over 2 held-out" in text
     for key, row in (("crop_psnr", "PSNR in the crop"), ("shadow_psnr", "PSNR in its shadow")):
         assert f"| {row} | {card[f'{key}_naive']:.3f} | {card[f'{key}_ours']:.3f} |  |" in text
     assert f"| {card['warp_truth']:.3f} |" in text and "+2.55, +5.10, +7.65" in text

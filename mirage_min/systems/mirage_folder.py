@@ -51,7 +51,7 @@ class Options:
     window: Annotated[int, Within(0)] = 0    # latents that the transformer sees at once; 0: as its stage H says
     tiles: Annotated[int, COUNT] = 1         # rows and columns into which large frames are cut for the VAEs
     margin: Annotated[int, Within(0)] = 8    # latent cells around each of them
-    change_only: bool = False                # the result is the input and what the transformer changes
+    change_only: bool = True                 # the result is the input and what the transformer changes; no: Figure 2
 
 
 @dataclass
