@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.nn import functional as nnf
 
 from mirage_min.data import degradations, toy_world
 from mirage_min.data.degradations import FIRST, SECOND, central_mask, half_of_vehicles, low_resolution, vehicle_boxes
@@ -112,6 +113,15 @@ def test_both_rounds_draw_all_of_their_ranges_and_the_second_begins_at_the_last_
         near = 0.03 * (high - low)
         assert low <= min(found) < low + near and high - near < max(found) <= high
     assert set(calls["as_jpeg"]) == set(range(30, 96)) and set(calls["as_h264"]) == set(range(18, 36))
+
+
+def test_what_h264_makes_of_equal_frames_is_equal_whatever_the_memory_held():
+    frames = nnf.interpolate(torch.rand(9, 3, 6, 9, generator=torch.Generator().manual_seed(0)), (96, 144),
+                             mode="bilinear")
+    first = degradations.as_h264(frames, 30)
+    for k in range(30):
+        torch.randint(0, 255, (1_000 + 37 * k, 1_000), dtype=torch.uint8)  # memory that is given back, written
+        assert torch.equal(degradations.as_h264(frames, 30), first)
 
 
 def test_codecs_lose_more_at_a_worse_quality(x):
