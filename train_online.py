@@ -118,9 +118,8 @@ def build(args, recipe: Recipe) -> tuple[nn.ModuleList, dict[str, nn.Parameter]]
         dit = CosmosDiT.from_pretrained(args.base, subfolder(args.base, "transformer"), dtype=torch.float32)
     else:
         dit = small_base.new_transformer("cosmos", channels=vae.config.z_dim)
-    harmonizer = Harmonizer(frugal.apply(vae.float()), dit, Settings(recipe.wiring, recipe.past,
-                                                             change_only=recipe.change_only))
-    harmonizer.requires_grad_(False).eval()
+    settings = Settings(recipe.wiring, recipe.past, change_only=recipe.change_only)
+    harmonizer = Harmonizer(frugal.apply(vae.float()), dit, settings).requires_grad_(False).eval()
     dit.activation_checkpointing = recipe.checkpoint_dit
     unused = (".attn2.", ".norm2.")  # attention to a text: of null text it has no gradient, and decay would shrink it
     params = {f"transformer.{name}": p.requires_grad_() for name, p in dit.named_parameters()

@@ -1,6 +1,6 @@
 """Small restorers on held-out toy clips: super-resolution against bicubic, inpainting against a plain fill.
 
-    python -m experiments.restore_card --perceptual DIR                  # weights/restore/upscale and inpaint
+    python -m experiments.restore_card --perceptual DIR                  # weights/restore/upscale
     python -m experiments.restore_card my_upscaler --perceptual DIR      # one of them, whatever its folder
 
 Writes restore_card.json, .md and .png (the first held-out clips, not chosen). Held out: seeds from 1,000,000 on;
@@ -156,7 +156,7 @@ def main(args: argparse.Namespace) -> None:
 def flags() -> argparse.ArgumentParser:
     parser = common.flags(__doc__)
     parser.add_argument("models", nargs="*", type=Path, help="restorers' folders (default: those of weights/restore)",
-                        default=[Path("weights/restore/upscale"), Path("weights/restore/inpaint")])
+                        default=[Path("weights/restore/upscale")])
     parser.add_argument("--clips", type=int, default=64, help="held-out toy clips (default 64)")
     parser.add_argument("--frames", type=int, default=9, help="frames of each (default 9)")
     parser.add_argument("--perceptual", type=Path, required=True, help="folder with alexnet_features.safetensors")

@@ -162,7 +162,7 @@ def run_until_understood(name: str, script: str, as_module: bool, argv: list[str
 
 def check_settings(script: str, args: argparse.Namespace) -> None:
     """ValueError for a --set that none of the systems takes that infer.py, generate.py or an experiment runs."""
-    if script == "infer.py" or script.startswith("experiments/") and hasattr(args, "set"):
+    if script == "infer.py" or (script.startswith("experiments/") and hasattr(args, "set")):
         for System in (Mirage, *SYSTEMS):
             try:
                 if script == "infer.py":

@@ -121,7 +121,7 @@ def as_h264(frames: Tensor, crf: int) -> Tensor:
     T, _, h, w = frames.shape
     file = io.BytesIO()
     with av.open(file, "w", format="matroska") as container:
-        # x264's macroblock tree reads memory that nobody wrote: equal frames would come to a few different files
+        # with x264's macroblock tree equal frames come to different files, even on one thread
         options = {"crf": str(crf), "preset": "veryfast", "mbtree": "0"}
         stream = container.add_stream("libx264", rate=25, options=options)
         stream.width, stream.height = w, h

@@ -57,8 +57,8 @@ class Mirage(nn.Module):
         z_ni = self.vae.encode(x)
         # z_DR = ε_θ's estimate of z0 from z_NI at t                                     Mirage §3.2
         z_dr = self.denoise(z_ni)
-        # x_DR = D3D[z_DR, z2D_mid]                                                      Mirage §3.2
         mids = self.mids(x)
+        # x_DR = D3D[z_DR, z2D_mid]                                                      Mirage §3.2
         x_dr = self.vae.decode(z_dr, inject=mids)
         if self.change_only:
             x_dr = x + x_dr - self.vae.decode(z_ni, inject=mids)

@@ -51,7 +51,7 @@ class Options:
     window: Annotated[int, Within(0)] = 0    # latents that the transformer sees at once; 0: as its stage H says
     tiles: Annotated[int, COUNT] = 1         # rows and columns into which large frames are cut for the VAEs
     margin: Annotated[int, Within(0)] = 8    # latent cells around each of them
-    change_only: bool = True                 # the result is the input and what the transformer changes; no: Figure 2
+    change_only: bool = True                 # infer.py adds the transformer's change to the input; no: Figure 2
 
 
 @dataclass
@@ -136,7 +136,8 @@ def read_base(base: str | Path, device=None, dtype=None, vae: str | Path | None 
 def from_pretrained(cls: type["Mirage"], path: str | Path, base: str | Path | None = None,
                     vae2d: str | Path | None = None, device=None, dtype=None, window: int = 0, tiles: int = 1,
                     margin: int = 8, change_only: bool = False) -> "Mirage":
-    """A trained Mirage from its folder, with stage H if there is one; the other arguments are Options.
+    """A trained Mirage from its folder, with stage H if there is one; the other arguments are Options, but Figure 2
+    itself unless change_only is given.
 
     The base may come from the hub; base="org/name@revision" says at which revision.
     ValueError of one line that names the file, if one is missing, damaged, or does not fit the base.

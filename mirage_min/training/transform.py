@@ -12,7 +12,7 @@ linear:
     the last convolution         the principal components again, each divided by the root of its standard deviation
 
 The decoder has no such solution, for its Upsample repeats cells before it can tell them apart. Its convolutions are
-trained. But its blocks add nothing either in the beginning, and without them a step takes a third of the time.
+trained. But its blocks add nothing either in the beginning, and without them a step takes half of the time.
 
 DEVIATION: no paper has this; their VAEs are trained for weeks.
 
