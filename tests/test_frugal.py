@@ -43,7 +43,7 @@ def vae(request):
 def cut(monkeypatch, rows):
     """Cut whatever has more than `rows` rows, however small it is."""
     monkeypatch.setattr(bands, "ROWS", rows)
-    monkeypatch.setattr(bands, "ENOUGH", 0)
+    monkeypatch.setattr(bands, "SMALL", 0)
 
 
 def close(name, given, wanted):

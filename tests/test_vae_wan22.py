@@ -141,7 +141,7 @@ def test_a_group_leaves_the_cache_it_was_given_alone(saved):
 @pytest.mark.parametrize("rows", [1, 5])
 def test_frugal_is_plain_up_to_rounding_and_leaves_what_it_was_given(saved, monkeypatch, rows):
     monkeypatch.setattr(bands, "ROWS", rows)
-    monkeypatch.setattr(bands, "ENOUGH", 0)
+    monkeypatch.setattr(bands, "SMALL", 0)
     vae, x = ours(saved), video(1, 9, 32, 48)
     with torch.no_grad():
         z = vae.encode(x)

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from .causal_conv import Cache, CausalConv3d
+from .onednn import SMALL
 from .vae_cogvideox import SpatialNorm
 
-ROWS = 32       # of the smallest band: smaller is slower, larger takes more memory
-ENOUGH = 20480  # where B * C * T * H is less, PyTorch's CPU chooses a convolution that is many times slower
+ROWS = 32  # of the smallest band: smaller is slower, larger takes more memory
 
 RowNorm = Callable[[Tensor, slice], Tensor]  # (x[:, :, :, rows], rows) -> these rows normalised, in new storage
 
@@ -85,7 +85,7 @@ def normed_conv(norm: RowNorm, conv: CausalConv3d, x: Tensor, old: Cache | None,
 def cut_bands(x: Tensor, conv: CausalConv3d) -> list[int]:
     """The rows at which x [B, C, T, H, W] is cut into bands before `conv`, from 0 to H: [0, H] is one band."""
     B, C, T, H, W = x.shape
-    rows = max(ROWS, ENOUGH // (B * C * (T + conv.kernel_size[0] - 1)) + 1)
+    rows = max(ROWS, SMALL // (B * C * (T + conv.kernel_size[0] - 1)) + 1)  # fewer would be slow (onednn.py)
     count = max(H // rows, 1) if is_tall(x) else 1
     return [H * k // count for k in range(count + 1)]
 

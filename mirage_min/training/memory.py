@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -52,14 +52,13 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.known:
-                self.add(tensor.untyped_storage())
+            if isinstance(tensor, Tensor) and storage_of(tensor)._cdata not in self.known:
+                self.add(storage_of(tensor))
         return out
 
-    def add(self, storage) -> None:
-        """Add an untyped storage's bytes to `count`, until nothing refers to it any more."""
-        key = storage._cdata
-        size = storage.nbytes()
+    def add(self, storage: UntypedStorage | Tensor) -> None:
+        """Add a storage's bytes to `count`, until nothing refers to it any more."""
+        key, size = storage._cdata, bytes_of(storage)
         self.known.add(key)
         self.count += size
         self.peak = max(self.peak, self.count)
@@ -90,15 +89,25 @@ class SavedBytes:
         self.hooks.__exit__(*error)
 
 
+def storage_of(tensor: Tensor) -> UntypedStorage | Tensor:
+    """What holds its numbers: its storage; itself in oneDNN's layout, which shows none."""
+    return tensor if tensor.layout == torch._mkldnn else tensor.untyped_storage()
+
+
+def bytes_of(storage: UntypedStorage | Tensor) -> int:
+    """Bytes of what storage_of gives."""
+    return storage.nbytes if isinstance(storage, Tensor) else storage.nbytes()
+
+
 class SavedTensor:
     """One tensor that autograd holds; counted until autograd lets go of it."""
 
     def __init__(self, saved: SavedBytes, tensor: Tensor):
         self.saved = saved
         self.tensor = tensor.detach()
-        storage = tensor.untyped_storage()
+        storage = storage_of(self.tensor)
         self.key = storage._cdata
-        self.bytes = 0 if self.key in saved.parameters else storage.nbytes()
+        self.bytes = 0 if self.key in saved.parameters else bytes_of(storage)
         saved.holders[self.key] += 1
         if saved.holders[self.key] == 1:
             saved.count += self.bytes
