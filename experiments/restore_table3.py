@@ -148,7 +148,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    return restorers.flags(__doc__, steps=1000)
+    return restorers.flags(__doc__, steps=1000, start=False)  # the flow model has nothing to continue
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 The training has two parts of --steps steps each. The first learns from latents that were encoded once, and starts from
 nothing: it takes the place of the paper's pretrained base, and all methods of a seed share it. The second is what a
-table compares: latents on, or through pixels in one of several ways.
+table compares: latents on, or through pixels in one of several ways. With --start FOLDER there is the second part
+alone, which continues that restorer with every seed.
 """
 
 import argparse
@@ -25,11 +26,14 @@ SCALE = 4
 LR = 3e-4        # of the second part
 
 
-def flags(doc: str, steps: int) -> argparse.ArgumentParser:
-    """Those of tables.py, and the VAE."""
+def flags(doc: str, steps: int, start: bool = True) -> argparse.ArgumentParser:
+    """Those of tables.py, the VAE and, if `start`, a restorer to continue."""
     parser = tables.flags(doc, steps)
+    parser.set_defaults(start=None)
     parser.add_argument("--vae", type=Path, default=Path("weights/vae_wan_48"),
                         help="Wan's (default weights/vae_wan_48)")
+    if start:
+        parser.add_argument("--start", type=Path, metavar="DIR", help="a restorer to continue in place of a new one")
     return parser
 
 
@@ -80,7 +84,9 @@ def latent_clips(args: argparse.Namespace) -> int:
 
 
 def beginning(args: argparse.Namespace, seed: int, name: str, *flags, **settings) -> Path:
-    """The first part, kept under `name`: a restorer that learned from latents alone."""
+    """The first part, kept under `name`: a restorer that learned from latents alone; or --start."""
+    if args.start:
+        return args.start
     settings = {"latent_until": args.steps, "latent_clips": latent_clips(args)} | settings
 
     def make(to: Path) -> None:

@@ -53,10 +53,10 @@ def commands(tmp_path, monkeypatch):
     monkeypatch.setattr(restorers, "read", lambda folder: None)
     monkeypatch.setattr(restore_table3, "operations", lambda *given: 1)
 
-    def run(number):
+    def run(number, *more):
         parser = EXPERIMENTS[number].flags()
         args = ["--steps", "3", "--seeds", "1", "--clips", "1", "--perceptual", "p", "--runs", str(tmp_path / "runs")]
-        EXPERIMENTS[number].main(parser.parse_args([*args, "--out", str(tmp_path / "out")]))
+        EXPERIMENTS[number].main(parser.parse_args([*args, *more, "--out", str(tmp_path / "out")]))
         rows, paper = scored.pop("rows"), scored.pop("paper")
         assert rows == ["input", *scored] and set(paper) == set(scored), "the rows, and those that the paper has"
         return {name: ran[str(where)] for name, where in scored.items() if str(where) in ran}
@@ -72,6 +72,11 @@ def test_all_methods_of_a_table_continue_one_beginning_with_settings_that_the_sc
         assert (known.lr, known.latent_until, known.half) == (3e-4, 0, False)
         assert known.task == {1: "upscale", 2: "artifacts", 3: "inpaint"}[number]
     assert len({given["--base"] for _, given in ran.values()}) == 1
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_all_methods_continue_a_restorer_that_is_there(commands, number):
+    assert {given["--base"] for _, given in commands(number, "--start", "known").values()} == {"known"}
 
 
 def test_table_2_compares_the_latent_loss_with_three_lengths_of_the_gradient(commands):
@@ -94,7 +99,7 @@ def test_table_1_compares_doves_way_with_chopgrad_under_equal_losses_but_for_the
 def test_what_was_trained_is_kept_until_a_setting_changes(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(tables, "python", lambda *argv: calls.append(argv))
-    args = argparse.Namespace(runs=tmp_path, steps=2, data="d", weights="w", perceptual="p", vae="v")
+    args = argparse.Namespace(runs=tmp_path, steps=2, data="d", weights="w", perceptual="p", vae="v", start=None)
     for settings in ({}, {}, {"d_trunc": 2}):
         restorers.continued(args, 1, tmp_path / "model", tmp_path / "start", "--data", "d", **settings)
     for _ in range(2):
