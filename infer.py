@@ -203,9 +203,9 @@ def choose(System: type, args: argparse.Namespace) -> tuple[Settings, dict]:
 
 
 def choose_dtype(device: str, model: Path) -> torch.dtype:
-    """bfloat16 on cuda; on a CPU too, if it multiplies bfloat16 natively and the model's card says what that moves."""
+    """bfloat16 on cuda; on a CPU with AMX too, if the model's card says what that moves; else float32."""
     tried = device != "cpu" or "bfloat16" in fields_of_card(model)
-    return torch.bfloat16 if tried and desk.bfloat16_is_native(device) else torch.float32
+    return torch.bfloat16 if tried and desk.bfloat16_is_faster(device) else torch.float32
 
 
 def remember(frames: Iterable[Tensor], kept: deque[Tensor]) -> Iterator[Tensor]:
@@ -255,7 +255,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", metavar="NAME",
                         help="cuda, mps, cpu or auto (default: auto, the first that this machine has)")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", metavar="TYPE",
-                        help=f"{', '.join(DTYPES)} or auto (default: auto; bfloat16 where it is native)")
+                        help=f"{', '.join(DTYPES)} or auto (default: auto; bfloat16 where it is faster)")
     parser.add_argument("--window", type=int, metavar="N",
                         help="latents that its transformer sees at once (default: its own)")
     parser.add_argument("--compare", action="store_true", help="write input and result side by side")

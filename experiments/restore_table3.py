@@ -100,7 +100,7 @@ def train_flow(args: argparse.Namespace, seed: int, to: Path) -> None:
         _, x_gt, names = data.batch(draws)
         return hide(x_gt, central_mask(*x_gt.shape[-2:])), x_gt, names
 
-    settings = SimpleNamespace(latent_clips=restorers.latent_clips(args), bf16=desk.bfloat16_speeds_training("cpu"))
+    settings = SimpleNamespace(latent_clips=restorers.latent_clips(args), bf16=desk.bfloat16_is_faster("cpu"))
     latents = DrawnLatents(draw, model.vae, settings, to / "latents.safetensors", {"seed": seed})
     optimizer, steps = torch.optim.AdamW(model.parameters(), lr=LR), 2 * args.steps
     bar = tqdm(range(steps), unit="step", disable=None)

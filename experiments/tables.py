@@ -144,7 +144,7 @@ def r3d2_base(args: argparse.Namespace) -> Path:
     once for all experiments and seeds, 20 times the steps of a stage."""
     def make(to: Path) -> None:
         shutil.copytree(args.weights / "vae_2d", to / "vae_2d", dirs_exist_ok=True)  # of a run that was killed
-        bf16 = "yes" if desk.bfloat16_speeds_training("cpu") else "no"
+        bf16 = "yes" if desk.bfloat16_is_faster("cpu") else "no"
         python("train_base.py", "one_step_2d", "--data", args.data, "--runs", to / "runs", "--out", to,
                "--device", "cpu", "--set", f"steps={20 * args.steps}", "--set", f"bf16={bf16}")
     return once(args.runs / "r3d2_base", trained_with(args), make) / "base_2d"

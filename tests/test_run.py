@@ -181,7 +181,7 @@ def test_bfloat16_does_not_spoil_3d_convolutions_elsewhere(monkeypatch, amx, lim
 
 def test_a_script_gets_its_recipe_and_writes_into_its_runs_folder_unless_told_otherwise(monkeypatch, capsys, tmp_path):
     seen = []
-    monkeypatch.setattr(desk, "bfloat16_speeds_training", lambda device: True)
+    monkeypatch.setattr(desk, "bfloat16_is_faster", lambda device: True)
     for argv in ((), ("--recipe", "paper", "--set", "lr=0.5", "--out", str(tmp_path / "elsewhere"))):
         assert launched(monkeypatch, capsys, lambda *given: seen.append(given), tmp_path, *argv) == (0, [])
     (one, first), (two, second) = seen

@@ -125,7 +125,7 @@ def launch(main: Callable, args: argparse.Namespace, recipes: dict, conv3d: bool
         args.out.mkdir(parents=True, exist_ok=True)
         processes.join(args.device)
         asked = any(setting.startswith("bf16=") for setting in args.set)
-        if recipe.bf16 and not asked and not desk.bfloat16_speeds_training(args.device):
+        if recipe.bf16 and not asked and not desk.bfloat16_is_faster(args.device):
             recipe.bf16 = False
             processes.print_once("bf16=no, for this device is slower in bfloat16")
         if recipe.bf16 and conv3d and desk.bfloat16_spoils_conv3d(args.device):
