@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from mirage_min.networks.causal_conv import CausalConv3d, name_caches
 from tests import small
@@ -65,6 +66,17 @@ def test_every_chunk_plan_agrees(first, kernel, plan):
     x = torch.randn(2, 2, 9, 4, 3, dtype=torch.float64)
     difference = (in_groups(conv, x, plan) - conv(x, None, {})).abs().max()
     assert difference < 1e-12, f"plan {plan}: largest difference {difference:.1e} to the whole, allowed 1e-12"
+
+
+def test_the_zeros_before_a_single_frame_are_not_multiplied():
+    conv, x = CausalConv3d(2, 3).double(), torch.randn(1, 2, 1, 8, 8, dtype=torch.float64)
+    counts, cache = [], {}
+    for old in (None, {"": torch.zeros(1, 2, 2, 8, 8, dtype=torch.float64)}):
+        with torch.no_grad(), FlopCounterMode(display=False) as count:
+            conv(x, old, cache)
+        counts.append(count.get_total_flops())
+    assert counts == [2 * 9 * 2 * 3 * 64, 2 * 27 * 2 * 3 * 64]
+    assert torch.equal(cache[""], torch.cat([torch.zeros_like(x), x], dim=2)), "the next frame sees both"
 
 
 def test_no_output_sees_a_later_frame():

@@ -374,13 +374,13 @@ def test_pruned_takes_far_fewer_operations(parts, wiring, share):
 
 
 def test_pruned_takes_far_fewer_operations_at_the_releases_size():
-    """Cosmos' 0.6B and Wan's VAE at 1024x576, counted on the meta device: 29 of 51 tera-operations."""
+    """Cosmos' 0.6B and Wan's VAE at 1024x576, counted on the meta device: 22 of 43 tera-operations."""
     with torch.device("meta"):
         model = Harmonizer(WanVAE(), CosmosDiT()).requires_grad_(False).eval()
     with torch.no_grad():
         whole, pruned = operations(model, 576, 1024, "meta")
     assert pruned <= 0.60 * whole, f"{pruned:,} of {whole:,}: {pruned / whole:.3f}"
-    assert 45e12 < whole < 55e12
+    assert 40e12 < whole < 45e12
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

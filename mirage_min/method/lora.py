@@ -98,7 +98,7 @@ class AdaptedCausalConv3d(CausalConv3d):
 
     def forward(self, x: Tensor, old: Cache | None, new: Cache) -> Tensor:
         """As CausalConv3d.forward: x [B, in, T, H, W], the frames after those in `old`; writes its tail to `new`."""
-        return self._conv_forward(self.with_past(x, old, new), adapted_kernel(self), self.bias)
+        return self.convolve(x, adapted_kernel(self), old, new)
 
 
 ADAPTED = {nn.Linear: AdaptedLinear, nn.Conv2d: AdaptedConv2d, nn.Conv3d: AdaptedConv3d,

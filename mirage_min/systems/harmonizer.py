@@ -14,7 +14,7 @@ in two ways, `wiring` in the folder's model_index.json:
 With `change_only` in that file what the VAE loses of the frame is not lost: Î_t = I_t + D(F(…)) − D(E(I_t)).
 
 `enhance_whole` is the method as it is written down. `enhance`, which everything else calls, gives the same numbers with
-.57 of the operations of the release (docs/harmonizer.md): it leaves out what cannot reach the current frame.
+.51 of the operations of the release (docs/harmonizer.md): it leaves out what cannot reach the current frame.
 
 A cache of keys and values, as in language models, would *not* give the same numbers. There a token never sees what
 comes after it. Here the past attends to the current frame, so from the second block on its keys and values change at
