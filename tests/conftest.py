@@ -8,6 +8,7 @@ import pytest
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))  # before torch is imported
+os.environ.setdefault("MKL_CBWR", "AUTO")  # as desk.open_up has it in a command
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # or threads that wait would take the other process's core
 
 

@@ -40,7 +40,8 @@ NOTHING = "; nothing was written"
 # ---- the process -----------------------------------------------------------------------------------------------------
 
 def open_up() -> None:
-    """Prepare streams and signals for the whole run; a command calls this before its other imports."""
+    """Prepare streams, signals and sums for the whole run; a command calls this before its other imports."""
+    os.environ.setdefault("MKL_CBWR", "AUTO")  # or sums of several threads differ from run to run in the last bit
     for name in ("stdin", "stdout", "stderr"):  # in this order, for a file takes the lowest number that is free
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
