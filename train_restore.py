@@ -87,6 +87,7 @@ class Recipe(run.Recipe):
     d_trunc: int = 1
     tiles: int = 2              # the decoder's gradient in tiles x tiles pieces of the frame
     heads: int = 2              # of a new small transformer, 64 numbers each
+    layers: int = 6             # of the same
     checkpoint_decoder: bool = run.may_change(False)
     checkpoint_dit: bool = run.may_change(False)
     shard: bool = run.may_change(False)  # divide the transformer, its gradients and moments among the processes (FSDP2)
@@ -125,7 +126,7 @@ def build(args, recipe: Recipe) -> tuple[nn.ModuleList, dict[str, nn.Parameter]]
     else:
         torch.manual_seed(recipe.seed)
         vae = frugal.apply(WanVAE.from_pretrained(args.vae, subfolder(args.vae, "vae"), dtype=torch.float32))
-        dit = small_base.new_transformer("wan", recipe.heads, vae.config.z_dim)
+        dit = small_base.new_transformer("wan", recipe.heads, vae.config.z_dim, recipe.layers)
         text = torch.zeros(1, 1, dit.config.text_dim) if text is None else text
         restorer = Restorer(vae, dit, text, WAN, settings).requires_grad_(False).eval()
     if not (recipe.normalised or isinstance(restorer.vae, WanVAE)):

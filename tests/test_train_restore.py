@@ -183,13 +183,14 @@ def test_the_transformer_is_trained_and_nothing_else_and_the_folder_runs(work, t
 
 def test_a_small_upscaler_starts_from_a_vae_alone_which_stays_where_it_is(work, tmp_path, capsys, monkeypatch):
     monkeypatch.undo()  # with the plan and the pictures
-    config = dataclasses.replace(small_base.DIT_WAN, num_layers=1, attention_head_dim=24)
+    config = dataclasses.replace(small_base.DIT_WAN, attention_head_dim=24)
     monkeypatch.setattr(small_base, "DIT_WAN", config)
     out = train(work, tmp_path / "out", "small-upscale", base=None, vae=str(work / "base" / "vae"), heads=1,
-                val=work / "pairs", every=2, bf16=True)
+                layers=1, val=work / "pairs", every=2, bf16=True)
     assert not (out / "vae").exists()
     restorer = Restorer.from_pretrained(out, dtype=torch.float32)
     assert restorer.settings == Settings("upscale", scale=4, window=5)
+    assert (len(restorer.dit.blocks), restorer.dit.config.num_attention_heads) == (1, 1)
     assert restorer(torch.zeros(1, 3, 2, 9, 11)).shape == (1, 3, 2, 36, 44)
     printed = capsys.readouterr().out
     assert "a step needs about" in printed and "trained: transformer" in printed and "val_psnr" in printed

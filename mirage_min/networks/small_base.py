@@ -66,11 +66,11 @@ def quiet(vae: AutoencoderKL | CogVideoXVAE | WanVAE) -> AutoencoderKL | CogVide
 
 
 @torch.no_grad()
-def new_transformer(family: str = "cogvideox", heads: int = 3, channels: int = 16
+def new_transformer(family: str = "cogvideox", heads: int = 3, channels: int = 16, layers: int = 6
                     ) -> CogVideoXDiT | WanDiT | CosmosDiT:
     """A transformer that predicts zeros: every block's gates and the output are zero (adaLN-zero, DiT).
 
-    heads: of Wan's, 64 channels each; the others have three. channels: of the latents.
+    heads, layers: of Wan's, 64 channels a head; the others have three and six. channels: of the latents.
     """
     latents = {"in_channels": channels, "out_channels": channels}
     if family == "cosmos":
@@ -81,7 +81,8 @@ def new_transformer(family: str = "cogvideox", heads: int = 3, channels: int = 1
         model.proj_out.weight.zero_()
         return model
     if family == "wan":
-        model = WanDiT(replace(DIT_WAN, num_attention_heads=heads, ffn_dim=256 * heads, **latents))
+        size = {"num_attention_heads": heads, "ffn_dim": 256 * heads, "num_layers": layers}
+        model = WanDiT(replace(DIT_WAN, **size, **latents))
         time_proj = model.condition_embedder.time_proj
         for k in (2, 5):  # of shift, scale, gate, for attention and for the feed-forward layers
             time_proj.weight.view(6, -1, time_proj.in_features)[k].zero_()
