@@ -318,7 +318,10 @@ def report(name: str, doc: str, args: argparse.Namespace, paper: dict, seeds: li
 
     paper: {region: {method: {metric: value}}}; seeds: scores.json of each seed; more: anything else to keep.
     """
-    command = f"python -m experiments.{name} --steps {args.steps} --seeds {args.seeds} --clips {args.clips}"
+    numbers = {key: getattr(args, key) for key in ("steps", "seeds", "clips", "pairs") if hasattr(args, key)}
+    command = " ".join([f"python -m experiments.{name}", *(f"--{key} {value}" for key, value in numbers.items())])
+    if getattr(args, "start", None):
+        command += " --start DIR"
     parts = [f"# {(doc or name).partition(chr(10))[0]}", f"`{command} --perceptual DIR`"]
     parts += [region_table(region, paper.get(region, {}), [seed["mean"][region] for seed in seeds])
               for region in (CROPS, FULL)]
