@@ -19,6 +19,8 @@ def flags(doc: str, steps: int) -> argparse.ArgumentParser:
                         help="Wan's (default weights/vae_wan_48)")
     parser.add_argument("--pairs", type=int, default=400, help="pairs of all streams to train on (default 400)")
     parser.add_argument("--start", type=Path, metavar="DIR", help="a harmonizer to continue in place of a new one")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                        help="of the recipe small, for every method but where it has a value of its own")
     return parser
 
 
@@ -33,7 +35,8 @@ def train(args: argparse.Namespace, to: Path, seed: int, data: Path, base: Path 
     """train_online.py, from nothing or continuing `base`, into the folder `to`."""
     settings = {"steps": args.steps, "seed": seed, "latent_until": 0} | settings
     start = ("--base", base) if base else ()
-    tables.train_stage("train_online.py", args, to, settings, "--vae", args.vae, "--data", data, *start,
+    given = [word for setting in args.set for word in ("--set", setting)]  # before the methods' own, which count
+    tables.train_stage("train_online.py", args, to, settings, "--vae", args.vae, "--data", data, *start, *given,
                        "--run-folder", to / "run")
 
 
@@ -48,7 +51,7 @@ def beginning(args: argparse.Namespace, seed: int, data: Path, name: str = "all"
         return args.start
     never = 2 * args.steps
     make = partial(train, args, seed=seed, data=data, steps=never, temporal_from=never, **latents(args))
-    settings = tables.trained_with(args, pairs=args.pairs, streams=name)
+    settings = tables.trained_with(args, pairs=args.pairs, streams=name, given=args.set)
     return tables.once(args.runs / "harmonizer_beginning" / name / f"seed_{seed}", settings, make)
 
 
@@ -57,4 +60,5 @@ def continued(args: argparse.Namespace, seed: int, data: Path, folder: Path, sta
     """The second part of the training, which continues `start`, or begins anew; kept in `folder`."""
     settings = {"temporal_from": 0} | settings
     make = partial(train, args, seed=seed, data=data, base=start, **settings)
-    return tables.once(folder, tables.trained_with(args, pairs=args.pairs, start=start, **settings), make)
+    kept = tables.trained_with(args, pairs=args.pairs, start=start, given=args.set, **settings)
+    return tables.once(folder, kept, make)

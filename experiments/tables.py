@@ -322,6 +322,7 @@ def report(name: str, doc: str, args: argparse.Namespace, paper: dict, seeds: li
     command = " ".join([f"python -m experiments.{name}", *(f"--{key} {value}" for key, value in numbers.items())])
     if getattr(args, "start", None):
         command += " --start DIR"
+    command += "".join(f" --set {setting}" for setting in getattr(args, "set", ()))
     parts = [f"# {(doc or name).partition(chr(10))[0]}", f"`{command} --perceptual DIR`"]
     parts += [region_table(region, paper.get(region, {}), [seed["mean"][region] for seed in seeds])
               for region in (CROPS, FULL)]

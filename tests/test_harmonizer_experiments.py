@@ -56,6 +56,13 @@ def test_the_temporal_methods_share_their_beginning_and_differ_in_the_loss_or_th
     assert ran["no past"][1] == common | {"past": "0"}
 
 
+def test_a_setting_is_every_methods_but_where_it_has_its_own(commands):
+    ran = commands("temporal", "--start", "s", "--set", "lr=6e-4", "--set", "lambda_warp=9")
+    assert {settings["lr"] for _, settings, _ in ran.values()} == {"6e-4"}
+    assert {name: settings["lambda_warp"] for name, (_, settings, _) in ran.items()} == {
+        "whole": "9", "no temporal loss": "0.0", "no past": "9"}
+
+
 def test_the_losses_are_trained_from_nothing_on_the_same_pairs(commands):
     ran = commands("losses")
     assert all("--base" not in given for _, _, given in ran.values())
@@ -152,7 +159,10 @@ def test_what_was_trained_is_kept_until_a_setting_changes(tmp_path, monkeypatch)
     calls = []
     monkeypatch.setattr(tables, "python", lambda *argv: calls.append(argv))
     args = argparse.Namespace(runs=tmp_path, steps=2, data="d", weights="w", perceptual="p", vae="v", pairs=5,
-                              start=None)
+                              start=None, set=[])
     for settings in ({}, {}, {"past": 0}):
         harmonizers.continued(args, 1, tmp_path, tmp_path / "model", tmp_path / "start", **settings)
     assert len(calls) == 2
+    args.set = ["lr=1"]
+    harmonizers.continued(args, 1, tmp_path, tmp_path / "model", tmp_path / "start", past=0)
+    assert len(calls) == 3

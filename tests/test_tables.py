@@ -73,10 +73,10 @@ def test_a_report_holds_means_deviations_the_papers_numbers_and_the_command(tmp_
     assert "LPIPS: absent: no weights" in text and "| LPIPS |" not in text
     kept = json.loads((tmp_path / "reproduce" / "mirage_table9.json").read_text())["seeds"]
     assert kept[1]["mean"]["full frame"]["x"]["PSNR"] == 14
-    args = Namespace(steps=5, seeds=1, clips=3, pairs=8, start=Path("mine"), out=tmp_path)
+    args = Namespace(steps=5, seeds=1, clips=3, pairs=8, start=Path("mine"), set=["lr=1", "past=2"], out=tmp_path)
     tables.report("harmonizer_table9", "A table.", args, {}, [seed(10.0, 12.0)])
     text = (tmp_path / "reproduce" / "harmonizer_table9.md").read_text()
-    assert "harmonizer_table9 --steps 5 --seeds 1 --clips 3 --pairs 8 --start DIR --perceptual DIR`" in text
+    assert "_table9 --steps 5 --seeds 1 --clips 3 --pairs 8 --start DIR --set lr=1 --set past=2 --perceptual" in text
 
 
 def test_a_cell_has_a_spread_only_where_the_seeds_differ_and_the_papers_number_only_where_there_is_one():
