@@ -21,6 +21,7 @@ from unittest import mock
 
 import generate
 import infer
+import train_online
 from mirage_min.data import desk
 from mirage_min.systems.load import SYSTEMS, Mirage
 from mirage_min.training import run
@@ -161,8 +162,10 @@ def run_until_understood(name: str, script: str, as_module: bool, argv: list[str
 
 
 def check_settings(script: str, args: argparse.Namespace) -> None:
-    """ValueError for a --set that none of the systems takes that infer.py, generate.py or an experiment runs."""
-    if script == "infer.py" or (script.startswith("experiments/") and hasattr(args, "set")):
+    """ValueError for a --set that nothing takes which infer.py, generate.py or an experiment runs."""
+    if script.startswith("experiments/harmonizer_"):
+        desk.override(train_online.RECIPES["small"], args.set)
+    elif script == "infer.py" or (script.startswith("experiments/") and hasattr(args, "set")):
         for System in (Mirage, *SYSTEMS):
             try:
                 if script == "infer.py":
