@@ -28,7 +28,7 @@ def test_an_experiment_says_how_it_starts_writes_to_runs_and_is_in_the_list(name
     assert f"python -m experiments.{name}" in experiment.__doc__
     assert "common.start(main, flags())" in SOURCES[name]
     flags = {action.dest: action for action in experiment.flags()._actions}
-    assert flags["out"].default == Path("runs/experiments") and len(flags) <= 13
+    assert flags["out"].default == Path("runs/experiments") and len(flags) <= 14
     for action in flags.values():
         if action.dest != "out" and isinstance(action.default, Path):
             assert action.default.parts[0] in ("runs", "weights", "data", "assets"), f"--{action.dest} {action.default}"
